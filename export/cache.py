@@ -1,0 +1,50 @@
+"""Where things are kept between runs: the user's cache folder, and atomic publication into it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import platformdirs
+import psutil
+
+CACHE_ENV = "LLAMA_ONNX_CACHE"
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for this tool; the environment variable ``LLAMA_ONNX_CACHE`` moves it."""
+    chosen = os.environ.get(CACHE_ENV)
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("llama-onnx-bench"))
+
+
+@contextmanager
+def publish(target: Path) -> Iterator[Path]:
+    """A new folder that becomes ``target`` in one rename when the block ends well, and vanishes otherwise.
+
+    A process that was killed leaves its unfinished folder *beside* the target, never under its name; the next
+    caller removes what dead processes left.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.partial-"
+    for old in target.parent.glob(f"{prefix}*"):
+        pid = old.name.removeprefix(prefix)
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    work = target.parent / f"{prefix}{os.getpid()}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        for path in work.iterdir():
+            with path.open("rb") as f, suppress(OSError):
+                os.fsync(f.fileno())
+        if target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise

@@ -1,0 +1,299 @@
+"""Specification -> ONNX: trace a skeleton without weights, then point its initialisers at streamed data.
+
+The skeleton lives on PyTorch's ``meta`` device except for one number per parameter, so a 70B model traces in the
+memory of a small one. Marker operators become ``MatMul`` (and ``Add`` for biases); every weight becomes an
+initialiser with an external-data location that :mod:`export.weights` fills.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from export.errors import UnsupportedModelError
+from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
+
+OPSET = 18
+ALIGNMENT = 4096
+"""ONNX Runtime maps external data into memory only at page boundaries."""
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ONNX_DTYPE = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class WeightRecipe:
+    """How one initialiser is made: joined sources, transposed or not, cast, at ``offset`` of the data file."""
+
+    name: str
+    sources: tuple[str, ...]
+    transform: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Both graphs (they share one data file), the recipes of their weights and the rotary tables."""
+
+    decode: onnx.ModelProto
+    scoring: onnx.ModelProto
+    recipes: tuple[WeightRecipe, ...]
+    rope: dict[str, Tensor]
+    data_bytes: int
+
+
+def head_dim_of(config: PretrainedConfig) -> int:
+    """Size of one attention head; not always ``hidden_size / heads``."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def require_llama(config: PretrainedConfig) -> None:
+    """Refuse, by name, what the fused export would get wrong.
+
+    Raises:
+        UnsupportedModelError: another architecture, activation or rotary scheme.
+    """
+    if config.model_type != "llama":
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is not LLaMA-like; this export takes model_type 'llama' "
+            f"(LlamaForCausalLM) only"
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise UnsupportedModelError(f"activation {config.hidden_act!r} is not supported; LLaMA uses 'silu'")
+    scaling = getattr(config, "rope_scaling", None) or {}
+    rope = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope not in ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"rope scaling {rope!r} depends on the length of the prompt, which a fixed table cannot hold; "
+            f"supported: {', '.join(ROPE_TYPES)}"
+        )
+    if head_dim_of(config) % 16 != 0:
+        raise UnsupportedModelError(
+            f"head size {head_dim_of(config)} is not a multiple of 16, which rotary GroupQueryAttention requires"
+        )
+    if getattr(config, "pretraining_tp", 1) not in (None, 1):
+        raise UnsupportedModelError("pretraining_tp > 1 splits the matrix products; set it to 1 in config.json")
+
+
+def rope_tables(config: PretrainedConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine tables ``[context, head_dim / 2]`` in fp32, as transformers' own rotary module computes them."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(config)
+    positions = torch.arange(config.max_position_embeddings)[None]
+    cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """The model with one number of storage per parameter.
+
+    The exporter merges parameters of equal value, so each gets a value of its own.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    value = 0
+    replaced: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in replaced:
+                value += 1  # fp16 holds integers up to 2,048 exactly, more than any LLaMA has parameters
+                number = torch.full((1,), value, dtype=dtype)
+                replaced[id(parameter)] = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
+            module._parameters[name] = replaced[id(parameter)]
+    inner = model.model
+    rows = config.max_position_embeddings
+    half = head_dim_of(config) // 2
+    for i, name in enumerate(("rope_cos", "rope_sin")):
+        inner.register_buffer(name, torch.full((1,), -1.0 - i, dtype=dtype).expand(rows, half))
+    inner.rotary_emb._buffers.clear()
+    return model.eval()
+
+
+def _trace(config: PretrainedConfig, dtype: torch.dtype, last_logits: bool) -> onnx.ModelProto:
+    onnx_config = FusedLlamaOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
+    onnx_config.last_logits = last_logits
+    model = _skeleton(config, dtype)
+    kv = (1, config.num_key_value_heads, 1, head_dim_of(config))
+    past = [(torch.zeros(kv, dtype=dtype), torch.zeros(kv, dtype=dtype)) for _ in range(config.num_hidden_layers)]
+    inputs = {
+        "input_ids": torch.zeros((1, 2), dtype=torch.int64),
+        "attention_mask": torch.ones((1, 3), dtype=torch.int64),
+        "past_key_values": past,
+    }
+    axes = {**onnx_config.inputs, **onnx_config.outputs}
+    buffer = io.BytesIO()
+    with onnx_config.patch_model_for_export(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the TorchScript exporter's deprecation and tracer notes
+        torch.onnx.export(
+            model,
+            (),
+            buffer,
+            kwargs=inputs,
+            input_names=list(onnx_config.inputs),
+            output_names=list(onnx_config.outputs),
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            export_params=False,
+            do_constant_folding=False,
+            custom_opsets={MS: 1, MARKER_DOMAIN: 1},
+            dynamo=False,
+        )
+    return onnx.load_model_from_string(buffer.getvalue())
+
+
+class _Weights:
+    """Collects recipes, one per distinct initialiser, and hands out aligned offsets."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], precision: str) -> None:
+        self.shapes = shapes
+        self.itemsize = TORCH_DTYPE[precision].itemsize
+        self.recipes: dict[str, WeightRecipe] = {}
+        self.end = 0
+
+    def add(self, name: str, sources: tuple[str, ...], transform: str, shape: tuple[int, ...]) -> str:
+        if name not in self.recipes:
+            nbytes = self.itemsize
+            for n in shape:
+                nbytes *= n
+            offset = -(-self.end // ALIGNMENT) * ALIGNMENT
+            self.recipes[name] = WeightRecipe(name, sources, transform, shape, offset, nbytes)
+            self.end = offset + nbytes
+        return name
+
+    def linear(self, sources: tuple[str, ...], name: str) -> str:
+        rows = sum(self.shapes[s][0] for s in sources)
+        transform = "transpose" if len(sources) == 1 else "concat_transpose"
+        return self.add(name, sources, transform, (self.shapes[sources[0]][1], rows))
+
+
+def _joined_name(sources: tuple[str, ...]) -> str:
+    """``...self_attn.{q,k,v}_proj.weight`` -> ``...self_attn.qkv_proj.weight``; a single source keeps its name."""
+    if len(sources) == 1:
+        return sources[0]
+    prefix, _, _ = sources[0].rpartition(".q_proj")
+    return f"{prefix}.qkv_proj.{sources[0].rpartition('.')[2]}"
+
+
+def _lower(model: onnx.ModelProto, weights: _Weights, precision: str) -> onnx.ModelProto:
+    """Markers -> MatMul, parameter inputs -> external initialisers, dead nodes and value infos away."""
+    graph = model.graph
+    real_inputs = [i for i in graph.input if not i.name.startswith(("model.", "lm_head."))]
+    parameters = {i.name for i in graph.input} - {i.name for i in real_inputs}
+    used: list[str] = []
+    nodes: list[onnx.NodeProto] = []
+    constants: list[TensorProto] = []
+    for node in graph.node:
+        if node.op_type == "Constant":
+            tensor = TensorProto()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+            constants.append(tensor)
+            continue
+        if node.domain != MARKER_DOMAIN:
+            nodes.append(node)
+            used.extend(i for i in node.input if i in parameters)
+            continue
+        n = next(a.i for a in node.attribute if a.name == "n_weights")
+        sources, biases = tuple(node.input[1 : 1 + n]), tuple(node.input[1 + n :])
+        name = _joined_name(sources)
+        # A tied head reads the transpose of what the embedding gathers: a copy under its own name.
+        name = "lm_head.weight" if name == "model.embed_tokens.weight" else name
+        weight = weights.linear(sources, name)
+        label = name.removesuffix(".weight")
+        product = node.output[0] if not biases else f"{label}.product"
+        nodes.append(helper.make_node("MatMul", [node.input[0], weight], [product], name=f"{label}.MatMul"))
+        used.append(weight)
+        if biases:
+            bias_shape = (sum(weights.shapes[b][0] for b in biases),)
+            bias = weights.add(_joined_name(biases), biases, "copy" if n == 1 else "concat", bias_shape)
+            nodes.append(helper.make_node("Add", [bias, product], [node.output[0]], name=f"{label}.Add"))
+            used.append(bias)
+    for name in used:
+        if name not in weights.recipes:
+            transform = "rope" if name.startswith("model.rope_") else "copy"
+            sources = () if transform == "rope" else (name,)
+            weights.add(name, sources, transform, weights.shapes[name])
+
+    # Optional outputs that nothing reads (mean, inverse std) get the empty name.
+    read = {i for node in nodes for i in node.input} | {o.name for o in graph.output}
+    for node in nodes:
+        for i, output in enumerate(node.output):
+            if output and output not in read:
+                node.output[i] = ""
+    initialisers = [
+        TensorProto(name=name, data_type=ONNX_DTYPE[precision], dims=weights.recipes[name].shape)
+        for name in dict.fromkeys(used)
+    ]
+    del graph.node[:], graph.initializer[:], graph.input[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(initialisers + constants)
+    graph.input.extend(real_inputs)
+    kept = [o for o in model.opset_import if o.domain != MARKER_DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    graph.name = "llama"
+    return model
+
+
+def point_at_data(model: onnx.ModelProto, recipes: dict[str, WeightRecipe], data_file: str) -> None:
+    """Give every initialiser its place in the external data file."""
+    for tensor in model.graph.initializer:
+        if tensor.name not in recipes:
+            continue  # a small constant of the graph itself
+        recipe = recipes[tensor.name]
+        tensor.data_location = TensorProto.EXTERNAL
+        del tensor.external_data[:]
+        for key, value in (("location", data_file), ("offset", recipe.offset), ("length", recipe.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+
+
+def convert(config: PretrainedConfig, precision: str, data_file: str) -> Conversion:
+    """Build both graphs of a LLaMA without reading a single weight.
+
+    Args:
+        config: the checkpoint's configuration.
+        precision: ``fp32`` or ``fp16``.
+        data_file: name of the external-data file that both graphs will point at.
+
+    Raises:
+        UnsupportedModelError: from :func:`require_llama`.
+    """
+    require_llama(config)
+    dtype = TORCH_DTYPE[precision]
+    skeleton = _skeleton(config, dtype)
+    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    shapes |= {f"model.{name}": tuple(getattr(skeleton.model, name).shape) for name in ("rope_cos", "rope_sin")}
+    weights = _Weights(shapes, precision)
+    decode = _lower(_trace(config, dtype, last_logits=True), weights, precision)
+    scoring = _lower(_trace(config, dtype, last_logits=False), weights, precision)
+    for model in (decode, scoring):
+        point_at_data(model, weights.recipes, data_file)
+    cos, sin = rope_tables(config)
+    return Conversion(
+        decode=decode,
+        scoring=scoring,
+        recipes=tuple(weights.recipes.values()),
+        rope={"model.rope_cos": cos, "model.rope_sin": sin},
+        data_bytes=weights.end,
+    )

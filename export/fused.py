@@ -1,0 +1,291 @@
+"""LLaMA with fused operators, through optimum's own extension points.
+
+A subclass of optimum's ``LlamaOnnxConfig`` brings its own model patcher. While the patcher is active, the decoder
+layers call ``torch.autograd.Function``s whose ``symbolic`` emits ONNX Runtime's fused operators directly. No graph
+pattern is matched afterwards, so nothing can be missed silently; :mod:`export.check` counts all the same.
+
+The functions compute nothing (they return zeros of the right shape): only the trace matters, and the exported graph
+is compared with the *unpatched* model. Linear layers become marker operators that :mod:`export.convert` turns into
+``MatMul`` nodes over streamed weights.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import transformers.models.llama.modeling_llama as modeling_llama
+from optimum.exporters.onnx.model_configs import LlamaOnnxConfig
+from optimum.exporters.onnx.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+MARKER_DOMAIN = "llama_onnx_bench"
+MS = "com.microsoft"
+
+
+def _hidden(value: Any, last: int) -> Any:
+    """Type of a traced ``[batch, sequence, last]`` value: the leading axes are dynamic."""
+    return value.type().with_sizes([None, None, last])
+
+
+class _Linear(torch.autograd.Function):
+    """``x @ W.T (+ b)`` for one or several weights side by side; a marker in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int, n_weights: int, *params: Tensor) -> Tensor:
+        return x.new_zeros((*x.shape[:-1], out_features))
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, out_features: int, n_weights: int, *params: Any) -> Any:
+        out = g.op(f"{MARKER_DOMAIN}::Linear", x, *params, n_weights_i=n_weights)
+        out.setType(_hidden(x, out_features))
+        return out
+
+
+class _GroupQueryAttention(torch.autograd.Function):
+    """com.microsoft::GroupQueryAttention over packed QKV, rotary embedding inside, past and present."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        seqlens_k: Tensor,
+        total: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, new = qkv.shape[:2]
+        length = past_key.shape[2] + new
+        present = qkv.new_zeros((batch, kv_heads, length, head_dim))
+        return qkv.new_zeros((batch, new, heads * head_dim)), present, present.clone()
+
+    @staticmethod
+    def symbolic(
+        g: Any,
+        qkv: Any,
+        past_key: Any,
+        past_value: Any,
+        seqlens_k: Any,
+        total: Any,
+        cos: Any,
+        sin: Any,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+    ) -> Any:
+        none = g.op("prim::Constant")
+        none.setType(torch._C.OptionalType.ofTensor())
+        out, key, value = g.op(
+            f"{MS}::GroupQueryAttention",
+            qkv,
+            none,
+            none,
+            past_key,
+            past_value,
+            seqlens_k,
+            total,
+            cos,
+            sin,
+            num_heads_i=heads,
+            kv_num_heads_i=kv_heads,
+            scale_f=scale,
+            do_rotary_i=1,
+            rotary_interleaved_i=0,
+            outputs=3,
+        )
+        out.setType(_hidden(qkv, heads * head_dim))
+        for present in (key, value):
+            present.setType(past_key.type().with_sizes([None, kv_heads, None, head_dim]))
+        return out, key, value
+
+
+class _RMSNorm(torch.autograd.Function):
+    """SimplifiedLayerNormalization: ``x / rms(x) * w`` (ONNX Runtime's name for RMSNorm)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, weight: Any, eps: float) -> Any:
+        out = g.op("SimplifiedLayerNormalization", x, weight, axis_i=-1, epsilon_f=eps, stash_type_i=1)
+        out.setType(_hidden(x, weight.type().sizes()[0]))
+        return out
+
+
+class _SkipRMSNorm(torch.autograd.Function):
+    """SkipSimplifiedLayerNormalization: the residual add and the norm that follows it, in one operator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, skip: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(x), torch.zeros_like(x)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, skip: Any, weight: Any, eps: float) -> Any:
+        none = g.op("prim::Constant")
+        none.setType(torch._C.OptionalType.ofTensor())
+        # outputs: normalised, mean, inverse std (both unused), x + skip
+        out, _, _, total = g.op(f"{MS}::SkipSimplifiedLayerNormalization", x, skip, weight, epsilon_f=eps, outputs=4)
+        for value in (out, total):
+            value.setType(_hidden(x, weight.type().sizes()[0]))
+        return out, total
+
+
+def _linear(x: Tensor, *layers: nn.Linear) -> Tensor:
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    out: Tensor = _Linear.apply(x, sum(layer.out_features for layer in layers), len(layers), *weights, *biases)
+    return out
+
+
+def _attention(self: Any, x: Tensor, mask: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+    config = self.config
+    layer = cache.layers[self.layer_idx]
+    qkv = _linear(x, self.q_proj, self.k_proj, self.v_proj)
+    out, layer.keys, layer.values = _GroupQueryAttention.apply(
+        qkv,
+        layer.keys,
+        layer.values,
+        *mask,
+        *rope,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        self.head_dim,
+        float(self.scaling),
+    )
+    return _linear(out, self.o_proj)
+
+
+def _norm(norm: Any, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Normalise a plain tensor or a (branch, residual) pair; returns (normalised, new residual)."""
+    if isinstance(x, tuple):
+        branch, residual = x
+        out: tuple[Tensor, Tensor] = _SkipRMSNorm.apply(branch, residual, norm.weight, norm.variance_epsilon)
+        return out
+    return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon), x
+
+
+def _decoder_layer(
+    self: Any,
+    hidden_states: Tensor | tuple[Tensor, Tensor],
+    attention_mask: tuple[Tensor, Tensor],
+    past_key_values: Any,
+    position_embeddings: tuple[Tensor, Tensor],
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    x, residual = _norm(self.input_layernorm, hidden_states)
+    x = _attention(self.self_attn, x, attention_mask, position_embeddings, past_key_values)
+    x, residual = _norm(self.post_attention_layernorm, (x, residual))
+    gate = self.mlp.act_fn(_linear(x, self.mlp.gate_proj))
+    return _linear(gate * _linear(x, self.mlp.up_proj), self.mlp.down_proj), residual
+
+
+class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
+    """Replaces what a LLaMA computes by fused operators while ``with`` is active; restores everything after."""
+
+    def __init__(self, config: Any, model: Any, model_kwargs: dict[str, Any] | None = None) -> None:
+        # The exporter would trace the default 0 as a tensor, which LlamaForCausalLM.forward reads as an index.
+        super().__init__(config, model, {**(model_kwargs or {}), "logits_to_keep": 0})
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        model = self._model.model
+        last_only = self.real_config.last_logits
+        hidden_size = int(self._model.config.hidden_size)
+        seen: dict[str, Tensor] = {}
+
+        def mask_to_lengths(*, attention_mask: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+            lengths = (attention_mask.sum(dim=1) - 1).to(torch.int32)
+            total = torch._shape_as_tensor(attention_mask)[1].to(torch.int32)
+            seen["lengths"] = lengths
+            return lengths, total
+
+        def final_norm(_self: Any, hidden: tuple[Tensor, Tensor]) -> Tensor:
+            out, _residual = _norm(_self, hidden)
+            if not last_only:
+                return out
+            # Last valid position of each row: `lengths` on a first prompt, 0 for a single new token, and the last
+            # new one when a single row continues; min(lengths, new - 1) is all three.
+            new = torch._shape_as_tensor(out)[1].to(torch.int32)
+            index = torch.minimum(seen["lengths"], new - 1).to(torch.int64).reshape(-1, 1)
+            return _TakePosition.apply(out, index, hidden_size)
+
+        self._undo: list[tuple[Any, str, Any]] = []
+
+        def patch(owner: Any, name: str, value: Any) -> None:
+            self._undo.append((owner, name, owner.__dict__.get(name)))
+            setattr(owner, name, value)
+
+        patch(modeling_llama, "create_causal_mask", mask_to_lengths)
+        patch(model.rotary_emb, "forward", lambda *_: (model.rope_cos, model.rope_sin))
+        for layer in model.layers:
+            patch(layer, "forward", types.MethodType(_decoder_layer, layer))
+        patch(model.norm, "forward", types.MethodType(final_norm, model.norm))
+        patch(self._model.lm_head, "forward", lambda x: _linear(x, self._model.lm_head))
+
+    def __exit__(self, *exc: Any) -> None:
+        for owner, name, value in reversed(self._undo):
+            if value is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+        super().__exit__(*exc)
+
+
+class _TakePosition(torch.autograd.Function):
+    """``x[b, index[b]]`` as one GatherND, result ``[batch, 1, hidden]``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, hidden: int) -> Tensor:
+        return x[:, :1]
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, index: Any, hidden: int) -> Any:
+        # Indices [B, 1, 1] with one batch axis pick [B, 1, H].
+        axes = g.op("Constant", value_t=torch.tensor([2]))
+        index3 = g.op("Unsqueeze", index, axes)
+        out = g.op("GatherND", x, index3, batch_dims_i=1)
+        out.setType(x.type().with_sizes([None, 1, hidden]))
+        return out
+
+
+class FusedLlamaOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
+    """optimum's LLaMA configuration for the fused graph.
+
+    GroupQueryAttention derives positions from the mask, so there is no ``position_ids``. Past and present lengths
+    are independent axes: a preallocated buffer is longer than the tokens in it. ``last_logits`` chooses between
+    logits ``[batch, 1, vocab]`` of the last valid position and ``[batch, sequence, vocab]`` of all.
+    """
+
+    _MODEL_PATCHER = FusedLlamaPatcher
+    last_logits = True
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """Input names with their dynamic axes, in graph order."""
+        names = {
+            "input_ids": {0: "batch_size", 1: "sequence_length"},
+            "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+        }
+        for i in range(self._normalized_config.num_layers):
+            for kind in ("key", "value"):
+                names[f"past_key_values.{i}.{kind}"] = {0: "batch_size", 2: "past_sequence_length"}
+        return names
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        """Output names with their dynamic axes, in graph order."""
+        logits = {0: "batch_size"} if self.last_logits else {0: "batch_size", 1: "sequence_length"}
+        names = {"logits": logits}
+        for i in range(self._normalized_config.num_layers):
+            for kind in ("key", "value"):
+                names[f"present.{i}.{kind}"] = {0: "batch_size", 2: "total_sequence_length"}
+        return names

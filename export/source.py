@@ -1,0 +1,149 @@
+"""Model argument -> a local checkpoint folder (config.json, safetensors, tokenizer).
+
+Accepts ``demo``, a folder, a GGUF file or a hub id. GGUF files are converted once into the user's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.cache import cache_dir, publish
+from export.errors import BrokenCheckpointError, ExportError, ModelNotFoundError
+from export.manifest import sha256_of
+
+DEMO = "demo"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+)
+Status = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on this machine.
+
+    ``name`` is what reports call it; ``origin`` says where the weights are from and whether they are real
+    (trained) or random.
+    """
+
+    folder: Path
+    name: str
+    origin: str
+
+
+def resolve(model: str, revision: str | None = None, status: Status = lambda _: None) -> Source:
+    """Find or fetch a checkpoint.
+
+    Raises:
+        ModelNotFoundError: no such folder, file or hub id; or the hub cannot be reached.
+        BrokenCheckpointError: a folder without config.json or safetensors, or a GGUF that cannot be read.
+        DemoModelError: the demo model cannot be had.
+    """
+    if model == DEMO:
+        from export.demo_model import ORIGIN, demo_model
+
+        return Source(demo_model(status), "SmolLM2-135M-Instruct", ORIGIN)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _local(path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelNotFoundError(f"{path} is a file, but not a .gguf; pass the checkpoint's folder")
+        return Source(gguf_checkpoint(path, status), path.stem, f"GGUF file {path.name}, dequantised to fp32")
+    if path.is_absolute() or model.startswith((".", "~")) or not HUB_ID.fullmatch(model):
+        raise ModelNotFoundError(
+            f"no such model: {model!r} is neither a folder, a .gguf file nor a hub id (owner/name); "
+            f"'demo' is the built-in demo model"
+        )
+    return _from_hub(model, revision, status)
+
+
+def _local(folder: Path) -> Source:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise BrokenCheckpointError(f"{folder} has no config.json; pass a transformers checkpoint folder")
+    try:
+        raw = json.loads(config.read_text(encoding="utf-8"))
+        origin = str(raw.get("llama_onnx_origin", "local folder"))
+    except (ValueError, AttributeError):
+        raise BrokenCheckpointError(f"{config} is not a JSON object; copy or download it again") from None
+    return Source(folder, folder.resolve().name, origin)
+
+
+def _from_hub(model: str, revision: str | None, status: Status) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    status(f"fetching {model} from the hub")
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES))
+    except GatedRepoError:
+        raise ModelNotFoundError(
+            f"{model} is gated: accept its licence on its hub page, then run `huggingface-cli login` or set HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelNotFoundError(f"{model} has no revision {revision!r} on the hub") from None
+    except RepositoryNotFoundError:
+        raise ModelNotFoundError(
+            f"no such model: there is no folder and no hub repository {model!r} (or it is private: set HF_TOKEN)"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        raise ModelNotFoundError(
+            f"the hub cannot be reached and {model!r} is not cached; pass a local checkpoint folder instead, "
+            f"or 'demo' for the built-in demo model"
+        ) from None
+    return Source(Path(folder), model, f"hub {model}" + (f" at {revision}" if revision else ""))
+
+
+def gguf_checkpoint(path: Path, status: Status = lambda _: None) -> Path:
+    """Convert a GGUF file to a safetensors folder in the cache, once per content; returns the folder.
+
+    Raises:
+        BrokenCheckpointError: the file is damaged, or of an architecture that transformers cannot read.
+    """
+    target = cache_dir() / "gguf" / sha256_of(path)[:16]
+    if not (target / "config.json").is_file():
+        with publish(target) as work:
+            convert_gguf(path, work, status)
+    return target
+
+
+def convert_gguf(path: Path, out: Path, status: Status) -> None:
+    """Read a GGUF file through transformers and save weights (fp32), config and tokenizer to ``out``."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    status(f"reading {path.name} (about a minute)")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except ExportError:
+        raise
+    except Exception as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise BrokenCheckpointError(f"{path} cannot be read as GGUF ({first}); is it whole, and a LLaMA?") from None
+    status("saving as safetensors")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # transformers saves the GGUF itself as "tokenizer.model"; tokenizer.json holds all that is needed.
+    (out / "tokenizer.model").unlink(missing_ok=True)

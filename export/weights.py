@@ -1,0 +1,186 @@
+"""The streaming writer: one initialiser in memory at a time, hashed while it is written.
+
+Peak memory is the largest initialiser (read once, transposed once), whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from export.convert import Conversion, WeightRecipe
+from export.errors import BrokenCheckpointError
+
+_PIECE = 1 << 24
+
+
+class Checkpoint:
+    """Tensors of a safetensors checkpoint, sharded or not, read one by one.
+
+    A file is opened anew for each tensor: an open one keeps every page that it ever touched resident.
+
+    Raises:
+        BrokenCheckpointError: no safetensors files, a truncated one, or a shard that the index names and is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as e:
+                raise BrokenCheckpointError(f"{index} is not a safetensors index ({e}); download it again") from None
+            files = [folder / name for name in names]
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise BrokenCheckpointError(
+                f"{folder} holds no *.safetensors; save the model with save_pretrained(..., safe_serialization=True)"
+            )
+        self.where: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as f:
+                    for name in f.keys():  # noqa: SIM118 (not a dict)
+                        self.where[name] = file
+                        self.shapes[name] = tuple(f.get_slice(name).get_shape())
+            except FileNotFoundError:
+                raise BrokenCheckpointError(
+                    f"{file.name} is missing from {folder}, though the index names it; download it again"
+                ) from None
+            except SafetensorError as e:
+                raise BrokenCheckpointError(
+                    f"{file} is damaged or cut short ({e}); copy or download it again"
+                ) from None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the type it is stored in."""
+        with safe_open(self.where[name], framework="pt") as f:
+            tensor: Tensor = f.get_tensor(name)
+        return tensor
+
+
+def match_names(recipes: Iterable[WeightRecipe], checkpoint: Checkpoint, tied: bool) -> dict[str, str]:
+    """Map each source of the recipes to a checkpoint tensor and check that nothing is missing, extra or misshapen.
+
+    Raises:
+        BrokenCheckpointError: names the tensors concerned.
+    """
+    wanted = {s for r in recipes for s in r.sources}
+    known = set(checkpoint.where)
+    mapping = {s: s for s in wanted}
+    if tied and "model.embed_tokens.weight" not in known and "lm_head.weight" in known:
+        mapping["model.embed_tokens.weight"] = "lm_head.weight"
+    missing = sorted(s for s, t in mapping.items() if t not in known)
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise BrokenCheckpointError(f"{checkpoint.folder} lacks the tensors {shown}; is the checkpoint whole?")
+    ignored = ("rotary_emb.inv_freq",)
+    extra = sorted(
+        n for n in known - set(mapping.values()) if not n.endswith(ignored) and not (tied and n == "lm_head.weight")
+    )
+    if extra:
+        shown = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+        raise BrokenCheckpointError(
+            f"{checkpoint.folder} has tensors that a LLaMA of this config does not use: {shown}; "
+            f"does config.json belong to these weights?"
+        )
+    for recipe in recipes:
+        if recipe.transform in ("copy", "transpose"):
+            (source,) = recipe.sources
+            want = recipe.shape if recipe.transform == "copy" else recipe.shape[::-1]
+            have = checkpoint.shapes[mapping[source]]
+            if have != want:
+                raise BrokenCheckpointError(
+                    f"{checkpoint.folder}: {source} has shape {list(have)}, config.json demands {list(want)}; "
+                    f"does config.json belong to these weights?"
+                )
+    return mapping
+
+
+def make_initialiser(recipe: WeightRecipe, sources: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Apply a recipe: cast, join, transpose. The cast comes first, so that fp16 halves the working memory."""
+    parts = [s.to(dtype) for s in sources]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
+    if recipe.transform in ("transpose", "concat_transpose"):
+        joined = joined.t()
+    if tuple(joined.shape) != recipe.shape:
+        raise BrokenCheckpointError(
+            f"{recipe.name}: the checkpoint gives shape {list(joined.shape)}, config.json demands {list(recipe.shape)}"
+        )
+    return joined.contiguous()
+
+
+def _write(fd: int, data: memoryview) -> None:
+    """Write all of ``data``: a raw write may be short."""
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def write_data(
+    conversion: Conversion,
+    checkpoint: Checkpoint,
+    path: Path,
+    dtype: torch.dtype,
+    tied: bool,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[str, str]:
+    """Stream every initialiser to ``path``.
+
+    Args:
+        conversion: recipes in file order, and the rotary tables.
+        checkpoint: where the tensors come from.
+        path: the external-data file, written anew.
+        dtype: storage type.
+        tied: whether the head shares the embedding's tensor.
+        progress: called with the bytes written by each piece.
+
+    Returns:
+        SHA-256 (hex) of the file, and the identity of the weights: SHA-256 over name, type, shape and content of
+        every checkpoint tensor, the same however the checkpoint is sharded.
+    """
+    mapping = match_names(conversion.recipes, checkpoint, tied)
+    file_hash = hashlib.sha256()
+    contents: dict[str, str] = {}
+    position = 0
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        for recipe in conversion.recipes:
+            if recipe.transform == "rope":
+                data = conversion.rope[recipe.name].to(dtype).contiguous()
+            else:
+                sources = [checkpoint.read(mapping[s]) for s in recipe.sources]
+                for name, tensor in zip(recipe.sources, sources, strict=True):
+                    if mapping[name] not in contents:
+                        contents[mapping[name]] = _identity(mapping[name], tensor)
+                data = make_initialiser(recipe, sources, dtype)
+                del sources
+            raw = memoryview(data.view(torch.uint8).numpy()).cast("B")
+            padding = memoryview(bytes(recipe.offset - position))
+            for block in (padding, raw):
+                for start in range(0, len(block), _PIECE):
+                    piece = block[start : start + _PIECE]
+                    _write(fd, piece)
+                    file_hash.update(piece)
+                    if progress:
+                        progress(len(piece))
+            position = recipe.offset + recipe.nbytes
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    identity = hashlib.sha256("\n".join(contents[n] for n in sorted(contents)).encode()).hexdigest()
+    return file_hash.hexdigest(), identity
+
+
+def _identity(name: str, tensor: Tensor) -> str:
+    raw = memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"

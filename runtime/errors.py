@@ -1,0 +1,23 @@
+"""What can go wrong while running. Each error names the thing and the remedy."""
+
+from __future__ import annotations
+
+
+class SessionError(Exception):
+    """Base of all runtime errors; ``exit_code`` is what the command line returns."""
+
+    exit_code = 2
+
+
+class ContextOverflowError(SessionError):
+    """More tokens were asked for than the context (or the reserved buffer) holds."""
+
+
+class UnknownProviderError(SessionError):
+    """A provider name that this tool does not know."""
+
+
+class ProviderUnavailableError(SessionError):
+    """A known provider that this machine cannot run; names the cause and the install command."""
+
+    exit_code = 4

@@ -1,0 +1,197 @@
+"""An exported folder on ONNX Runtime.
+
+What a decode step does: write one id per row, extend the mask, run the bound graph. Everything else (KV buffers, id
+and logits buffers) is bound once per batch. Try: ``llama-onnx generate FOLDER "The capital of France is"``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from export.manifest import Manifest
+from runtime.errors import SessionError
+from runtime.kv_cache import NUMPY_DTYPE, KVCache
+from runtime.providers import Provider, provider_list, require, require_active
+from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
+
+ONNX_TYPE = {np.float32: 1, np.float16: 10, np.int64: 7}
+
+
+class OrtSession:
+    """One exported folder, ready to run; see :class:`runtime.session.Session`.
+
+    Args:
+        folder: the exported folder, verified by the caller (:func:`runtime.load`).
+        manifest: its manifest.
+        provider: ``cpu``, ``cuda``, ...
+        threads: intra-op threads on the CPU; None takes every core this process may use.
+
+    Raises:
+        ProviderUnavailableError: the provider is not installed, did not load, or lacks an operator.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, provider: str = "cpu", threads: int | None = None) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._provider: Provider = require(provider, manifest.precision)
+        self._threads = threads or len(os.sched_getaffinity(0))
+        started = time.perf_counter()
+        self._decode = self._open(manifest.decode_graph)
+        self.load_s = time.perf_counter() - started
+        self._scoring: Any = None
+        self._cache: KVCache | None = None
+        self._closed = False
+        self._reset()
+
+    def _open(self, graph: str) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3
+        try:
+            session = ort.InferenceSession(
+                str(self.folder / graph), sess_options=options, providers=provider_list(self._provider)
+            )
+        except Exception as e:  # onnxruntime raises its own C++-bound classes
+            first = str(e).splitlines()[0][:300]
+            raise SessionError(f"onnxruntime {ort.__version__} cannot open {self.folder / graph}: {first}") from None
+        session.disable_fallback()
+        require_active(session, self._provider)
+        return session
+
+    @property
+    def info(self) -> SessionInfo:
+        """What runs."""
+        return SessionInfo(
+            runtime="onnxruntime",
+            provider=self._provider.name,
+            precision=self.manifest.precision,
+            context_length=self.manifest.context_length,
+            vocab_size=self.manifest.vocab_size,
+            details={
+                "onnxruntime": ort.__version__,
+                "execution_provider": self._provider.ort_name,
+                "intra_op_threads": self._threads,
+                "graph_optimization": "all",
+                "kv_cache": "preallocated, past and present share memory",
+            },
+        )
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV buffers that are allocated now."""
+        return self._cache.nbytes if self._cache else 0
+
+    def _reset(self) -> None:
+        self._batch = 0
+        self._lengths: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._end = 0
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise SessionError("the session is closed; open a new one")
+
+    def _bound(self, buffers: dict[str, NDArray[Any]], cache: KVCache, session: Any) -> Any:
+        """A binding with the KV cache and host inputs bound; outputs follow in :meth:`_bind_logits`."""
+        binding = session.io_binding()
+        cache.bind(binding)
+        for name, array in buffers.items():
+            self._bind_input(binding, name, array)
+        return binding
+
+    @staticmethod
+    def _bind_input(binding: Any, name: str, array: NDArray[Any]) -> None:
+        """Bind host memory by address: no copy, but ``array`` must stay alive while the binding is used."""
+        binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _bind_logits(self, binding: Any, positions: int, rows: int) -> NDArray[Any]:
+        """Host memory for the logits; the provider copies them there (the CPU writes in place)."""
+        logits = np.empty((rows, positions, self.manifest.vocab_size), NUMPY_DTYPE[self.manifest.precision])
+        binding.bind_output("logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
+        return logits
+
+    def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
+        """Start a batch; see :meth:`runtime.session.Session.prefill`."""
+        self._require_open()
+        lengths = check_prompts(ids, reserve, self.info)
+        self._reset()
+        tokens = max(lengths) + reserve
+        if self._cache is None or not self._cache.holds(len(ids), tokens):
+            self._cache = None  # freed before the next one is allocated
+            self._cache = KVCache(
+                self.manifest.kv, len(ids), tokens, self.manifest.context_length, self._provider.device
+            )
+        padded, mask = right_pad(ids)
+        binding = self._bound({"input_ids": padded, "attention_mask": mask}, self._cache, self._decode)
+        logits = self._bind_logits(binding, 1, len(ids))
+        self._decode.run_with_iobinding(binding)
+
+        self._batch = len(ids)
+        self._lengths = np.asarray(lengths, np.int64)
+        self._end = tokens
+        self._ids = np.zeros((self._batch, 1), np.int64)
+        self._mask = np.ones(self._batch * tokens, np.int64)
+        self._step_binding = self._bound({"input_ids": self._ids}, self._cache, self._decode)
+        self._step_logits = self._bind_logits(self._step_binding, 1, self._batch)
+        return _fp32(logits[:, 0])
+
+    def step(self, ids: Sequence[int]) -> Logits:
+        """Append one token per row; see :meth:`runtime.session.Session.step`."""
+        self._require_open()
+        longest = int(self._lengths.max()) if self._batch else 0
+        check_step(ids, self._batch, longest, self._end)
+        self._ids[:, 0] = ids
+        self._lengths += 1
+        total = longest + 1
+        # The graph reads the mask's row sums (lengths) and its width (the longest row), nothing else.
+        mask = self._mask[: self._batch * total].reshape(self._batch, total)
+        if self._batch > 1:  # a single row is all ones
+            np.less(np.arange(total), self._lengths[:, None], out=mask, casting="unsafe")
+        self._bind_input(self._step_binding, "attention_mask", mask)
+        self._decode.run_with_iobinding(self._step_binding)
+        return _fp32(self._step_logits[:, 0])
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Logits at all positions, from the scoring graph (opened on first use)."""
+        self._require_open()
+        check_prompts([ids], 0, self.info)
+        if self._scoring is None:
+            self._scoring = self._open(self.manifest.scoring_graph)
+        self._reset()
+        self._cache = None
+        cache = KVCache(self.manifest.kv, 1, len(ids), self.manifest.context_length, self._provider.device)
+        padded, mask = right_pad([ids])
+        binding = self._bound({"input_ids": padded, "attention_mask": mask}, cache, self._scoring)
+        logits = self._bind_logits(binding, len(ids), 1)
+        self._scoring.run_with_iobinding(binding)
+        return _fp32(logits[0])
+
+    def close_scoring(self) -> None:
+        """Free the scoring graph's copy of the weights."""
+        self._scoring = None
+
+    def close(self) -> None:
+        """Free everything; closing twice is allowed."""
+        self._closed = True
+        self._reset()
+        self._cache = self._decode = self._scoring = self._step_binding = None
+
+    def __enter__(self) -> OrtSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _fp32(logits: NDArray[Any]) -> Logits:
+    return logits.astype(np.float32, copy=False)

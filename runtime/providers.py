@@ -1,0 +1,95 @@
+"""Execution providers by name, and what to do about one that is not there.
+
+ONNX Runtime falls back to the CPU without an error when a provider fails to load, so every session is asked
+afterwards which provider it really has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnxruntime as ort
+
+from runtime.errors import ProviderUnavailableError, UnknownProviderError
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One execution provider: our name, ONNX Runtime's, the device its memory is on, how to install it."""
+
+    name: str
+    ort_name: str
+    device: str
+    precisions: tuple[str, ...]
+    install: str
+
+
+PROVIDERS = {
+    p.name: p
+    for p in (
+        Provider("cpu", "CPUExecutionProvider", "cpu", ("fp32", "fp16"), "pip install onnxruntime"),
+        Provider(
+            "cuda",
+            "CUDAExecutionProvider",
+            "cuda",
+            ("fp16",),
+            "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]' (or: make demo EXTRA=gpu)",
+        ),
+        Provider(
+            "tensorrt",
+            "TensorrtExecutionProvider",
+            "cuda",
+            (),
+            "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]' 'tensorrt-cu13>=10.15,<11'",
+        ),
+    )
+}
+
+
+def require(name: str, precision: str) -> Provider:
+    """The provider of that name, if this installation has it and it runs the folder's graph.
+
+    Raises:
+        UnknownProviderError: no such name.
+        ProviderUnavailableError: this onnxruntime was built without it, or its operators do not cover the graph.
+    """
+    if name not in PROVIDERS:
+        raise UnknownProviderError(f"unknown provider {name!r}; choose one of {', '.join(PROVIDERS)}")
+    provider = PROVIDERS[name]
+    if provider.ort_name not in ort.get_available_providers():
+        have = ", ".join(p.name for p in PROVIDERS.values() if p.ort_name in ort.get_available_providers())
+        raise ProviderUnavailableError(
+            f"provider {name!r} is not installed: onnxruntime {ort.__version__} here has {have}. "
+            f"To get it: {provider.install}"
+        )
+    if precision not in provider.precisions:
+        runs = ", ".join(provider.precisions) or "no precision of this target"
+        raise ProviderUnavailableError(
+            f"provider {name!r} has no GroupQueryAttention for {precision} (it runs {runs}); "
+            f"export with --precision {provider.precisions[0] if provider.precisions else 'fp16'}, or use another provider"
+        )
+    return provider
+
+
+def provider_list(provider: Provider) -> list[Any]:
+    """What goes into ``InferenceSession(providers=...)``."""
+    if provider.device == "cuda":
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+        return [(provider.ort_name, {"arena_extend_strategy": "kSameAsRequested"}), "CPUExecutionProvider"]
+    return [provider.ort_name]
+
+
+def require_active(session: Any, provider: Provider) -> None:
+    """Fail when a session silently fell back.
+
+    Raises:
+        ProviderUnavailableError: the provider that was asked for is not the session's first.
+    """
+    active = session.get_providers()
+    if not active or active[0] != provider.ort_name:
+        raise ProviderUnavailableError(
+            f"provider {provider.name!r} was asked for, but the session runs on {', '.join(active) or 'nothing'}: "
+            f"its libraries failed to load. To get it: {provider.install}"
+        )

@@ -1,0 +1,126 @@
+"""The one protocol behind which ONNX Runtime and the PyTorch baseline stand.
+
+A session holds one batch at a time: :meth:`Session.prefill` starts it, :meth:`Session.step` appends one token per
+row. Rows may be of uneven length; padding is the session's business and never the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import ContextOverflowError, SessionError
+
+Logits = NDArray[np.float32]
+Ids = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """What runs: for tables and records.
+
+    ``runtime`` is ``onnxruntime`` or ``pytorch``; ``provider`` the execution provider (or device) that really runs;
+    ``details`` holds settings worth recording (threads, attention kernel, options).
+    """
+
+    runtime: str
+    provider: str
+    precision: str
+    context_length: int
+    vocab_size: int
+    details: dict[str, str | int | float | bool]
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, such as ``onnxruntime-cpu``."""
+        return f"{self.runtime}-{self.provider}"
+
+
+@runtime_checkable
+class Session(Protocol):
+    """One loaded model."""
+
+    @property
+    def info(self) -> SessionInfo:
+        """What runs."""
+
+    def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
+        """Start a batch.
+
+        Args:
+            ids: one prompt per row, token ids, lengths may differ, none empty.
+            reserve: how many tokens :meth:`step` may append to each row.
+
+        Returns:
+            Logits of each row's last token, ``[batch, vocab]`` fp32, valid until the next call.
+
+        Raises:
+            ContextOverflowError: longest prompt + ``reserve`` exceeds the context; nothing has run.
+            SessionError: no rows, an empty row, an id outside the vocabulary.
+        """
+
+    def step(self, ids: Sequence[int]) -> Logits:
+        """Append one token to each row; returns the logits after it, ``[batch, vocab]``, valid until the next call.
+
+        Raises:
+            ContextOverflowError: more steps than were reserved.
+            SessionError: no batch was started, or not one id per row.
+        """
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Logits at every position of one sequence, ``[length, vocab]`` fp32. Leaves no batch behind."""
+
+    def close(self) -> None:
+        """Free the model; closing twice is allowed."""
+
+
+def check_prompts(ids: Ids, reserve: int, info: SessionInfo) -> list[int]:
+    """Refuse what cannot run before anything runs; returns the rows' lengths.
+
+    Raises:
+        ContextOverflowError: too long.
+        SessionError: no rows, an empty row, an id outside the vocabulary, a negative reserve.
+    """
+    lengths = [len(row) for row in ids]
+    if not lengths:
+        raise SessionError("no prompt given")
+    if 0 in lengths:
+        raise SessionError(f"prompt {lengths.index(0)} is empty; give at least one token")
+    if reserve < 0:
+        raise SessionError(f"cannot reserve {reserve} new tokens; ask for 0 or more")
+    if max(lengths) + reserve > info.context_length:
+        raise ContextOverflowError(
+            f"a prompt of {max(lengths)} tokens and {reserve} new ones exceed the context of {info.context_length}; "
+            f"shorten the prompt or ask for at most {max(0, info.context_length - max(lengths))} new tokens"
+        )
+    for row in ids:
+        low, high = min(row), max(row)
+        if low < 0 or high >= info.vocab_size:
+            bad = low if low < 0 else high
+            raise SessionError(f"token id {bad} is outside the vocabulary of {info.vocab_size}; wrong tokenizer?")
+    return lengths
+
+
+def check_step(ids: Sequence[int], batch: int, used: int, capacity: int) -> None:
+    """Refuse a step without a batch, of another width, or beyond what was reserved."""
+    if batch == 0:
+        raise SessionError("no batch is open; call prefill first")
+    if len(ids) != batch:
+        raise SessionError(f"{len(ids)} ids for a batch of {batch}; give one per row")
+    if used >= capacity:
+        raise ContextOverflowError(f"the reserved {capacity} positions are used up; prefill with a larger reserve")
+
+
+def right_pad(ids: Ids) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of uneven length -> (ids, mask), both ``[batch, longest]`` int64, zeros behind each row."""
+    width = max(len(row) for row in ids)
+    out = np.zeros((len(ids), width), np.int64)
+    mask = np.zeros((len(ids), width), np.int64)
+    for i, row in enumerate(ids):
+        out[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return out, mask

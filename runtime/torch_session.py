@@ -1,0 +1,145 @@
+"""The PyTorch baseline behind the same protocol: the unpatched transformers model, eager, with its DynamicCache."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from runtime.errors import SessionError
+from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
+
+TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class TorchSession:
+    """A checkpoint folder on PyTorch; see :class:`runtime.session.Session`.
+
+    Args:
+        folder: config.json and safetensors.
+        precision: ``fp32`` or ``fp16``.
+        device: ``cpu`` or ``cuda``.
+        attention: transformers' attention implementation, ``sdpa`` (its default) or ``eager``.
+        threads: PyTorch's intra-op threads (a setting of the whole process); None takes every core.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        precision: str = "fp32",
+        device: str = "cpu",
+        attention: str = "sdpa",
+        threads: int | None = None,
+    ) -> None:
+        self._threads = threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(self._threads)
+        self._precision, self._device, self._attention = precision, device, attention
+        started = time.perf_counter()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=TORCH_DTYPE[precision], attn_implementation=attention, local_files_only=True
+        )
+        self._model = self._model.to(device).eval()
+        self.load_s = time.perf_counter() - started
+        config = self._model.config
+        self._info = SessionInfo(
+            runtime="pytorch",
+            provider=device,
+            precision=precision,
+            context_length=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            details={
+                "torch": torch.__version__,
+                "attention": attention,
+                "intra_op_threads": self._threads,
+                "kv_cache": "DynamicCache",
+            },
+        )
+        self._reset()
+
+    def _reset(self) -> None:
+        self._past: Any = None
+        self._batch = 0
+        self._used = self._end = 0
+
+    @property
+    def info(self) -> SessionInfo:
+        """What runs."""
+        return self._info
+
+    def _require_open(self) -> None:
+        if self._model is None:
+            raise SessionError("the session is closed; open a new one")
+
+    def _forward(self, **inputs: Any) -> Any:
+        with torch.inference_mode():
+            return self._model(**inputs, past_key_values=self._past, use_cache=self._past is not None)
+
+    def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
+        """Start a batch; see :meth:`runtime.session.Session.prefill`."""
+        self._require_open()
+        lengths = check_prompts(ids, reserve, self._info)
+        self._reset()
+        padded, mask = right_pad(ids)
+        self._past = DynamicCache(config=self._model.config)
+        self._even = min(lengths) == max(lengths)
+        self._mask = torch.from_numpy(mask).to(self._device)
+        self._lengths = torch.tensor(lengths, device=self._device)
+        last = self._lengths - 1
+        inputs: dict[str, Any] = {"input_ids": torch.from_numpy(padded).to(self._device)}
+        # Only the last valid position goes through the head, as transformers' own generate() does.
+        if self._even:
+            logits = self._forward(**inputs, logits_to_keep=1).logits[:, -1]
+        else:
+            out = self._hidden(**inputs, attention_mask=self._mask)
+            with torch.inference_mode():
+                logits = self._model.lm_head(out[torch.arange(len(ids), device=self._device), last])
+        self._batch = len(ids)
+        self._used, self._end = max(lengths), max(lengths) + reserve
+        return _fp32(logits)
+
+    def _hidden(self, **inputs: Any) -> Any:
+        with torch.inference_mode():
+            return self._model.model(**inputs, past_key_values=self._past, use_cache=True).last_hidden_state
+
+    def step(self, ids: Sequence[int]) -> Logits:
+        """Append one token per row; see :meth:`runtime.session.Session.step`."""
+        self._require_open()
+        check_step(ids, self._batch, self._used, self._end)
+        inputs: dict[str, Any] = {"input_ids": torch.tensor(ids, device=self._device)[:, None]}
+        if not self._even:
+            # New tokens stand behind the padding in the cache; the mask and the positions keep rows apart.
+            self._mask = torch.cat([self._mask, self._mask.new_ones((self._batch, 1))], dim=1)
+            inputs |= {"attention_mask": self._mask, "position_ids": self._lengths[:, None]}
+        logits = self._forward(**inputs).logits[:, -1]
+        self._lengths = self._lengths + 1
+        self._used += 1
+        return _fp32(logits)
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Logits at all positions of one sequence."""
+        self._require_open()
+        check_prompts([ids], 0, self._info)
+        self._reset()
+        return _fp32(self._forward(input_ids=torch.tensor([list(ids)], device=self._device)).logits[0])
+
+    def close(self) -> None:
+        """Free the model; closing twice is allowed."""
+        self._model = None
+        self._reset()
+
+    def __enter__(self) -> TorchSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _fp32(logits: torch.Tensor) -> Logits:
+    out: Logits = logits.to(device="cpu", dtype=torch.float32).numpy().astype(np.float32, copy=False)
+    return out
