@@ -7,6 +7,7 @@ The JSON Schema beside this file (``record.schema.json``) is written from these 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -119,7 +120,7 @@ class Series(_Frozen):
 
 
 class Load(_Frozen):
-    """Times to load a side from a warm disk cache."""
+    """Times from nothing to the first token of a one-token prompt, files in the disk cache."""
 
     side: str
     samples_s: list[Seconds]
@@ -140,7 +141,8 @@ class Memory(_Frozen):
 class Floor(_Frozen):
     """The memory-bandwidth floor: a decode step cannot be faster than reading its bytes once.
 
-    ``bandwidth_samples`` are bytes per second, measured in this run; the floor uses their best, the demanding choice.
+    ``bandwidth_samples`` are bytes per second, one beside each round of the headline case (shared memory buses drift,
+    so the floor is measured where and when the decode step is); the floor uses their median.
     """
 
     method: str
@@ -150,7 +152,9 @@ class Floor(_Frozen):
 
     def step_s(self, context: float, batch: int = 1) -> float:
         """Least time of one decode step at a context of that many tokens per row, seconds."""
-        return (self.weight_bytes + batch * context * self.kv_bytes_per_token) / max(self.bandwidth_samples)
+        return (self.weight_bytes + batch * context * self.kv_bytes_per_token) / statistics.median(
+            self.bandwidth_samples
+        )
 
 
 class Check(_Frozen):

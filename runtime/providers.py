@@ -47,8 +47,20 @@ PROVIDERS = {
 }
 
 
-def require(name: str, precision: str) -> Provider:
+def auto_provider() -> str:
+    """CUDA where this onnxruntime has it and a GPU is there, else the CPU."""
+    if PROVIDERS["cuda"].ort_name in ort.get_available_providers():
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+    return "cpu"
+
+
+def require(name: str, precision: str | None) -> Provider:
     """The provider of that name, if this installation has it and it runs the folder's graph.
+
+    ``precision`` None leaves the graph out of account.
 
     Raises:
         UnknownProviderError: no such name.
@@ -63,7 +75,7 @@ def require(name: str, precision: str) -> Provider:
             f"provider {name!r} is not installed: onnxruntime {ort.__version__} here has {have}. "
             f"To get it: {provider.install}"
         )
-    if precision not in provider.precisions:
+    if precision is not None and precision not in provider.precisions:
         runs = ", ".join(provider.precisions) or "no precision of this target"
         raise ProviderUnavailableError(
             f"provider {name!r} has no GroupQueryAttention for {precision} (it runs {runs}); "

@@ -1,0 +1,71 @@
+"""Facts about this machine and its software, and the fingerprint that says whose figures may be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+
+import psutil
+
+from reports.record import Machine
+
+PACKAGES = (
+    "llama-onnx-bench",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "transformers",
+    "optimum",
+    "optimum-onnx",
+    "onnx",
+    "numpy",
+    "pytest",
+    "pytest-benchmark",
+    "sacrebleu",
+    "rouge-score",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part; what is not installed is left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _gpu() -> str | None:
+    try:
+        import torch
+
+        return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    except (ImportError, RuntimeError):
+        return None
+
+
+def machine() -> Machine:
+    """This machine. The fingerprint covers processor, cores, memory (in GiB), GPU and operating system."""
+    import cpuinfo
+
+    info = cpuinfo.get_cpu_info()
+    cpu = str(info.get("brand_raw") or platform.processor() or platform.machine())
+    cores = len(os.sched_getaffinity(0))
+    memory = psutil.virtual_memory().total
+    gpu = _gpu()
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    key = "|".join([cpu, str(cores), str(round(memory / 2**30)), gpu or "", platform.system(), platform.machine()])
+    return Machine(
+        fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
+        cpu=cpu,
+        cores=cores,
+        memory_bytes=memory,
+        os=system,
+        python=platform.python_version(),
+        gpu=gpu,
+        load_average_1m=os.getloadavg()[0],
+    )

@@ -1,0 +1,338 @@
+"""The parity gate: is the candidate still the baseline's model?
+
+Runs both sides on the same ids and texts and hands pure figures to :mod:`bench.parity` and :mod:`bench.metrics`.
+Besides teacher forcing it looks at what that misses: the decode graph against the scoring graph, step-by-step decode
+against prefill, and every row of an uneven batch against the row alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from bench.datasets import NEW_TOKENS, Dataset, Item, prompt_ids
+from bench.errors import DatasetError
+from bench.metrics import Scored, difference_interval, score_task
+from bench.parity import Tier, TokenFigures, decide, teacher_forced_checks, token_figures
+from bench.workload import Profile, chunked
+from reports.record import Check, Example, Parity, Status, TaskMetric
+from runtime.generate import generate
+from runtime.session import Session
+
+Tick = Callable[[str], None]
+BATCH = 8
+LENGTH_BAND = (0.9, 1.1)
+EXAMPLES_PER_TASK = 2
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    def __call__(self, text: str, **kwargs: Any) -> Any:
+        """Encode."""
+
+    def decode(self, ids: Sequence[int], **kwargs: Any) -> str:
+        """Decode."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Generated ids of one item on both sides, and whether each ended by itself."""
+
+    item: Item
+    candidate: tuple[int, ...]
+    baseline: tuple[int, ...]
+
+
+def score_windows(
+    candidate: Session, baseline: Session, windows: Sequence[Sequence[int]], tick: Tick = lambda _: None
+) -> list[TokenFigures]:
+    """Teacher-forced comparison, one entry a window."""
+    figures = []
+    for k, ids in enumerate(windows):
+        ours = candidate.score(ids).copy()
+        figures.append(token_figures(ours, baseline.score(ids), ids))
+        tick(f"scoring window {k + 1} of {len(windows)}")
+    return figures
+
+
+def consistency_check(candidate: Session, windows: Sequence[Sequence[int]], tier: Tier) -> list[Check]:
+    """The candidate against itself: decode against scoring graph, steps against prefill, uneven batch against alone.
+
+    KL divergence of next-token distributions, largest over the positions looked at, against the tier's tail margin.
+    """
+    window = list(windows[0])
+    steps = min(24, len(window) // 2)
+    start = len(window) - steps
+    whole = candidate.score(window).copy()
+    stepped = [candidate.prefill([window[:start]], reserve=steps)[0].copy()]
+    stepped += [candidate.step([token])[0].copy() for token in window[start:-1]]
+    by_steps = token_figures(
+        np.stack([*stepped, whole[-1]]), np.stack([*whole[start - 1 : -1], whole[-1]]), [0] * (steps + 1)
+    )
+    rows = [window[:start], window[: max(2, start // 3)], window[: max(3, start // 2)], window[:2]]
+    nexts = [window[len(r)] for r in rows]
+    together = [candidate.prefill(rows, reserve=1).copy(), candidate.step(nexts).copy()]
+    alone = [np.stack([whole[len(r) - 1] for r in rows]), np.stack([whole[len(r)] for r in rows])]
+    by_rows = [token_figures(np.vstack([a, a[-1:]]), np.vstack([b, b[-1:]]), [0] * (len(rows) + 1)) for a, b in
+               zip(together, alone, strict=True)]
+
+    def check(name: str, title: str, kld: float, samples: int, detail: str) -> Check:
+        return Check(
+            name=name,
+            title=title,
+            status="PASS" if kld <= tier.tail_kld else "FAIL",
+            value=max(kld, 0.0),
+            bound=None,
+            limit=tier.tail_kld,
+            better="lower",
+            null_value=None,
+            samples=samples,
+            unit="nats",
+            detail=detail,
+        )
+
+    return [
+        check(
+            "decode_consistency",
+            "Step-by-step decode",
+            float(by_steps.kld.max()),
+            steps,
+            f"largest KL divergence of {steps} decode steps over the KV cache against one scoring pass",
+        ),
+        check(
+            "batch_consistency",
+            "Uneven batch",
+            float(max(f.kld.max() for f in by_rows)),
+            2 * len(rows),
+            f"largest KL divergence of rows of {', '.join(str(len(r)) for r in rows)} tokens in one batch, "
+            f"prefill and one step, against each row alone",
+        ),
+    ]
+
+
+def _batches(items: Sequence[tuple[Item, list[int]]]) -> list[list[tuple[Item, list[int]]]]:
+    """Batches of similar length within a task, so that little is spent on padding."""
+    ordered = sorted(items, key=lambda pair: (pair[0].task, len(pair[1])))
+    out: list[list[tuple[Item, list[int]]]] = []
+    for _, group in itertools.groupby(ordered, key=lambda pair: pair[0].task):
+        members = list(group)
+        out += [members[k : k + BATCH] for k in range(0, len(members), BATCH)]
+    return out
+
+
+def run_generation(
+    candidate: Session,
+    baseline: Session,
+    items: Sequence[Item],
+    tokenizer: Any,
+    eos: Sequence[int],
+    tick: Tick = lambda _: None,
+) -> list[Outputs]:
+    """Greedy generation of every item on both sides, same batches, in the items' order.
+
+    Raises:
+        DatasetError: an item is longer than the context.
+    """
+    encoded = []
+    for item in items:
+        ids = prompt_ids(item, tokenizer)
+        room = candidate.info.context_length - NEW_TOKENS[item.task]
+        if len(ids) > room:
+            raise DatasetError(
+                f"item {item.id} has {len(ids)} tokens, the context of {candidate.info.context_length} leaves {room}; "
+                f"shorten it or leave it out"
+            )
+        encoded.append((item, ids))
+    found: dict[str, Outputs] = {}
+    batches = _batches(encoded)
+    for k, batch in enumerate(batches):
+        prompts = [ids for _, ids in batch]
+        limit = NEW_TOKENS[batch[0][0].task]
+        ours = generate(candidate, prompts, limit, eos)
+        theirs = generate(baseline, prompts, limit, eos)
+        for (item, _), a, b in zip(batch, ours.tokens, theirs.tokens, strict=True):
+            found[item.id] = Outputs(item, a, b)
+        tick(f"generating batch {k + 1} of {len(batches)} ({batch[0][0].task})")
+    return [found[item.id] for item in items]
+
+
+def greedy_checks(outputs: Sequence[Outputs], tier: Tier) -> list[Check]:
+    """Share of items with equal tokens, place of the first divergence, and the two-sided length band."""
+    equal = [o.candidate == o.baseline for o in outputs]
+    first = [
+        next((k for k, (a, b) in enumerate(zip(o.candidate, o.baseline, strict=False)) if a != b),
+             min(len(o.candidate), len(o.baseline)))
+        for o, same in zip(outputs, equal, strict=True)
+        if not same
+    ]
+    detail = f"{sum(equal)} of {len(equal)} generations equal token for token"
+    if first:
+        detail += f"; first divergence at token {min(first) + 1} (median {int(np.median(first)) + 1})"
+    lengths = [sum(len(o.candidate) for o in outputs), sum(len(o.baseline) for o in outputs)]
+    ratio = lengths[0] / max(1, lengths[1])
+    share = sum(equal) / len(equal)
+    return [
+        Check(
+            name="greedy_tokens",
+            title="Equal greedy generations",
+            status="PASS" if share >= tier.greedy else "FAIL",
+            value=share,
+            bound=None,
+            limit=tier.greedy,
+            better="higher",
+            null_value=None,
+            samples=len(outputs),
+            unit="",
+            detail=detail,
+        ),
+        Check(
+            name="length_band",
+            title="Length of the outputs",
+            status="PASS" if LENGTH_BAND[0] <= ratio <= LENGTH_BAND[1] else "FAIL",
+            value=ratio,
+            bound=None,
+            limit=1.0,
+            better="equal",
+            null_value=None,
+            samples=len(outputs),
+            unit="",
+            detail=f"tokens generated by the candidate over the baseline's, allowed {LENGTH_BAND[0]} to {LENGTH_BAND[1]}",
+        ),
+    ]
+
+
+def task_metrics(outputs: Sequence[Outputs], tokenizer: Any, tier: Tier, seed: int) -> list[TaskMetric]:
+    """BLEU, ROUGE, exact match and F1 of both sides against the references, and of one against the other."""
+    rows: list[TaskMetric] = []
+    for group, members in itertools.groupby(sorted(outputs, key=lambda o: o.item.group), key=lambda o: o.item.group):
+        chosen = list(members)
+        ours = [_text(o.candidate, tokenizer) for o in chosen]
+        theirs = [_text(o.baseline, tokenizer) for o in chosen]
+        references = [o.item.references for o in chosen]
+        task = chosen[0].item.task
+        against_baseline = score_task(task, ours, [[t] for t in theirs])
+        pairs = zip(
+            score_task(task, ours, references), score_task(task, theirs, references), against_baseline, strict=True
+        )
+        for candidate, baseline, cross in pairs:
+            rows.append(_task_metric(group, candidate, baseline, cross, tier, seed))
+    return rows
+
+
+def _task_metric(
+    group: str, candidate: Scored, baseline: Scored, cross: Scored, tier: Tier, seed: int
+) -> TaskMetric:
+    low, high = difference_interval(candidate, baseline, seed)
+    limit = -(1.0 - tier.task_ratio) * baseline.score
+    status: Status = decide(low, high, limit - 1e-12, "higher")
+    return TaskMetric(
+        task=group,
+        metric=candidate.metric,
+        candidate=candidate.score,
+        baseline=baseline.score,
+        candidate_vs_baseline=cross.score,
+        difference_bound=low,
+        limit=limit,
+        status=status,
+        items=len(candidate.statistics),
+        settings=candidate.settings,
+    )
+
+
+def _text(ids: Sequence[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def examples(outputs: Sequence[Outputs], tokenizer: Any) -> list[Example]:
+    """A few pairs of each group, differing ones first."""
+    chosen: list[Example] = []
+    for _, members in itertools.groupby(sorted(outputs, key=lambda o: o.item.group), key=lambda o: o.item.group):
+        ordered = sorted(members, key=lambda o: o.candidate == o.baseline)
+        chosen += [
+            Example(
+                task=o.item.group,
+                item=o.item.id,
+                prompt=o.item.instruction,
+                reference=o.item.references[0],
+                candidate=_text(o.candidate, tokenizer),
+                baseline=_text(o.baseline, tokenizer),
+            )
+            for o in ordered[:EXAMPLES_PER_TASK]
+        ]
+    return chosen
+
+
+def text_windows(dataset: Dataset, tokenizer: Any, profile: Profile) -> list[list[int]]:
+    """Token windows of the dataset's prose, at most ``profile.windows``."""
+    windows = [w for text in dataset.prose() for w in chunked(tokenizer(text)["input_ids"], profile.window)]
+    return windows[: profile.windows] if profile.windows else windows
+
+
+@dataclass
+class GateInputs:
+    """What the gate needs; ``null`` opens the baseline with another attention kernel (None: no null control)."""
+
+    candidate: Session
+    baseline: Session
+    null: Callable[[], Session] | None
+    tokenizer: Any
+    eos: Sequence[int]
+    dataset: Dataset
+    profile: Profile
+    tier: Tier
+    seed: int
+
+
+def run_gate(inputs: GateInputs, tick: Tick = lambda _: None) -> Parity:
+    """Everything, in order; the result goes into the record.
+
+    Raises:
+        DatasetError: an item that does not fit the context.
+    """
+    profile, tier = inputs.profile, inputs.tier
+    checks: list[Check] = []
+    windows = text_windows(inputs.dataset, inputs.tokenizer, profile)
+    if windows:
+        checks += consistency_check(inputs.candidate, windows, tier)
+        tick("consistency of the candidate with itself")
+        figures = score_windows(inputs.candidate, inputs.baseline, windows, tick)
+        null: list[TokenFigures] = []
+        if inputs.null:
+            other = inputs.null()
+            null = score_windows(other, inputs.baseline, windows[: profile.null_windows], tick)
+            other.close()
+        checks = teacher_forced_checks(figures, null, tier, inputs.seed) + checks
+    groups = inputs.dataset.groups(profile.items)
+    items = [item for members in groups.values() for item in members]
+    tasks: list[TaskMetric] = []
+    shown: list[Example] = []
+    if items:
+        outputs = run_generation(
+            inputs.candidate, inputs.baseline, items, inputs.tokenizer, inputs.eos, tick
+        )
+        checks += greedy_checks(outputs, tier)
+        tasks = task_metrics(outputs, inputs.tokenizer, tier, inputs.seed)
+        shown = examples(outputs, inputs.tokenizer)
+    return Parity(
+        tier=tier.name,
+        baseline=inputs.baseline.info.label,
+        dataset=f"{inputs.dataset.name} (SHA-256 {inputs.dataset.sha256[:16]})",
+        checks=checks,
+        tasks=tasks,
+        examples=shown,
+    )
+
+
+def ticks_of(dataset: Dataset, windows: int, profile: Profile) -> int:
+    """How many times :func:`run_gate` will tick, for a progress bar."""
+    counts: dict[str, int] = {}
+    for members in dataset.groups(profile.items).values():
+        for item in members:
+            counts[item.task] = counts.get(item.task, 0) + 1
+    batches = sum(-(-n // BATCH) for n in counts.values())
+    return (windows + min(windows, profile.null_windows) + 1 if windows else 0) + batches

@@ -1,0 +1,185 @@
+"""Measuring: interleaved rounds, load times, peak memory of fresh processes, memory bandwidth.
+
+Sides are interleaved round by round in alternating order (A B C, C B A, ...), so that drift of the machine meets all
+alike. Warm-up rounds are run apart and not recorded.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from bench.errors import BenchError
+from bench.workload import latency_prompts
+from reports.record import Case, Load, Memory, Round, Series
+from runtime.generate import Generation, generate
+from runtime.session import Session
+
+STEADY = 0.05
+Tick = Callable[[str], None]
+
+
+def _one(session: Session, prompts: list[list[int]], new_tokens: int) -> Generation:
+    """One timed generation without garbage collection in it; end tokens are ignored, the length is fixed."""
+    gc.collect()
+    gc.disable()
+    try:
+        return generate(session, prompts, new_tokens)
+    finally:
+        gc.enable()
+
+
+def warm_up(session: Session, stream: Sequence[int], case: Case, cap: int) -> int:
+    """Run untimed rounds until two in a row agree within 5 %, at most ``cap``; returns how many."""
+    previous: float | None = None
+    for n in range(1, cap + 1):
+        total = _one(session, latency_prompts(stream, case, -n), case.new_tokens).total_s
+        if previous is not None and abs(total - previous) <= STEADY * previous:
+            return n
+        previous = total
+    return cap
+
+
+def interleave(
+    sides: dict[str, Session],
+    stream: Sequence[int],
+    case: Case,
+    rounds: int,
+    warmup_cap: int,
+    tick: Tick = lambda _: None,
+    probe: Callable[[], None] | None = None,
+) -> list[Series]:
+    """Measure one case on every side.
+
+    Args:
+        sides: label -> session.
+        stream: token ids of real text (see :func:`bench.workload.latency_prompts`).
+        case: the workload.
+        rounds: recorded generations for each side.
+        warmup_cap: most warm-up rounds for each side.
+        tick: told after each generation what was run.
+        probe: called once a round, before its first side (the bandwidth is measured there).
+
+    Returns:
+        One series a side; rounds of equal index ran back to back on equal prompts.
+    """
+    warmed = {}
+    for label, session in sides.items():
+        warmed[label] = warm_up(session, stream, case, warmup_cap)
+        tick(f"{label}: warm-up")
+    collected: dict[str, list[Round]] = {label: [] for label in sides}
+    order = 0
+    for index in range(rounds):
+        prompts = latency_prompts(stream, case, index)
+        labels = list(sides) if index % 2 == 0 else list(reversed(sides))
+        if probe:
+            probe()
+        for label in labels:
+            result = _one(sides[label], prompts, case.new_tokens)
+            collected[label].append(Round(order=order, at_s=list(result.at_s)))
+            order += 1
+            tick(f"{label}: {case.label}, round {index + 1}")
+    return [
+        Series(case=case, side=label, warmup_rounds=warmed[label], rounds=collected[label]) for label in sides
+    ]
+
+
+def load_times(openers: dict[str, Callable[[], Session]], samples: int, tick: Tick = lambda _: None) -> list[Load]:
+    """Seconds from nothing to the first token of a one-token prompt, files in the disk cache, sides interleaved.
+
+    The token belongs to it: a loader that only maps the weights into memory pays when they are first read.
+    """
+    times: dict[str, list[float]] = {label: [] for label in openers}
+    for index in range(samples):
+        labels = list(openers) if index % 2 == 0 else list(reversed(openers))
+        for label in labels:
+            started = time.perf_counter()
+            session = openers[label]()
+            session.prefill([[1]], reserve=0)
+            times[label].append(time.perf_counter() - started)
+            session.close()
+            del session
+            gc.collect()
+            tick(f"{label}: load")
+    return [Load(side=label, samples_s=values) for label, values in times.items()]
+
+
+def peak_memory(label: str, case: Case, arguments: dict[str, str | int | None]) -> Memory:
+    """Peak resident memory of a fresh process that loads a side and generates once (see :mod:`bench.peak_memory`).
+
+    Raises:
+        BenchError: the process failed; its last line is quoted.
+    """
+    command = [sys.executable, "-m", "bench.peak_memory", json.dumps({**arguments, **case.model_dump()})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BenchError(f"measuring the memory of {label} failed: {last}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return Memory(side=label, peak_bytes=found["peak_bytes"], baseline_bytes=found["baseline_bytes"], case=case)
+
+
+class CpuBandwidth:
+    """Reads memory as a decode step does, larger than any cache; each call gives bytes per second, best of a few.
+
+    A matrix-vector product is what a decode step consists of, a sum is the plainest read: the faster one counts, so
+    that the floor is the demanding one.
+    """
+
+    def __init__(self, threads: int, megabytes: int = 1024, passes: int = 3) -> None:
+        import torch
+
+        self._torch, self._threads, self._passes = torch, threads, passes
+        columns = 8192
+        self._matrix = torch.ones((megabytes * (1 << 20) // 4 // columns, columns))
+        self._vector = torch.ones(columns)
+        self.method = (
+            f"best of {passes} matrix-vector products and sums over {megabytes} MiB, fp32, {threads} threads, "
+            f"beside each round"
+        )
+
+    def __call__(self) -> float:
+        """One sample, bytes per second."""
+        torch = self._torch
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        best = float("inf")
+        for _ in range(self._passes):
+            for read in (lambda: torch.mv(self._matrix, self._vector), self._matrix.sum):
+                started = time.perf_counter()
+                read()
+                best = min(best, time.perf_counter() - started)
+        torch.set_num_threads(before)
+        return float(self._matrix.nbytes / best)
+
+
+class CudaBandwidth:
+    """The same on the GPU: sums over a buffer far larger than its caches, synchronised at both ends."""
+
+    def __init__(self, megabytes: int = 4096, passes: int = 3) -> None:
+        import torch
+
+        self._torch, self._passes = torch, passes
+        self._buffer = torch.ones(megabytes * (1 << 20) // 4, device="cuda")
+        self.method = f"best of {passes} sums over {megabytes} MiB on the GPU, fp32, beside each round"
+
+    def __call__(self) -> float:
+        """One sample, bytes per second."""
+        best = float("inf")
+        for _ in range(self._passes):
+            self._torch.cuda.synchronize()
+            started = time.perf_counter()
+            self._buffer.sum()
+            self._torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - started)
+        return float(self._buffer.nbytes / best)
+
+
+def median(values: Sequence[float]) -> float:
+    """Plain median of at least one value."""
+    return statistics.median(values)

@@ -1,0 +1,137 @@
+"""BLEU, ROUGE, exact match and token F1, with a paired bootstrap over items.
+
+sacrebleu and rouge-score compute; here their per-item statistics are kept, so that resampling costs no new scoring.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rouge_score import rouge_scorer
+from rouge_score.scoring import Score
+from sacrebleu.metrics import BLEU
+
+Array = NDArray[np.float64]
+RESAMPLES = 2000
+ROUGE_SETTINGS = "rouge-score, stemmer, rougeLsum on sentences"
+QA_SETTINGS = "lower case, articles and punctuation dropped, best reference"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One metric over items: ``statistics[i]`` of item i, and how summed statistics become a score (0 to 100)."""
+
+    metric: str
+    statistics: Array
+    score_of: Callable[[Array], float]
+    settings: str
+
+    @property
+    def score(self) -> float:
+        """The metric over all items."""
+        return self.score_of(self.statistics.sum(axis=0))
+
+
+def plain_typography(text: str) -> str:
+    """Fold typographic apostrophes, quotes and no-break spaces, which sacrebleu's tokenizer tells apart."""
+    table = {"’": "'", "‘": "'", "“": '"', "”": '"', "\u202f": " ", "\u00a0": " "}
+    return " ".join("".join(table.get(c, c) for c in text).split())
+
+
+def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Scored:
+    """Corpus BLEU (sacrebleu, 13a, exp smoothing); items may have different numbers of references."""
+    metric = BLEU()
+    width = max(len(r) for r in references)
+    streams = [[plain_typography(r[k]) if k < len(r) else None for r in references] for k in range(width)]
+    hypotheses = [plain_typography(o) for o in outputs]
+    # Called for its signature; it also proves on every run that the statistics below are sacrebleu's own.
+    whole = metric.corpus_score(hypotheses, streams)
+    # The per-segment statistics are what sacrebleu's own significance module resamples.
+    stats: Any = metric._extract_corpus_statistics(hypotheses, streams)
+    scored = Scored(
+        "BLEU",
+        np.asarray(stats, dtype=np.float64),
+        lambda total: float(metric._compute_score_from_stats([int(v) for v in total]).score),
+        f"sacrebleu {metric.get_signature()}; typographic quotes and spaces folded",
+    )
+    if abs(scored.score - whole.score) > 1e-9:
+        raise RuntimeError("sacrebleu's statistics do not give its own score; pin sacrebleu to a version that was tested")
+    return scored
+
+
+def _mean(metric: str, values: list[float], settings: str) -> Scored:
+    statistics = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=1)
+    return Scored(metric, statistics, lambda total: 100.0 * float(total[0] / total[1]), settings)
+
+
+def _sentences(text: str) -> str:
+    return "\n".join(s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s)
+
+
+def rouge(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[Scored]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L (summary level) F-measure, best reference, mean over items."""
+    names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeLsum": "ROUGE-L"}
+    scorer = rouge_scorer.RougeScorer(list(names), use_stemmer=True)
+    values: dict[str, list[float]] = {n: [] for n in names}
+    for output, refs in zip(outputs, references, strict=True):
+        scores: list[dict[str, Score]] = [scorer.score(_sentences(r), _sentences(output)) for r in refs]
+        for n in names:
+            values[n].append(max(s[n].fmeasure for s in scores))
+    return [_mean(title, values[n], ROUGE_SETTINGS) for n, title in names.items()]
+
+
+def normalise_answer(text: str) -> list[str]:
+    """Words of an answer as SQuAD compares them: lower case, without punctuation and articles."""
+    text = text.lower().replace("’", "'")
+    text = "".join(c for c in text if c not in string.punctuation)
+    return [w for w in text.split() if w not in ("a", "an", "the")]
+
+
+def _f1(output: list[str], reference: list[str]) -> float:
+    if not output or not reference:
+        return float(output == reference)
+    common = sum((Counter(output) & Counter(reference)).values())
+    return 2 * common / (len(output) + len(reference))
+
+
+def question_answering(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[Scored]:
+    """Exact match and token F1, best reference, mean over items (the SQuAD definitions)."""
+    exact, f1 = [], []
+    for output, refs in zip(outputs, references, strict=True):
+        words = normalise_answer(output)
+        exact.append(max(float(words == normalise_answer(r)) for r in refs))
+        f1.append(max(_f1(words, normalise_answer(r)) for r in refs))
+    return [_mean("exact match", exact, QA_SETTINGS), _mean("token F1", f1, QA_SETTINGS)]
+
+
+def score_task(task: str, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[Scored]:
+    """The metrics of a task: QA exact match and F1, summarization ROUGE, translation and rewriting BLEU."""
+    if task == "qa":
+        return question_answering(outputs, references)
+    if task == "summarization":
+        return rouge(outputs, references)
+    return [bleu(outputs, references)]
+
+
+def difference_interval(candidate: Scored, baseline: Scored, seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """One-sided 95 % bounds (lower, upper) of candidate minus baseline: paired bootstrap over items.
+
+    Koehn (2004), "Statistical significance tests for machine translation evaluation".
+    """
+    n = len(candidate.statistics)
+    rng = np.random.default_rng(seed)
+    differences = np.empty(resamples)
+    for k in range(resamples):
+        weights = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
+        differences[k] = candidate.score_of(weights @ candidate.statistics) - baseline.score_of(
+            weights @ baseline.statistics
+        )
+    low, high = np.quantile(differences, [0.05, 0.95])
+    return float(low), float(high)

@@ -1,0 +1,1 @@
+"""Other runtimes, behind the same session protocol, to be measured side by side."""

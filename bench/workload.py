@@ -1,0 +1,103 @@
+"""What a run does: profiles, cases and the prompts of the latency rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bench.errors import BenchError
+from reports.record import Case
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much a run measures.
+
+    ``rounds`` is for the first (headline) case, ``more_rounds`` for the others; ``window`` and ``windows`` are the
+    chunk length in tokens and the most chunks scored; ``items`` the most items of each generation group.
+    """
+
+    name: str
+    batch_sizes: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+    new_tokens: int
+    rounds: int
+    more_rounds: int
+    warmup_cap: int
+    loads: int
+    window: int
+    windows: int | None
+    null_windows: int
+    items: int | None
+    peers: str
+
+    def cases(self) -> list[Case]:
+        """Every prompt length at the first batch size, every other batch size at the first prompt length."""
+        first_batch, first_prompt = self.batch_sizes[0], self.prompt_lengths[0]
+        pairs = [(first_batch, p) for p in self.prompt_lengths] + [(b, first_prompt) for b in self.batch_sizes[1:]]
+        return [Case(batch=b, prompt=p, new_tokens=self.new_tokens) for b, p in pairs]
+
+
+PROFILES = {
+    "smoke": Profile("smoke", (1,), (32,), 8, 3, 3, 1, 1, 128, 6, 2, 3, "none"),
+    "standard": Profile("standard", (1, 4), (128, 512, 1024), 32, 12, 6, 3, 5, 384, None, 6, 16, "headline"),
+    "full": Profile("full", (1, 2, 4, 8), (128, 512, 1024, 2048), 64, 30, 15, 5, 9, 768, None, 14, None, "all"),
+}
+
+
+def choose_profile(
+    name: str,
+    batch_sizes: Sequence[int] = (),
+    prompt_lengths: Sequence[int] = (),
+    new_tokens: int | None = None,
+    context: int | None = None,
+) -> Profile:
+    """A profile with the user's own sizes put in; prompt lengths that the context cannot hold are an error.
+
+    Raises:
+        BenchError: unknown profile, a size below 1, or a case beyond the context.
+    """
+    if name not in PROFILES:
+        raise BenchError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
+    profile = PROFILES[name]
+    asked = bool(prompt_lengths) or new_tokens is not None
+    profile = replace(
+        profile,
+        batch_sizes=tuple(batch_sizes) or profile.batch_sizes,
+        prompt_lengths=tuple(prompt_lengths) or profile.prompt_lengths,
+        new_tokens=profile.new_tokens if new_tokens is None else new_tokens,
+    )
+    for title, values in (("batch size", profile.batch_sizes), ("prompt length", profile.prompt_lengths)):
+        if min(values) < 1:
+            raise BenchError(f"{title} {min(values)} makes no sense; give 1 or more")
+    if profile.new_tokens < 2:
+        raise BenchError("--new-tokens must be at least 2: one token has no decode step to measure")
+    if context is not None:
+        fits = tuple(p for p in profile.prompt_lengths if p + profile.new_tokens <= context)
+        if len(fits) < len(profile.prompt_lengths) and (asked or not fits):
+            worst = max(profile.prompt_lengths)
+            raise BenchError(
+                f"a prompt of {worst} tokens and {profile.new_tokens} new ones exceed the model's context of {context}; "
+                f"pass smaller --prompt-lengths or --new-tokens"
+            )
+        profile = replace(profile, prompt_lengths=fits, window=min(profile.window, context))
+    return profile
+
+
+def latency_prompts(token_stream: Sequence[int], case: Case, round_index: int) -> list[list[int]]:
+    """Prompts of one round: real text, other text in each round, the same for every side.
+
+    The stream is read as a ring, each row from its own place.
+    """
+    n = len(token_stream)
+    rows = []
+    for row in range(case.batch):
+        start = (round_index * 977 + row * 1709) % n
+        rows.append([token_stream[(start + k) % n] for k in range(case.prompt)])
+    return rows
+
+
+def chunked(ids: Sequence[int], window: int, least: int = 32) -> list[list[int]]:
+    """Cut one text into windows; a tail shorter than ``least`` tokens is dropped."""
+    pieces = [list(ids[k : k + window]) for k in range(0, len(ids), window)]
+    return [p for p in pieces if len(p) >= min(least, window)]

@@ -1,0 +1,238 @@
+"""The page: one self-contained ``index.html`` that answers on its first screen and works offline.
+
+Everything from the record is data: jinja2 escapes it. The only markup taken as it is are the plots of this package.
+
+Try: ``python -c "import pathlib, reports.record as r, reports.publish as p;
+print(p.write_report(r.read_record(pathlib.Path('reports/out/record.json')), pathlib.Path('/tmp/page')))"``.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from reports.record import Check, RunRecord
+from reports.render import plots, words
+from reports.stats import SPREAD_LIMIT, Estimate
+from reports.summary import (
+    LatencyRow,
+    floor_rows,
+    floor_s,
+    gap_rows,
+    headline_case,
+    latency_rows,
+    load_rows,
+    memory_rows,
+    ordered_sides,
+)
+from reports.verdict import Verdict, judge
+
+EXAMPLES_SHOWN = 20
+SECTIONS = (
+    ("latency", "Latency"),
+    ("figures", "Figures"),
+    ("parity", "Parity"),
+    ("memory", "Memory and load"),
+    ("tests", "Tests"),
+    ("reproduce", "Reproduce"),
+    ("glossary", "Glossary"),
+)
+_TONES = {
+    "pass": ("PASS", "PASSED", "MET"),
+    "fail": ("FAIL", "FAILED", "MISSED", "ERROR"),
+    "open": ("INCONCLUSIVE", "SUSPICIOUS"),
+}
+_MARKS = {"pass": "✓", "fail": "✕", "open": "?", "plain": "·"}
+
+
+def render_html(record: RunRecord) -> str:
+    """The whole page of a record; equal records give equal bytes."""
+    return _environment().get_template("index.html.j2").render(_context(record))
+
+
+def tone(word: str) -> str:
+    """CSS class of a status word."""
+    return next((name for name, members in _TONES.items() if word in members), "plain")
+
+
+def sure(speedup: Estimate) -> str:
+    """The interval of a speed-up in words, with what it allows to claim."""
+    if speedup.low is None or speedup.high is None:
+        return f"one pair of rounds, no interval ({speedup.n})"
+    text = f"95\u00a0% interval {words.fixed(speedup.low)}\u00a0to\u00a0{words.fixed(speedup.high)}"
+    if speedup.low <= 1 <= speedup.high:
+        return f"{text}, no difference shown"
+    return text if speedup.low > 1 else f"{text}, slower"
+
+
+def parity_line(record: RunRecord, verdict: Verdict) -> str:
+    """The parity answer's reason in one line."""
+    if record.parity is None or verdict.gated == 0:
+        return "no check was run"
+    told = [
+        f"{verdict.passed} of {verdict.gated} checks pass at tier {words.shorten(record.parity.tier, 40)}"
+    ]
+    for names, word in (
+        (verdict.failed, "failed"),
+        (verdict.inconclusive, "inconclusive"),
+        (verdict.suspicious, "suspicious"),
+    ):
+        if names:
+            told.append(f"{len(names)} {word}")
+    return ", ".join(told)
+
+
+def sure_line(record: RunRecord, verdict: Verdict) -> str:
+    """What the answers rest on, in one line."""
+    rounds = f"{verdict.rounds} round{'s' * (verdict.rounds != 1)} a side" if verdict.rounds else "no rounds"
+    case = headline_case(record)
+    where = f" ({case.label})" if case else ""
+    scored = f"{verdict.tokens_scored:,} tokens scored" if verdict.tokens_scored else "no tokens scored"
+    items = sum({t.task: t.items for t in record.parity.tasks}.values()) if record.parity else 0
+    answers = f", {items:,} answers compared" if items else ""
+    count = len(verdict.warnings)
+    warned = f", {count} warning{'s' * (count != 1)}" if count else ""
+    return f"{rounds}{where}, {scored}{answers}{warned}"
+
+
+def facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Model, machine, versions, settings and sides as pairs of name and value."""
+    model, machine = record.model, record.machine
+    fused = ", ".join(f"{name} × {count}" for name, count in model.fused_ops.items()) or "none"
+    load = words.DASH if machine.load_average_1m is None else f"{machine.load_average_1m:.2f}"
+    found = [
+        (
+            "Model",
+            [
+                ("Name", model.name),
+                ("Origin", model.origin),
+                ("Weights", "random, not trained" if model.random_weights else "trained"),
+                ("Parameters", f"{model.parameters:,}"),
+                ("Precision, target", f"{model.precision}, {model.target}"),
+                ("Context", f"{model.context_length:,} tokens"),
+                ("Folder", words.size(model.folder_bytes)),
+                ("Graph", f"{model.node_count:,} nodes; fused: {fused}"),
+                ("Weights SHA-256", model.weights_sha256),
+                ("Spec digest", model.spec_digest),
+            ],
+        ),
+        (
+            "Machine",
+            [
+                ("CPU", machine.cpu),
+                ("Cores", str(machine.cores)),
+                ("GPU", machine.gpu or "none"),
+                ("Memory", words.size(machine.memory_bytes)),
+                ("System", machine.os),
+                ("Python", machine.python),
+                ("Load average, 1 min", load),
+                ("Fingerprint", machine.fingerprint),
+            ],
+        ),
+        (
+            "Run",
+            [
+                ("Started", record.created_utc),
+                ("Took", words.duration(record.duration_s)),
+                ("Profile", record.profile),
+                ("Seed", str(record.seed)),
+                *((name, _plain(value)) for name, value in record.settings.items()),
+            ],
+        ),
+        ("Versions", [("llama-onnx-bench", record.tool_version), *record.versions.items()]),
+    ]
+    for side in ordered_sides(record):
+        if side.details:
+            found.append((side.title, [(name, _plain(value)) for name, value in side.details.items()]))
+    return found
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
+
+
+def _context(record: RunRecord) -> dict[str, Any]:
+    verdict, case = judge(record), headline_case(record)
+    told = [o for o in record.outcomes if o.outcome != "passed"]
+    return {
+        "record": record,
+        "verdict": verdict,
+        "case": case,
+        "sections": SECTIONS,
+        "model_line": words.model_line(record),
+        "machine_line": words.machine_line(record),
+        "sure_line": sure_line(record, verdict),
+        "parity_line": parity_line(record, verdict),
+        "parity_word": {"same": "Yes", "different": "No", "undecided": "Undecided"}.get(
+            verdict.parity, "Not examined"
+        ),
+        "parity_tone": {"same": "pass", "different": "fail"}.get(verdict.parity, "open"),
+        "latency": latency_rows(record),
+        "warmups": ", ".join(str(n) for n in sorted({s.warmup_rounds for s in record.series})),
+        "gap_rows": gap_rows(record, case) if case else [],
+        "floor_rows": floor_rows(record, case) if case else [],
+        "floor": floor_s(record, case) if case else None,
+        "memory": memory_rows(record),
+        "loads": load_rows(record),
+        "styles": plots.side_styles(record),
+        "plots": plots.all_plots(record),
+        "examples": record.parity.examples[:EXAMPLES_SHOWN] if record.parity else [],
+        "outcome_counts": list(Counter(o.outcome for o in record.outcomes).items()),
+        "outcomes_told": told,
+        "command": shlex.join(record.command),
+        "facts": facts(record),
+        "hashes": ("Weights SHA-256", "Spec digest", "Fingerprint"),
+        "glossary": words.GLOSSARY,
+        "ratio_note": words.RATIO_NOTE,
+        "spread_limit": SPREAD_LIMIT,
+        "dash": words.DASH,
+    }
+
+
+def _by_case(rows: Iterable[LatencyRow]) -> list[list[LatencyRow]]:
+    return [list(group) for _, group in groupby(rows, key=lambda r: r.case)]
+
+
+def _check_figure(check: Check, name: str) -> str:
+    return words.number(getattr(check, name), check.unit, check.limit)
+
+
+def _environment() -> Environment:
+    env = Environment(
+        loader=PackageLoader("reports.render", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.globals["dash"] = words.DASH
+    env.filters.update(
+        ms=words.ms,
+        bare_ms=words.bare_ms,
+        ms_interval=words.ms_interval,
+        times=words.times,
+        times_interval=words.times_interval,
+        fixed=words.fixed,
+        size=words.size,
+        share=words.share,
+        score=words.score,
+        limit=words.limit_text,
+        explain=words.explain,
+        short=words.shorten,
+        figure=_check_figure,
+        sure=sure,
+        tone=tone,
+        mark=lambda word: _MARKS[tone(word)],
+        cap=lambda text: text[:1].upper() + text[1:],
+        groupby_case=_by_case,
+        svg=Markup,
+    )
+    return env

@@ -1,0 +1,105 @@
+"""``junit.xml``: the same run for the test viewers of CI systems.
+
+One suite for the tests that ran and one for parity, with a test case per check and task metric.
+
+Try: ``python -c "import pathlib, reports.record as r, reports.render.junit as j;
+print(j.render_junit(r.read_record(pathlib.Path('reports/out/record.json'))))"``.
+"""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree as ET
+
+from reports.record import Check, Outcome, RunRecord, Status, TaskMetric
+from reports.render import words
+
+# Characters that XML 1.0 cannot hold even as entities.
+_FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def render_junit(record: RunRecord) -> str:
+    """JUnit XML of a record (the Jenkins dialect that GitHub, GitLab and Jenkins viewers read)."""
+    root = ET.Element("testsuites", name="llama-onnx-bench")
+    suites = [_suite(root, "bench", [_outcome(o) for o in record.outcomes], record)]
+    if record.parity is not None:
+        cases = [*map(_check, record.parity.checks), *map(_task, record.parity.tasks)]
+        suites.append(_suite(root, "parity", cases, record))
+    for name in ("tests", "failures", "errors", "skipped"):
+        root.set(name, str(sum(int(s.get(name, "0")) for s in suites)))
+    root.set("time", f"{sum(o.seconds for o in record.outcomes):.3f}")
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def clean(text: str) -> str:
+    """Text without the characters that XML cannot hold; each becomes U+FFFD."""
+    return _FORBIDDEN.sub("\ufffd", text)
+
+
+def _suite(root: ET.Element, name: str, cases: list[ET.Element], record: RunRecord) -> ET.Element:
+    suite = ET.SubElement(root, "testsuite", name=name)
+    counts = {
+        tag: sum(1 for c in cases if c.find(tag) is not None) for tag in ("failure", "error", "skipped")
+    }
+    suite.set("tests", str(len(cases)))
+    suite.set("failures", str(counts["failure"]))
+    suite.set("errors", str(counts["error"]))
+    suite.set("skipped", str(counts["skipped"]))
+    suite.set("time", f"{sum(float(c.get('time', '0')) for c in cases):.3f}")
+    suite.set("timestamp", clean(record.created_utc))
+    suite.extend(cases)
+    return suite
+
+
+def _case(classname: str, name: str, seconds: float = 0.0) -> ET.Element:
+    return ET.Element(
+        "testcase", classname=clean(classname), name=clean(name) or "unnamed", time=f"{seconds:.3f}"
+    )
+
+
+def _add(case: ET.Element, tag: str, kind: str, message: str) -> None:
+    child = ET.SubElement(case, tag, message=clean(message.partition("\n")[0]), type=kind)
+    child.text = clean(message)
+
+
+def _outcome(outcome: Outcome) -> ET.Element:
+    path, _, name = outcome.test.partition("::")
+    classname = path.removesuffix(".py").replace("/", ".") if name else "bench"
+    case = _case(classname, name or path, outcome.seconds)
+    if outcome.outcome == "failed":
+        _add(case, "failure", "failed", outcome.message or "failed")
+    elif outcome.outcome == "error":
+        _add(case, "error", "error", outcome.message or "error")
+    elif outcome.outcome == "skipped":
+        _add(case, "skipped", "skipped", outcome.message or "skipped")
+    return case
+
+
+def _judged(case: ET.Element, status: Status, message: str) -> ET.Element:
+    if status == "FAIL":
+        _add(case, "failure", "parity", message)
+    elif status == "INCONCLUSIVE":
+        _add(case, "failure", "inconclusive", message)
+    else:
+        ET.SubElement(case, "system-out").text = clean(message)
+    return case
+
+
+def _check(check: Check) -> ET.Element:
+    figures = [
+        f"{name} {words.number(value, check.unit, check.limit)}"
+        for name, value in (("value", check.value), ("95 % bound", check.bound), ("null", check.null_value))
+    ]
+    limit = words.limit_text(check.limit, check.better, check.unit)
+    message = f"{check.status}: {', '.join(figures)}, limit {limit}, {check.samples} samples. {check.detail}"
+    return _judged(_case("parity.checks", check.title or check.name), check.status, message)
+
+
+def _task(task: TaskMetric) -> ET.Element:
+    message = (
+        f"{task.status}: candidate {words.score(task.candidate)}, baseline {words.score(task.baseline)}, bound of "
+        f"the difference {words.score(task.difference_bound)}, limit {words.limit_text(task.limit, 'higher')}, "
+        f"{task.items} items. {task.settings}"
+    )
+    return _judged(_case("parity.tasks", f"{task.task}: {task.metric}"), task.status, message)

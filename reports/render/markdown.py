@@ -1,0 +1,256 @@
+"""``report.md``: the verdict for a pull-request comment, first line first, always under the size that GitHub takes.
+
+Everything from the record is escaped: it neither becomes markup, nor a link, nor a mention.
+
+Try: ``python -c "import pathlib, reports.record as r, reports.render.markdown as m;
+print(m.render_markdown(r.read_record(pathlib.Path('reports/out/record.json'))))"``.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from reports.record import RunRecord
+from reports.render import words
+from reports.stats import Estimate
+from reports.summary import floor_rows, floor_s, headline_case, latency_rows, load_rows, memory_rows
+from reports.verdict import Verdict, judge, speed_sentence
+
+LIMIT = 64_000
+"""Characters; GitHub refuses a comment above 65,536."""
+
+ROWS, LISTED, EXAMPLES, EXAMPLE_CHARS = 60, 20, 5, 600
+_MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SUSPICIOUS": "⚠️", "REPORTED": "▫️"}
+_VERDICTS = {0: "✅", 1: "❌", 3: "❔"}
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!~$])")
+
+
+def escape(text: str, limit: int = 200) -> str:
+    """Free text as one line of Markdown that shows exactly these characters, shortened to ``limit``."""
+    line = words.shorten(" ".join(text.split()), limit)
+    line = _SPECIAL.sub(r"\\\1", line)
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("@", "&#64;")):
+        line = line.replace(character, entity)
+    # An entity inside keeps GitHub from making a link of it.
+    return line.replace("://", "&#58;//").replace("www.", "www&#46;")
+
+
+def fenced(text: str) -> str:
+    """Text in a code fence longer than any run of backticks in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def render_markdown(record: RunRecord) -> str:
+    """The report as GitHub-flavoured Markdown, under 65,000 characters whatever the record holds."""
+    verdict = judge(record)
+    blocks = [
+        f"**{_VERDICTS[verdict.exit_code]} {verdict.word}: {escape(verdict.headline, 400)}**",
+        *_answers(record, verdict),
+        *_warnings(verdict),
+        *_latency(record),
+        *_figures(record),
+        *_parity(record),
+        *_memory(record),
+        "### Repeat\n\n" + fenced(words.shorten(shlex.join(record.command), 2000)),
+    ]
+    text = _within(blocks, LIMIT - EXAMPLES * (4 * EXAMPLE_CHARS + 1_200))
+    return "\n\n".join([text, *_examples(record)]) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, first ``left`` columns to the left; cells are taken as they are."""
+    rule = [":--" if i < left else "--:" for i in range(len(head))]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows[:ROWS])]
+    if len(rows) > ROWS:
+        lines.append(f"\n… {len(rows) - ROWS} more rows are in index.html.")
+    return "\n".join(lines)
+
+
+def _within(blocks: Sequence[str], limit: int) -> str:
+    """As many whole blocks as fit, and a line that says how many did not."""
+    kept: list[str] = []
+    used = 0
+    for i, block in enumerate(blocks):
+        if used + len(block) + 200 > limit:
+            kept.append(f"… cut here: {len(blocks) - i} more parts are in index.html.")
+            break
+        kept.append(block)
+        used += len(block) + 2
+    return "\n\n".join(kept)
+
+
+def _answers(record: RunRecord, verdict: Verdict) -> list[str]:
+    lines = [
+        f"- **Model:** {escape(record.model.name)} ({escape(words.model_line(record))})",
+        f"- **Speed:** {speed_sentence(verdict.speed)}",
+        f"- **Parity:** {verdict.parity}; {verdict.passed} of {verdict.gated} checks pass",
+        f"- **Machine:** {escape(words.machine_line(record), 400)}",
+        f"- **How sure:** {verdict.rounds} rounds a side, {verdict.tokens_scored or 0:,} tokens scored",
+        f"- **Not examined:** {escape(', '.join(verdict.not_examined), 600) or words.DASH}",
+    ]
+    for title, names in (
+        ("Failed", verdict.failed),
+        ("Inconclusive", verdict.inconclusive),
+        ("Suspicious", verdict.suspicious),
+        ("Failed tests", verdict.failed_tests),
+    ):
+        if names:
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            lines.append(f"- **{title}:** {'; '.join(escape(n) for n in names[:LISTED])}{more}")
+    if verdict.random_weights:
+        note = "> **Random weights:** this model was never trained; its answers and task scores mean nothing."
+        return [note, "\n".join(lines)]
+    return ["\n".join(lines)]
+
+
+def _warnings(verdict: Verdict) -> list[str]:
+    if not verdict.warnings:
+        return []
+    lines = [f"- {escape(w, 500)}" for w in verdict.warnings[:LISTED]]
+    if len(verdict.warnings) > LISTED:
+        lines.append(f"- … {len(verdict.warnings) - LISTED} more warnings are in index.html.")
+    return ["### Warnings\n\n" + "\n".join(lines)]
+
+
+def _timing(estimate: Estimate | None) -> str:
+    return f"{words.bare_ms(estimate.value if estimate else None)} {words.ms_interval(estimate)}".strip()
+
+
+def _gain(estimate: Estimate | None, role: str) -> str:
+    return (
+        "baseline"
+        if role == "baseline"
+        else f"{words.times(estimate)} {words.times_interval(estimate)}".strip()
+    )
+
+
+def _latency(record: RunRecord) -> list[str]:
+    rows = latency_rows(record)
+    if not rows:
+        return ["### Latency\n\nLatency was not measured."]
+    head = ["Case", "Side", "TTFT, ms", "Prefill", "TPOT, ms", "Decode", "Tokens/s", "Rounds"]
+    cells = [
+        [
+            r.case.label,
+            escape(r.side.title, 60),
+            _timing(r.ttft),
+            _gain(r.prefill, r.side.role),
+            _timing(r.tpot),
+            _gain(r.decode, r.side.role),
+            words.fixed(r.tokens_per_s) if r.tokens_per_s else words.DASH,
+            str(r.rounds),
+        ]
+        for r in rows
+    ]
+    found = ["### Latency\n\n" + table(head, cells, 2), f"<sub>Medians. {words.RATIO_NOTE}</sub>"]
+    case = headline_case(record)
+    floor = floor_s(record, case) if case else None
+    if case and floor:
+        sides = ", ".join(
+            f"{escape(r.side.title, 60)} {words.fixed(r.multiple)}×" for r in floor_rows(record, case)[:ROWS]
+        )
+        found.append(f"Memory floor on {case.label}: {words.ms(floor)} per token; multiples of it: {sides}.")
+    else:
+        found.append("The memory floor was not measured.")
+    return found
+
+
+def _figures(record: RunRecord) -> list[str]:
+    if not record.figures:
+        return []
+    cells = [
+        [
+            escape(f.name, 80),
+            f"{words.limit_text(f.limit, f.better)} {escape(f.unit, 30)}",
+            words.fixed(f.value),
+            "✅ met" if f.met else "❌ missed",
+        ]
+        for f in record.figures
+    ]
+    return ["### Figures\n\n" + table(["Figure", "Limit", "Measured", "Met"], cells)]
+
+
+def _parity(record: RunRecord) -> list[str]:
+    parity = record.parity
+    if parity is None:
+        return [
+            "### Parity\n\nParity was not examined: nothing is said about whether this is still the same model."
+        ]
+    where = f"Tier {escape(parity.tier, 40)} against {escape(parity.baseline)}, on {escape(parity.dataset)}."
+    found = ["### Parity\n\n" + where]
+    if parity.checks:
+        cells = [
+            [
+                escape(c.title or c.name, 80),
+                f"{_MARKS[c.status]} {c.status}",
+                escape(words.number(c.value, c.unit, c.limit), 60),
+                escape(words.number(c.bound, c.unit, c.limit), 60),
+                escape(words.limit_text(c.limit, c.better, c.unit), 60),
+                escape(words.number(c.null_value, c.unit, c.limit), 60),
+                f"{c.samples:,}",
+            ]
+            for c in parity.checks
+        ]
+        found.append(
+            table(
+                ["Check", "Status", "Value", "95\u00a0% bound", "Limit", "Null control", "Samples"], cells, 2
+            )
+        )
+    if parity.tasks:
+        cells = [
+            [
+                f"{escape(t.task, 60)}, {escape(t.metric, 40)}",
+                f"{_MARKS[t.status]} {t.status}",
+                words.score(t.candidate),
+                words.score(t.baseline),
+                words.score(t.difference_bound),
+                words.limit_text(t.limit, "higher"),
+                f"{t.items:,}",
+            ]
+            for t in parity.tasks
+        ]
+        found.append(
+            table(
+                ["Task", "Status", "Candidate", "Baseline", "Difference, bound", "Limit", "Items"], cells, 2
+            )
+        )
+    else:
+        found.append("Generation tasks were not examined.")
+    return found
+
+
+def _memory(record: RunRecord) -> list[str]:
+    found = []
+    if rows := memory_rows(record):
+        cells = [
+            [escape(r.side.title, 60), words.size(r.memory.peak_bytes), words.size(r.own_bytes)] for r in rows
+        ]
+        found.append("### Memory and load\n\n" + table(["Side", "Peak", "Added by the model"], cells))
+    if loads := load_rows(record):
+        cells = [[escape(side.title, 60), _timing(e), str(e.n)] for side, e in loads]
+        found.append(table(["Side", "Load, ms", "Samples"], cells))
+    return found
+
+
+def _examples(record: RunRecord) -> list[str]:
+    every = record.parity.examples if record.parity else []
+    found = []
+    for e in every[:EXAMPLES]:
+        parts = [
+            f"{title}\n\n{fenced(words.shorten(text, EXAMPLE_CHARS))}"
+            for title, text in (
+                ("Prompt", e.prompt),
+                ("Reference", e.reference),
+                ("Candidate", e.candidate),
+                ("Baseline", e.baseline),
+            )
+        ]
+        summary = f"<summary>{escape(e.task, 60)}, {escape(e.item, 60)}</summary>"
+        found.append(f"<details>{summary}\n\n" + "\n\n".join(parts) + "\n\n</details>")
+    if len(every) > EXAMPLES:
+        found.append(f"… {EXAMPLES} of {len(every):,} examples; the rest are in record.json.")
+    return found

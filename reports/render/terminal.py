@@ -1,0 +1,167 @@
+"""The summary at the end of a run: rich tables that fit 80 columns, the verdict last, where the eye is.
+
+Try: ``python -c "import pathlib, rich.console as c, reports.record as r, reports.render.terminal as t;
+t.print_summary(r.read_record(pathlib.Path('reports/out/record.json')), c.Console())"``.
+"""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from reports.record import RunRecord
+from reports.render import words
+from reports.stats import Estimate
+from reports.summary import LatencyRow, floor_rows, headline_case, latency_rows, load_rows, memory_rows
+from reports.verdict import judge, speed_sentence
+
+_STYLES = {
+    "PASS": "green",
+    "PASSED": "bold green",
+    "MET": "green",
+    "FAIL": "bold red",
+    "FAILED": "bold red",
+    "MISSED": "bold red",
+    "INCONCLUSIVE": "yellow",
+    "SUSPICIOUS": "yellow",
+}
+
+
+def print_summary(record: RunRecord, console: Console) -> None:
+    """Print latency, parity, figures, memory, warnings and the verdict. Names are text, never rich markup."""
+    verdict = judge(record)
+    if rows := latency_rows(record):
+        console.print(latency_table(rows))
+        note = "x: times as fast as the baseline, paired by round; brackets: 95 % interval."
+        console.print(Text(note, style="dim"))
+    else:
+        console.print("Latency: not measured.")
+    for table in (floor_table(record), memory_table(record), parity_table(record), figures_table(record)):
+        if table is not None:
+            console.print()
+            console.print(table)
+    if record.parity is None:
+        console.print("\nParity: not examined.")
+    console.print()
+    if verdict.random_weights:
+        console.print(Text("RANDOM WEIGHTS: answers and task scores mean nothing.", style="bold yellow"))
+    for warning in verdict.warnings:
+        console.print(Text.assemble(("warning: ", "yellow"), words.shorten(warning, 400)))
+    if verdict.not_examined:
+        console.print(Text(f"not examined: {', '.join(verdict.not_examined)}", style="dim"))
+    console.print(Text(f"speed: {speed_sentence(verdict.speed)}"))
+    console.print(
+        Text.assemble((verdict.word, _STYLES.get(verdict.word, "bold yellow")), f": {verdict.headline}")
+    )
+
+
+def latency_table(rows: list[LatencyRow]) -> Table:
+    """Medians and speed-ups of every case and side, the interval of a speed-up below it."""
+    table = _table("Latency", "Side", "TTFT ms", "prefill", "TPOT ms", "decode", "tok/s", "n")
+    case = None
+    for r in rows:
+        if r.case != case:
+            case = r.case
+            table.add_section()
+            table.add_row(Text(case.label, style="bold"))
+        table.add_row(
+            Text(words.shorten(r.side.title, 22)),
+            words.bare_ms(r.ttft.value if r.ttft else None),
+            _gain(r.prefill, r.side.role),
+            words.bare_ms(r.tpot.value if r.tpot else None),
+            _gain(r.decode, r.side.role),
+            words.fixed(r.tokens_per_s) if r.tokens_per_s else words.DASH,
+            str(r.rounds),
+        )
+    return table
+
+
+def floor_table(record: RunRecord) -> Table | None:
+    """Multiples of the memory floor on the headline case."""
+    case = headline_case(record)
+    rows = floor_rows(record, case) if case else []
+    if case is None or not rows:
+        return None
+    table = _table(f"Distance to the memory floor, {case.label}", "Side", "TPOT", "x floor")
+    for r in rows:
+        table.add_row(Text(words.shorten(r.side.title, 40)), words.ms(r.tpot.value), words.fixed(r.multiple))
+    return table
+
+
+def memory_table(record: RunRecord) -> Table | None:
+    """Peak memory and load time of each side."""
+    loads = {side.label: e for side, e in load_rows(record)}
+    rows = memory_rows(record)
+    if not rows:
+        return None
+    table = _table("Memory and load", "Side", "peak", "model's part", "load")
+    for r in rows:
+        load = loads.get(r.side.label)
+        table.add_row(
+            Text(words.shorten(r.side.title, 34)),
+            words.size(r.memory.peak_bytes),
+            words.size(r.own_bytes),
+            words.ms(load.value if load else None),
+        )
+    return table
+
+
+def parity_table(record: RunRecord) -> Table | None:
+    """One line for every check and task metric."""
+    parity = record.parity
+    if parity is None:
+        return None
+    table = _table(f"Parity, tier {words.shorten(parity.tier, 30)}", "Check", "bound", "limit", "status")
+    for c in parity.checks:
+        held = c.bound if c.bound is not None else c.value
+        table.add_row(
+            Text(words.shorten(c.title or c.name, 32)),
+            Text(words.shorten(words.number(held, c.unit, c.limit), 16)),
+            Text(words.shorten(words.limit_text(c.limit, c.better, c.unit), 16)),
+            Text(c.status, style=_STYLES.get(c.status, "dim")),
+        )
+    for t in parity.tasks:
+        table.add_row(
+            Text(words.shorten(f"{t.task}: {t.metric}", 32)),
+            words.score(t.difference_bound),
+            words.limit_text(t.limit, "higher"),
+            Text(t.status, style=_STYLES.get(t.status, "dim")),
+        )
+    return table
+
+
+def figures_table(record: RunRecord) -> Table | None:
+    """The project's figures."""
+    if not record.figures:
+        return None
+    table = _table("Figures", "Figure", "limit", "measured", "")
+    for f in record.figures:
+        word = "MET" if f.met else "MISSED"
+        limit = f"{words.limit_text(f.limit, f.better)} {words.shorten(f.unit, 14)}"
+        table.add_row(
+            Text(words.shorten(f.name, 32)),
+            Text(limit),
+            words.fixed(f.value),
+            Text(word, style=_STYLES[word]),
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold", padding=(0, 1)
+    )
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    return table
+
+
+def _gain(estimate: Estimate | None, role: str) -> str:
+    if role == "baseline":
+        return "1"
+    if estimate is None:
+        return words.DASH
+    interval = words.times_interval(estimate)
+    return f"{words.fixed(estimate.value)}x" + (f"\n{interval.replace(', ', '-')}" if interval else "")

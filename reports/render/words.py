@@ -1,0 +1,238 @@
+"""Numbers and names as a reader meets them: units, digits, and the plain words for each parity figure.
+
+One rule for ratios everywhere: ``2.79×`` is *times as fast as the baseline*, the baseline's time divided by the side's.
+
+Try: ``python -c "from reports.render.words import ms; print(ms(0.0248))"``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+
+from reports.record import Check, RunRecord, Side
+from reports.stats import Estimate
+
+DASH = "–"
+RATIO_NOTE = (
+    "× means times as fast as the baseline: its time divided by this side's time, the geometric mean over rounds "
+    "that ran back to back. Above 1 is faster. Brackets hold 95\u00a0% intervals."
+)
+
+GLOSSARY: tuple[tuple[str, str, str], ...] = (
+    (
+        "TTFT",
+        "time to first token",
+        "From the call to the first new token: the whole prompt is read once (prefill).",
+    ),
+    (
+        "TPOT",
+        "time per output token",
+        "Mean time of each token after the first (decode). 25 ms are 40 tokens per second for one row.",
+    ),
+    (
+        "ITL",
+        "inter-token latency",
+        "The single gaps between tokens. Their tail is what a reader sees as stutter; TPOT is their mean.",
+    ),
+    (
+        "KLD",
+        "Kullback-Leibler divergence",
+        "How far the candidate's odds for the next token stray from PyTorch's, in nats; 0 is identical.",
+    ),
+    (
+        "Perplexity ratio",
+        "",
+        "How much more surprised the candidate is by real text than PyTorch; 1 is equally surprised.",
+    ),
+    (
+        "Tier",
+        "",
+        "The set of limits that fits the precision: fp32 must agree almost bit by bit, int4 may differ visibly.",
+    ),
+    (
+        "Null control",
+        "",
+        "The same figure of PyTorch against itself with another attention kernel: what counts as no change at all.",
+    ),
+    (
+        "Bound",
+        "",
+        "The one-sided 95\u00a0% end of a figure. It, not the value, must lie within the limit, so that luck does not pass.",
+    ),
+    (
+        "Memory floor",
+        "",
+        "One token cannot take less time than reading its weights and cache once at the memory's measured speed.",
+    ),
+    (
+        "Spread",
+        "",
+        "How much rounds differ from each other (robust standard deviation / median). Above 2.5\u00a0% is noisy.",
+    ),
+)
+
+# First match wins: every word of the key must stand in the check's name or title.
+_EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("first", "diverge"), "How many tokens the two write alike before they part."),
+    (("kl", "max"), "The single token on which the two disagree most: catches a defect at one place."),
+    (("kl", "99.9"), "Only one token in a thousand strays further from PyTorch's odds: the rare bad token."),
+    (("kl", "999"), "Only one token in a thousand strays further from PyTorch's odds: the rare bad token."),
+    (("kl",), "How far the odds for the next token stray from PyTorch's, on average; 0 is identical."),
+    (("ppl",), "How much more surprised by real text than PyTorch; 1 is equally surprised."),
+    (("perplex",), "How much more surprised by real text than PyTorch; 1 is equally surprised."),
+    (("top",), "How often both rank the same token first: what greedy decoding would write."),
+    (("prob",), "How much the odds of the right token change."),
+    (
+        ("step", "prefill"),
+        "Reading a text at once or token by token through the cache must give the same odds.",
+    ),
+    (("cache",), "Reading a text at once or token by token through the cache must give the same odds."),
+    (("pad",), "Rows of unequal length in one batch must answer as they do alone."),
+    (("batch",), "Rows of unequal length in one batch must answer as they do alone."),
+    (("uneven",), "Rows of unequal length in one batch must answer as they do alone."),
+    (("context",), "Far positions must be as right as near ones: a wrong rotary base shows here first."),
+    (("position",), "Far positions must be as right as near ones: a wrong rotary base shows here first."),
+    (("length",), "Answers must not grow or shrink: a model that cannot stop shows here."),
+    (("greedy",), "How many greedily written tokens equal PyTorch's."),
+    (("exact",), "How many answers equal PyTorch's, word for word."),
+)
+
+UNITS = {"nat": "nats", "fraction": "", "ratio": "", "1": "", "percent": "%"}
+
+
+def explain(check: Check) -> str:
+    """One line in plain words; a check that is not known by name keeps the detail that it brings."""
+    text = f"{check.name} {check.title}".lower()
+    for words, sentence in _EXPLANATIONS:
+        if all(w in text for w in words):
+            return sentence
+    return check.detail
+
+
+def fixed(value: float) -> str:
+    """Three significant digits without an exponent: 0.00248, 2.48, 24.8, 248, 2,480."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    if value == 0:
+        return "0"
+    decimals = min(max(2 - math.floor(math.log10(abs(value))), 0), 6)
+    return f"{value:,.{decimals}f}"
+
+
+def ms(seconds: float | None) -> str:
+    """Milliseconds with their unit; a dash where nothing was measured."""
+    return DASH if seconds is None else f"{fixed(seconds * 1e3)} ms"
+
+
+def bare_ms(seconds: float | None) -> str:
+    """Milliseconds without the unit, for columns whose head names it."""
+    return DASH if seconds is None else fixed(seconds * 1e3)
+
+
+def ms_interval(estimate: Estimate | None) -> str:
+    """Such as ``[24.6, 25.0]`` in ms; empty where no interval could be had."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return ""
+    return f"[{bare_ms(estimate.low)}, {bare_ms(estimate.high)}]"
+
+
+def times(estimate: Estimate | None) -> str:
+    """Such as ``2.79×``."""
+    return DASH if estimate is None else f"{fixed(estimate.value)}×"
+
+
+def times_interval(estimate: Estimate | None) -> str:
+    """Such as ``[2.71, 2.87]``; empty where no interval could be had."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return ""
+    return f"[{fixed(estimate.low)}, {fixed(estimate.high)}]"
+
+
+def share(value: float | None) -> str:
+    """A fraction in per cent."""
+    return DASH if value is None else f"{value:.1%}".replace("%", "\u00a0%")
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units (1 MB is 10^6 bytes)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= scale:
+            return f"{fixed(count / scale)} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Such as ``4 min 12 s``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def number(value: float | None, unit: str = "", limit: float | None = None) -> str:
+    """A parity figure with just more digits than its limit has, so that the two can be told apart."""
+    if value is None:
+        return DASH
+    suffix = UNITS.get(unit, unit)
+    tail = f" {suffix}" if suffix else ""
+    if not math.isfinite(value):
+        return fixed(value) + tail
+    if value == int(value) and abs(value) < 1e9 and limit is None:
+        return f"{int(value):,}{tail}"
+    if value != 0 and abs(value) < 1e-3:
+        return f"{_short_exponent(value)}{tail}"
+    decimals = 4 if limit is None else _decimals(limit) + (1 if suffix == "%" else 2)
+    if limit is not None and abs(limit) < 1e-3:
+        return f"{value:.3g}{tail}"
+    return f"{value:,.{min(decimals, 8)}f}{tail}"
+
+
+def score(value: float | None) -> str:
+    """A task score from 0 to 100, or a difference of two."""
+    return DASH if value is None else f"{value:.2f}"
+
+
+def limit_text(limit: float | None, better: str, unit: str = "") -> str:
+    """Such as ``≤ 1e-8``: the side on which the figure must lie and the limit itself, all its digits."""
+    if limit is None:
+        return DASH
+    sign = {"lower": "≤", "higher": "≥", "equal": "="}[better]
+    text = _short_exponent(limit) if limit and abs(limit) < 1e-3 else f"{Decimal(repr(limit)).normalize():,f}"
+    suffix = UNITS.get(unit, unit)
+    return f"{sign} {text}{' ' + suffix if suffix else ''}"
+
+
+def _short_exponent(value: float) -> str:
+    return re.sub(r"e([+-])0+", r"e\1", f"{value:.2g}")
+
+
+def _decimals(value: float) -> int:
+    exponent = Decimal(repr(value)).normalize().as_tuple().exponent
+    return max(-exponent, 0) if isinstance(exponent, int) else 2
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most ``limit`` characters, with an ellipsis where something was cut."""
+    return text if len(text) <= limit else text[: max(limit - 1, 0)].rstrip() + "…"
+
+
+def role_word(side: Side) -> str:
+    """What the side is there for."""
+    return {"candidate": "candidate", "baseline": "baseline", "peer": "peer"}[side.role]
+
+
+def machine_line(record: RunRecord) -> str:
+    """The machine in one line."""
+    m = record.machine
+    parts = [m.cpu, f"{m.cores} core{'s' * (m.cores != 1)}", size(m.memory_bytes), m.os]
+    return " · ".join([m.gpu, *parts] if m.gpu else parts)
+
+
+def model_line(record: RunRecord) -> str:
+    """The model in one line, without its name."""
+    m = record.model
+    billions = m.parameters / 1e9
+    count = f"{fixed(billions)} B" if billions >= 1 else f"{fixed(m.parameters / 1e6)} M"
+    return f"{m.precision} · {m.target} · {count} parameters"

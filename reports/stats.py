@@ -1,0 +1,198 @@
+"""Statistics of latency samples: why a number on the page may be printed, and how far it may be trusted.
+
+Pure functions of numbers and of a record; nothing here formats or prints. Too few samples give ``None``, never a guess.
+
+Try: ``python -c "from reports.stats import median; print(median([24.8, 25.1, 24.7, 24.9, 25.0, 26.2]))"``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.special import bdtr, stdtrit
+
+from reports.record import Case, Round, RunRecord, Series
+
+Metric = Literal["ttft", "tpot", "total"]
+METRICS: tuple[Metric, ...] = ("ttft", "tpot", "total")
+
+SPREAD_LIMIT = 0.025
+"""Relative spread above which a series is called noisy."""
+
+PERCENTILE_MINIMUM = {90: 64, 95: 130, 99: 662}
+"""Samples from which a percentile is printed: fewer leave its upper 95 % bound to a handful of extremes."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval; the ends are ``None`` when ``n`` samples are too few for one."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def inverse(self) -> Estimate:
+        """The estimate of 1 / x: a time ratio of 0.25 becomes 4 times as fast. The ends change places."""
+        low = None if self.high is None else 1 / self.high
+        high = None if self.low is None else 1 / self.low
+        return Estimate(1 / self.value, low, high, self.n)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides on one case and metric, paired by round. ``ratio`` is candidate time / other time."""
+
+    case: Case
+    metric: Metric
+    candidate_label: str
+    other_label: str
+    candidate: Estimate
+    other: Estimate
+    ratio: Estimate
+
+    @property
+    def n(self) -> int:
+        """Pairs of rounds behind ``ratio``."""
+        return self.ratio.n
+
+    @property
+    def speedup(self) -> Estimate:
+        """How many times as fast the candidate is: other time / candidate time."""
+        return self.ratio.inverse()
+
+
+def median(samples: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Median with the distribution-free interval between two order statistics.
+
+    The number of samples below the median is Binomial(n, 1/2); with j the smallest integer whose cumulative
+    probability reaches (1 - confidence) / 2, the interval is [x_(j), x_(n+1-j)] (David and Nagaraja, *Order
+    Statistics*, 3rd ed., 7.1). At 95 % it needs n >= 6; below that the ends are ``None``.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("median of no samples")
+    ordered = sorted(samples)
+    n = len(ordered)
+    tail = (1 - confidence) / 2
+    j = 0
+    while j < n and bdtr(j, n, 0.5) < tail:
+        j += 1
+    centre = float(np.median(ordered))
+    return Estimate(centre, ordered[j - 1], ordered[n - j], n) if j else Estimate(centre, None, None, n)
+
+
+def percentile(samples: Sequence[float], q: int) -> float | None:
+    """The q-th percentile (q is 90, 95 or 99; linear between order statistics, Hyndman and Fan 1996, type 7).
+
+    ``None`` from fewer samples than ``PERCENTILE_MINIMUM`` asks for.
+
+    Raises:
+        ValueError: a percentile for which no minimum is set.
+    """
+    if q not in PERCENTILE_MINIMUM:
+        raise ValueError(
+            f"percentile {q} has no minimum sample count; choose from {sorted(PERCENTILE_MINIMUM)}"
+        )
+    return float(np.percentile(samples, q)) if len(samples) >= PERCENTILE_MINIMUM[q] else None
+
+
+def relative_spread(samples: Sequence[float]) -> float | None:
+    """Robust relative spread: 1.4826 * median(abs(x - median)) / median, a standard deviation if x were normal.
+
+    (Rousseeuw and Croux 1993.) One stray round does not move it. ``None`` from fewer than three samples or where
+    the median is not positive.
+    """
+    if len(samples) < 3:
+        return None
+    centre = float(np.median(samples))
+    return 1.4826 * float(np.median(np.abs(np.asarray(samples) - centre))) / centre if centre > 0 else None
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp(mean(ln x)): the only mean of ratios that does not depend on which side is the denominator.
+
+    (Fleming and Wallace 1986.)
+
+    Raises:
+        ValueError: no values, or one that is not positive.
+    """
+    if not values or min(values) <= 0:
+        raise ValueError("geometric mean needs positive values")
+    return math.exp(math.fsum(math.log(v) for v in values) / len(values))
+
+
+def paired_ratio(candidate: Sequence[float], other: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Ratio candidate / other of samples that were taken in pairs, with its t interval.
+
+    D_i = ln(candidate_i / other_i); the ratio is exp(mean D), its ends exp(mean D -+ t * s / sqrt(n)) with t of
+    n - 1 degrees of freedom (Student 1908, on paired log differences). Drift that both sides share cancels out.
+    The pairs are the first min(len) samples of both; one pair gives a ratio without an interval.
+
+    Raises:
+        ValueError: no pair, or a sample that is not positive.
+    """
+    n = min(len(candidate), len(other))
+    if n == 0:
+        raise ValueError("ratio of no pairs")
+    a, b = np.asarray(candidate[:n], dtype=float), np.asarray(other[:n], dtype=float)
+    if min(a.min(), b.min()) <= 0:
+        raise ValueError("ratio needs positive samples")
+    d = np.log(a / b)
+    centre = float(d.mean())
+    if n == 1:
+        return Estimate(math.exp(centre), None, None, 1)
+    half = float(stdtrit(n - 1, 0.5 + confidence / 2)) * float(d.std(ddof=1)) / math.sqrt(n)
+    return Estimate(math.exp(centre), math.exp(centre - half), math.exp(centre + half), n)
+
+
+def round_value(one: Round, metric: Metric) -> float | None:
+    """One metric of one round, seconds; ``None`` where the round has no such thing (TPOT of one token)."""
+    if metric == "ttft":
+        return one.ttft_s
+    return one.tpot_s if metric == "tpot" else one.total_s
+
+
+def samples(series: Series | None, metric: Metric) -> list[float]:
+    """One sample per round, seconds, in the order of the rounds; empty where nothing was measured."""
+    values = [round_value(r, metric) for r in series.rounds] if series else []
+    return [v for v in values if v is not None]
+
+
+def compare(
+    record: RunRecord, case: Case, metric: Metric, candidate_label: str, other_label: str
+) -> Comparison | None:
+    """Two sides on one case, paired by the index of the round.
+
+    ``None`` where a side was not measured or holds a time that is not positive (a broken clock, which the
+    verdict warns of). A round that lacks the metric takes its partner out with it.
+    """
+    first, second = record.find(case, candidate_label), record.find(case, other_label)
+    if first is None or second is None:
+        return None
+    both = [
+        (a, b)
+        for a, b in zip(
+            (round_value(r, metric) for r in first.rounds),
+            (round_value(r, metric) for r in second.rounds),
+            strict=False,
+        )
+        if a is not None and b is not None
+    ]
+    if not both or min(min(pair) for pair in both) <= 0:
+        return None
+    return Comparison(
+        case=case,
+        metric=metric,
+        candidate_label=candidate_label,
+        other_label=other_label,
+        candidate=median(samples(first, metric)),
+        other=median(samples(second, metric)),
+        ratio=paired_ratio([a for a, _ in both], [b for _, b in both]),
+    )

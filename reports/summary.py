@@ -1,0 +1,212 @@
+"""What the pages tabulate, derived once, so that HTML, Markdown and the terminal cannot disagree.
+
+Data only: formatting is in ``reports.render``.
+
+Try: ``python -c "from reports.summary import latency_rows; help(latency_rows)"``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reports.record import Case, Memory, RunRecord, Side
+from reports.stats import (
+    METRICS,
+    Comparison,
+    Estimate,
+    Metric,
+    compare,
+    median,
+    percentile,
+    relative_spread,
+    samples,
+)
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """One side on one case. Times in seconds; ``prefill`` and ``decode`` are speed-ups over the baseline."""
+
+    case: Case
+    side: Side
+    rounds: int
+    warmup_rounds: int
+    ttft: Estimate | None
+    tpot: Estimate | None
+    total: Estimate | None
+    tokens_per_s: float | None
+    prefill: Estimate | None
+    decode: Estimate | None
+    end_to_end: Estimate | None
+    spread: float | None
+
+
+@dataclass(frozen=True)
+class GapRow:
+    """Token gaps of one side on one case, seconds; a percentile is ``None`` from too few gaps."""
+
+    side: Side
+    n: int
+    median: Estimate
+    p90: float | None
+    p95: float | None
+    p99: float | None
+
+
+@dataclass(frozen=True)
+class FloorRow:
+    """One side against the memory-bandwidth floor of a case: seconds per token and the multiple of the floor."""
+
+    side: Side
+    tpot: Estimate
+    multiple: float
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Peak memory of one side, bytes; ``own_bytes`` is the peak without interpreter and libraries."""
+
+    side: Side
+    memory: Memory
+
+    @property
+    def own_bytes(self) -> int:
+        """What the model, its cache and its buffers added."""
+        return self.memory.peak_bytes - self.memory.baseline_bytes
+
+
+def side_of(record: RunRecord, label: str) -> Side:
+    """The side of that label; one that the record names nowhere else is shown as a peer under its label."""
+    found = next((s for s in record.sides if s.label == label), None)
+    return found or Side(label=label, role="peer", title=label, details={})
+
+
+def ordered_sides(record: RunRecord) -> list[Side]:
+    """Candidate, baseline, then peers; also those that only a series, a load or a memory figure names."""
+    used = [s.side for s in record.series] + [x.side for x in record.loads] + [m.side for m in record.memory]
+    labels = dict.fromkeys([*(s.label for s in record.sides), *used])
+    rank = {"candidate": 0, "baseline": 1, "peer": 2}
+    return sorted((side_of(record, label) for label in labels), key=lambda s: rank[s.role])
+
+
+def measured_sides(record: RunRecord, case: Case) -> list[Side]:
+    """The sides with at least one round on that case, in page order."""
+    return [s for s in ordered_sides(record) if (found := record.find(case, s.label)) and found.rounds]
+
+
+def headline_case(record: RunRecord) -> Case | None:
+    """Smallest batch, then the prompt nearest 128; cases that both candidate and baseline ran come first."""
+    candidate, baseline = record.side("candidate"), record.side("baseline")
+
+    def rank(case: Case) -> tuple[int, int, int, int, int]:
+        labels = {s.label for s in measured_sides(record, case)}
+        missing = sum(1 for s in (candidate, baseline) if s is None or s.label not in labels)
+        return missing, case.batch, abs(case.prompt - 128), case.prompt, -case.new_tokens
+
+    return min((c for c in record.cases() if measured_sides(record, c)), key=rank, default=None)
+
+
+def estimate(record: RunRecord, case: Case, side: str, metric: Metric) -> Estimate | None:
+    """Median over the rounds of one side on one case, or ``None`` where nothing was measured."""
+    values = samples(record.find(case, side), metric)
+    return median(values) if values else None
+
+
+def against_baseline(record: RunRecord, case: Case, side: str, metric: Metric) -> Comparison | None:
+    """One side paired with the baseline, or ``None`` for the baseline itself and where one was not measured."""
+    baseline = record.side("baseline")
+    if baseline is None or baseline.label == side:
+        return None
+    return compare(record, case, metric, side, baseline.label)
+
+
+def series_spread(record: RunRecord, case: Case, side: str, metric: Metric) -> float | None:
+    """Relative spread over the rounds of one side on one case, as a fraction."""
+    return relative_spread(samples(record.find(case, side), metric))
+
+
+def latency_rows(record: RunRecord) -> list[LatencyRow]:
+    """One row for every case and every side that was measured on it."""
+    rows = []
+    for case in record.cases():
+        for side in measured_sides(record, case):
+            series = record.find(case, side.label)
+            if series is None:
+                continue
+            values: dict[Metric, Estimate | None] = {
+                m: estimate(record, case, side.label, m) for m in METRICS
+            }
+            pairs: dict[Metric, Comparison | None] = {
+                m: against_baseline(record, case, side.label, m) for m in METRICS
+            }
+            gains = {m: pair.speedup if pair else None for m, pair in pairs.items()}
+            spreads = [series_spread(record, case, side.label, m) for m in ("ttft", "tpot")]
+            tpot = values["tpot"]
+            rows.append(
+                LatencyRow(
+                    case=case,
+                    side=side,
+                    rounds=len(series.rounds),
+                    warmup_rounds=series.warmup_rounds,
+                    ttft=values["ttft"],
+                    tpot=tpot,
+                    total=values["total"],
+                    tokens_per_s=case.batch / tpot.value if tpot and tpot.value > 0 else None,
+                    prefill=gains["ttft"],
+                    decode=gains["tpot"],
+                    end_to_end=gains["total"],
+                    spread=max((s for s in spreads if s is not None), default=None),
+                )
+            )
+    return rows
+
+
+def gaps(record: RunRecord, case: Case, side: str) -> list[float]:
+    """All token gaps of one side on one case, seconds, rounds in order."""
+    series = record.find(case, side)
+    return [g for r in series.rounds for g in r.gaps_s] if series else []
+
+
+def gap_rows(record: RunRecord, case: Case) -> list[GapRow]:
+    """Token gaps (ITL) of every side on one case."""
+    rows = []
+    for side in measured_sides(record, case):
+        values = gaps(record, case, side.label)
+        if values:
+            p90, p95, p99 = (percentile(values, q) for q in (90, 95, 99))
+            rows.append(GapRow(side, len(values), median(values), p90, p95, p99))
+    return rows
+
+
+def mean_context(case: Case) -> float:
+    """Mean context of the decode steps of a case: step i of N - 1 attends to prompt + i tokens."""
+    return case.prompt + case.new_tokens / 2
+
+
+def floor_s(record: RunRecord, case: Case) -> float | None:
+    """Least seconds per decode step of a case, from bytes and bandwidth; ``None`` where it was not measured."""
+    return record.floor.step_s(mean_context(case), case.batch) if record.floor else None
+
+
+def floor_rows(record: RunRecord, case: Case) -> list[FloorRow]:
+    """Every side with a TPOT on that case, as a multiple of the floor; empty without a floor."""
+    floor = floor_s(record, case)
+    if not floor:
+        return []
+    found = ((s, estimate(record, case, s.label, "tpot")) for s in measured_sides(record, case))
+    return [FloorRow(side, tpot, tpot.value / floor) for side, tpot in found if tpot]
+
+
+def memory_rows(record: RunRecord) -> list[MemoryRow]:
+    """Peak memory in page order."""
+    return [MemoryRow(s, m) for s in ordered_sides(record) for m in record.memory if m.side == s.label]
+
+
+def load_rows(record: RunRecord) -> list[tuple[Side, Estimate]]:
+    """Median load time of each side, seconds, in page order."""
+    return [
+        (s, median(load.samples_s))
+        for s in ordered_sides(record)
+        for load in record.loads
+        if load.side == s.label and load.samples_s
+    ]

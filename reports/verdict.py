@@ -1,0 +1,281 @@
+"""The answer of one run: is it still the same model, is it faster, and may a pipeline go on.
+
+Try: ``python -c "import pathlib, reports.record as r, reports.verdict as v;
+print(v.judge(r.read_record(pathlib.Path('reports/out/record.json'))).headline)"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from reports.record import Case, Figure, RunRecord, Status
+from reports.stats import METRICS, SPREAD_LIMIT, Comparison, Estimate, samples
+from reports.summary import (
+    against_baseline,
+    headline_case,
+    measured_sides,
+    ordered_sides,
+    series_spread,
+)
+
+ParityAnswer = Literal["same", "different", "undecided", "not examined"]
+MINIMUM_ROUNDS = 5
+PARITY_WORDS: dict[ParityAnswer, str] = {
+    "same": "Same model",
+    "different": "Different model",
+    "undecided": "Parity undecided",
+    "not examined": "Parity not examined",
+}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Candidate against baseline on the headline case; a part is ``None`` where it was not measured."""
+
+    case: Case
+    candidate: str
+    baseline: str
+    decode: Comparison | None
+    prefill: Comparison | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reader and a pipeline need to know.
+
+    ``exit_code`` is 0 passed, 1 a parity check or a test failed, 3 inconclusive. Figures that miss their limit are
+    listed and do not change it: the test that owns a limit fails by itself.
+    """
+
+    parity: ParityAnswer
+    speed: Speed | None
+    headline: str
+    exit_code: Literal[0, 1, 3]
+    gated: int
+    passed: int
+    failed: tuple[str, ...]
+    inconclusive: tuple[str, ...]
+    suspicious: tuple[str, ...]
+    reported: tuple[str, ...]
+    failed_tests: tuple[str, ...]
+    figures_missed: tuple[Figure, ...]
+    warnings: tuple[str, ...]
+    not_examined: tuple[str, ...]
+    rounds: int
+    tokens_scored: int | None
+    random_weights: bool
+
+    @property
+    def word(self) -> str:
+        """PASSED, FAILED or INCONCLUSIVE."""
+        return {0: "PASSED", 1: "FAILED", 3: "INCONCLUSIVE"}[self.exit_code]
+
+
+def judge(record: RunRecord) -> Verdict:
+    """Derive the verdict of a record. Pure: the same record gives the same verdict."""
+    statuses = _statuses(record)
+    by: dict[Status, tuple[str, ...]] = {
+        status: tuple(name for name, s in statuses if s == status)
+        for status in ("PASS", "FAIL", "INCONCLUSIVE", "SUSPICIOUS", "REPORTED")
+    }
+    gated = len(statuses) - len(by["REPORTED"])
+    parity = _parity(by, gated)
+    speed = _speed(record)
+    failed_tests = tuple(o.test for o in record.outcomes if o.outcome in ("failed", "error"))
+    missed = tuple(f for f in record.figures if not f.met)
+    code: Literal[0, 1, 3] = 0
+    if parity == "different" or failed_tests:
+        code = 1
+    elif parity != "same":
+        code = 3
+    case = headline_case(record)
+    return Verdict(
+        parity=parity,
+        speed=speed,
+        headline=_headline(record, parity, speed, failed_tests, missed),
+        exit_code=code,
+        gated=gated,
+        passed=len(by["PASS"]) + len(by["SUSPICIOUS"]),
+        failed=by["FAIL"],
+        inconclusive=by["INCONCLUSIVE"],
+        suspicious=by["SUSPICIOUS"],
+        reported=by["REPORTED"],
+        failed_tests=failed_tests,
+        figures_missed=missed,
+        warnings=(*record.warnings, *derived_warnings(record)),
+        not_examined=_not_examined(record),
+        rounds=_rounds(record, case),
+        tokens_scored=tokens_scored(record),
+        random_weights=record.model.random_weights,
+    )
+
+
+def parity_answer(statuses: Sequence[Status]) -> ParityAnswer:
+    """Different if anything FAILs; else undecided if anything is INCONCLUSIVE; else same.
+
+    SUSPICIOUS lies inside its margin and counts as passed. Nothing but REPORTED figures decides nothing, so that
+    is ``not examined``.
+    """
+    if "FAIL" in statuses:
+        return "different"
+    if "INCONCLUSIVE" in statuses:
+        return "undecided"
+    return "same" if any(s in ("PASS", "SUSPICIOUS") for s in statuses) else "not examined"
+
+
+def tokens_scored(record: RunRecord) -> int | None:
+    """Tokens behind the teacher-forced checks: the most samples of a KL or perplexity check, else of any check."""
+    checks = record.parity.checks if record.parity else []
+    forced = [c.samples for c in checks if any(k in c.name.lower() for k in ("kl", "ppl", "perplex"))]
+    return max(forced or [c.samples for c in checks], default=None)
+
+
+def speed_sentence(speed: Speed | None) -> str:
+    """Such as ``2.79 times as fast in decode (95 % interval 2.71 to 2.87), ...``, or ``speed not measured``."""
+    if speed is None:
+        return "speed not measured"
+    parts = [
+        f"{_times(comparison.speedup)} in {name}"
+        for name, comparison in (("decode", speed.decode), ("prefill", speed.prefill))
+        if comparison
+    ]
+    return ", ".join(parts) if parts else "speed not measured"
+
+
+def derived_warnings(record: RunRecord) -> list[str]:
+    """What the raw samples themselves warn of; each line says what to do about it."""
+    found = []
+    if record.model.random_weights:
+        found.append(
+            "The weights are random: latency and numeric parity stand, but answers and task scores mean nothing. "
+            "Run a trained checkpoint before shipping."
+        )
+    found += _spread_warnings(record)
+    found += _count_warnings(record)
+    return found
+
+
+def _parity(by: dict[Status, tuple[str, ...]], gated: int) -> ParityAnswer:
+    return parity_answer([status for status, names in by.items() if names]) if gated else "not examined"
+
+
+def _statuses(record: RunRecord) -> list[tuple[str, Status]]:
+    if record.parity is None:
+        return []
+    checks: list[tuple[str, Status]] = [(c.title or c.name, c.status) for c in record.parity.checks]
+    return checks + [(f"{t.task}: {t.metric}", t.status) for t in record.parity.tasks]
+
+
+def _speed(record: RunRecord) -> Speed | None:
+    case, candidate, baseline = headline_case(record), record.side("candidate"), record.side("baseline")
+    if case is None or candidate is None or baseline is None:
+        return None
+    decode = against_baseline(record, case, candidate.label, "tpot")
+    prefill = against_baseline(record, case, candidate.label, "ttft")
+    if decode is None and prefill is None:
+        return None
+    return Speed(case, candidate.label, baseline.label, decode, prefill)
+
+
+def _rounds(record: RunRecord, case: Case | None) -> int:
+    """Rounds of the less often measured of candidate and baseline on the headline case."""
+    if case is None:
+        return 0
+    sides = [s for s in measured_sides(record, case) if s.role != "peer"] or measured_sides(record, case)
+    return min(len(found.rounds) for s in sides if (found := record.find(case, s.label)))
+
+
+def _times(speedup: Estimate) -> str:
+    text = f"{speedup.value:.3g} times as fast"
+    if speedup.low is None or speedup.high is None:
+        return f"{text} (no interval from {speedup.n} round)"
+    return f"{text} (95 % interval {speedup.low:.3g} to {speedup.high:.3g})"
+
+
+def _headline(
+    record: RunRecord,
+    parity: ParityAnswer,
+    speed: Speed | None,
+    failed_tests: tuple[str, ...],
+    missed: tuple[Figure, ...],
+) -> str:
+    parts = [PARITY_WORDS[parity]]
+    pairs = (("decode", speed.decode), ("prefill", speed.prefill)) if speed else ()
+    gains = [(name, f"{c.speedup.value:.3g}") for name, c in pairs if c]
+    first = [f"{value} times as fast in {name}" for name, value in gains[:1]]
+    parts.append(
+        " and ".join(first + [f"{value} in {name}" for name, value in gains[1:]]) or "speed not measured"
+    )
+    if failed_tests:
+        parts.append(f"{len(failed_tests)} test{'s' * (len(failed_tests) > 1)} failed")
+    if missed:
+        parts.append(f"{len(missed)} of {len(record.figures)} figures missed")
+    prefix = "Random weights: " if record.model.random_weights else ""
+    return prefix + ", ".join(parts) + "."
+
+
+def _not_examined(record: RunRecord) -> tuple[str, ...]:
+    found = []
+    parity = record.parity
+    if parity is None or not (parity.checks or parity.tasks):
+        found.append("parity with PyTorch")
+    elif not parity.tasks:
+        found.append("generation tasks")
+    if _speed(record) is None:
+        found.append("speed against a baseline")
+    longest = max((c.prompt + c.new_tokens for c in record.cases()), default=0)
+    if longest and longest < record.model.context_length:
+        found.append(f"latency beyond {longest:,} of {record.model.context_length:,} tokens of context")
+    for present, name in (
+        (record.memory, "memory"),
+        (record.loads, "load time"),
+        (record.floor, "memory floor"),
+    ):
+        if not present:
+            found.append(name)
+    return tuple(found)
+
+
+def _spread_warnings(record: RunRecord) -> list[str]:
+    """One line for all noisy series: a line for each would bury the rest on a noisy machine."""
+    spreads = [
+        (spread, metric, side.title, case)
+        for case in record.cases()
+        for side in measured_sides(record, case)
+        for metric in ("ttft", "tpot")
+        if (spread := series_spread(record, case, side.label, metric)) is not None
+    ]
+    noisy = [s for s in spreads if s[0] > SPREAD_LIMIT]
+    if not noisy:
+        return []
+    spread, metric, title, case = max(noisy, key=lambda s: s[0])
+    return [
+        f"Spread between rounds above {SPREAD_LIMIT:.1%} in {len(noisy)} of {len(spreads)} series, at most "
+        f"{spread:.1%} ({metric.upper()} of {title}, {case.label}): trust the paired ratios more than the medians; "
+        "a quieter machine or more rounds narrow both."
+    ]
+
+
+def _count_warnings(record: RunRecord) -> list[str]:
+    found, few = [], []
+    for side in ordered_sides(record):
+        series = [s for s in record.series if s.side == side.label]
+        least = min((len(s.rounds) for s in series), default=MINIMUM_ROUNDS)
+        if least < MINIMUM_ROUNDS:
+            few.append(f"{side.title} ({least})")
+        if any(v <= 0 for s in series for m in METRICS for v in samples(s, m)):
+            found.append(f"{side.title}: a time that is not positive; its clock is broken, run it again.")
+    if few:
+        found.append(
+            f"Fewer than {MINIMUM_ROUNDS} rounds on some case: {', '.join(few)}. No figure of these is sure; raise "
+            "the number of rounds."
+        )
+    for case in record.cases():
+        counts = {len(s.rounds) for s in record.series if s.case == case}
+        if len(counts) > 1:
+            found.append(
+                f"{case.label}: sides have {min(counts)} to {max(counts)} rounds; ratios pair only the first of each."
+            )
+    return found
