@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from bench.datasets import load_file, load_shipped
 from bench.errors import BenchError
@@ -122,10 +129,9 @@ def _uncaptured(capture: Any) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """The run; its sessions are closed at the end."""
-    state = request.config.stash[RUN]
-    yield state
+def run(request: pytest.FixtureRequest) -> Run:
+    """The run; its sessions are closed when the page is written."""
+    return request.config.stash[RUN]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -21,7 +21,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "rewriting": ("instruction", "text"),
     "perplexity": ("text",),
 }
-LANGUAGES = {"en": "English", "fr": "French", "de": "German", "es": "Spanish", "it": "Italian", "pt": "Portuguese"}
+LANGUAGES = {
+    "en": "English",
+    "fr": "French",
+    "de": "German",
+    "es": "Spanish",
+    "it": "Italian",
+    "pt": "Portuguese",
+}
 NEW_TOKENS = {"qa": 24, "summarization": 64, "translation": 56, "rewriting": 48}
 """Most tokens generated for an item of each task: about twice what the references need."""
 

@@ -84,9 +84,7 @@ def interleave(
             collected[label].append(Round(order=order, at_s=list(result.at_s)))
             order += 1
             tick(f"{label}: {case.label}, round {index + 1}")
-    return [
-        Series(case=case, side=label, warmup_rounds=warmed[label], rounds=collected[label]) for label in sides
-    ]
+    return [Series(case=case, side=label, warmup_rounds=warmed[label], rounds=collected[label]) for label in sides]
 
 
 def load_times(openers: dict[str, Callable[[], Session]], samples: int, tick: Tick = lambda _: None) -> list[Load]:

@@ -62,7 +62,9 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Scored:
         f"sacrebleu {metric.get_signature()}; typographic quotes and spaces folded",
     )
     if abs(scored.score - whole.score) > 1e-9:
-        raise RuntimeError("sacrebleu's statistics do not give its own score; pin sacrebleu to a version that was tested")
+        raise RuntimeError(
+            "sacrebleu's statistics do not give its own score; pin sacrebleu to a version that was tested"
+        )
     return scored
 
 
@@ -120,7 +122,9 @@ def score_task(task: str, outputs: Sequence[str], references: Sequence[Sequence[
     return [bleu(outputs, references)]
 
 
-def difference_interval(candidate: Scored, baseline: Scored, seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
+def difference_interval(
+    candidate: Scored, baseline: Scored, seed: int, resamples: int = RESAMPLES
+) -> tuple[float, float]:
     """One-sided 95 % bounds (lower, upper) of candidate minus baseline: paired bootstrap over items.
 
     Koehn (2004), "Statistical significance tests for machine translation evaluation".

@@ -85,7 +85,11 @@ def token_figures(candidate: NDArray[np.float32], baseline: NDArray[np.float32],
 
 
 def bootstrap_bound(
-    chunks: Sequence[Array], statistic: Callable[[Array], float], quantile: float, seed: int, resamples: int = RESAMPLES
+    chunks: Sequence[Array],
+    statistic: Callable[[Array], float],
+    quantile: float,
+    seed: int,
+    resamples: int = RESAMPLES,
 ) -> float:
     """One-sided bound of a statistic of pooled tokens: bootstrap over chunks (percentile method)."""
     rng = np.random.default_rng(seed)
@@ -171,7 +175,9 @@ def teacher_forced_checks(
 
     low, high = (math.exp(v) for v in mean_bounds(log_ratio, seed))
     ratio = math.exp(float(np.concatenate(log_ratio).mean()))
-    null_ratio = math.exp(float(np.mean(np.concatenate([f.nll_candidate - f.nll_baseline for f in null])))) if null else None
+    null_ratio = (
+        math.exp(float(np.mean(np.concatenate([f.nll_candidate - f.nll_baseline for f in null])))) if null else None
+    )
     checks = [
         Check(
             name="perplexity_ratio",
@@ -229,7 +235,12 @@ def teacher_forced_checks(
 
 
 def _agreement_check(
-    figures: Sequence[TokenFigures], null: Sequence[TokenFigures], tier: Tier, seed: int, tokens: int, where: str
+    figures: Sequence[TokenFigures],
+    null: Sequence[TokenFigures],
+    tier: Tier,
+    seed: int,
+    tokens: int,
+    where: str,
 ) -> Check:
     agree = int(sum(f.same_top1.sum() for f in figures))
     cp_low, cp_high = agreement_bounds(agree, tokens)

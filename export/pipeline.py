@@ -255,4 +255,3 @@ def _manifest(
         versions={name: _version(name) for name in _TOOLS},
         files=files,
     )
-

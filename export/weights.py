@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -164,7 +165,7 @@ def write_data(
                         contents[mapping[name]] = _identity(mapping[name], tensor)
                 data = make_initialiser(recipe, sources, dtype)
                 del sources
-            raw = memoryview(data.view(torch.uint8).numpy()).cast("B")
+            raw = _bytes_of(data)
             padding = memoryview(bytes(recipe.offset - position))
             for block in (padding, raw):
                 for start in range(0, len(block), _PIECE):
@@ -181,6 +182,12 @@ def write_data(
     return file_hash.hexdigest(), identity
 
 
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory, not copied."""
+    array: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
+
+
 def _identity(name: str, tensor: Tensor) -> str:
-    raw = memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    raw = _bytes_of(tensor.contiguous())
     return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"

@@ -1,6 +1,7 @@
 """Statistics of latency samples: why a number on the page may be printed, and how far it may be trusted.
 
-Pure functions of numbers and of a record; nothing here formats or prints. Too few samples give ``None``, never a guess.
+Pure functions of numbers and of a record; nothing here formats or prints. Too few samples give
+``None``, never a guess.
 
 Try: ``python -c "from reports.stats import median; print(median([24.8, 25.1, 24.7, 24.9, 25.0, 26.2]))"``.
 """
@@ -97,17 +98,15 @@ def percentile(samples: Sequence[float], q: int) -> float | None:
         ValueError: a percentile for which no minimum is set.
     """
     if q not in PERCENTILE_MINIMUM:
-        raise ValueError(
-            f"percentile {q} has no minimum sample count; choose from {sorted(PERCENTILE_MINIMUM)}"
-        )
+        raise ValueError(f"percentile {q} has no minimum sample count; choose from {sorted(PERCENTILE_MINIMUM)}")
     return float(np.percentile(samples, q)) if len(samples) >= PERCENTILE_MINIMUM[q] else None
 
 
 def relative_spread(samples: Sequence[float]) -> float | None:
-    """Robust relative spread: 1.4826 * median(abs(x - median)) / median, a standard deviation if x were normal.
+    """Robust relative spread: 1.4826 * median(abs(x - median)) / median.
 
-    (Rousseeuw and Croux 1993.) One stray round does not move it. ``None`` from fewer than three samples or where
-    the median is not positive.
+    A relative standard deviation if x were normal (Rousseeuw and Croux 1993); one stray round does not move
+    it. ``None`` from fewer than three samples or where the median is not positive.
     """
     if len(samples) < 3:
         return None
@@ -131,8 +130,8 @@ def geometric_mean(values: Sequence[float]) -> float:
 def paired_ratio(candidate: Sequence[float], other: Sequence[float], confidence: float = 0.95) -> Estimate:
     """Ratio candidate / other of samples that were taken in pairs, with its t interval.
 
-    D_i = ln(candidate_i / other_i); the ratio is exp(mean D), its ends exp(mean D -+ t * s / sqrt(n)) with t of
-    n - 1 degrees of freedom (Student 1908, on paired log differences). Drift that both sides share cancels out.
+    D_i = ln(candidate_i / other_i); the ratio is exp(mean D), its ends exp(mean D -+ t * s / sqrt(n)) with t
+    of n - 1 degrees of freedom (Student 1908, on paired log differences). Drift that both share cancels out.
     The pairs are the first min(len) samples of both; one pair gives a ratio without an interval.
 
     Raises:
@@ -165,9 +164,7 @@ def samples(series: Series | None, metric: Metric) -> list[float]:
     return [v for v in values if v is not None]
 
 
-def compare(
-    record: RunRecord, case: Case, metric: Metric, candidate_label: str, other_label: str
-) -> Comparison | None:
+def compare(record: RunRecord, case: Case, metric: Metric, candidate_label: str, other_label: str) -> Comparison | None:
     """Two sides on one case, paired by the index of the round.
 
     ``None`` where a side was not measured or holds a time that is not positive (a broken clock, which the

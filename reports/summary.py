@@ -55,7 +55,7 @@ class GapRow:
 
 @dataclass(frozen=True)
 class FloorRow:
-    """One side against the memory-bandwidth floor of a case: seconds per token and the multiple of the floor."""
+    """One side against the memory-bandwidth floor of a case: seconds per token, multiple of the floor."""
 
     side: Side
     tpot: Estimate
@@ -113,7 +113,7 @@ def estimate(record: RunRecord, case: Case, side: str, metric: Metric) -> Estima
 
 
 def against_baseline(record: RunRecord, case: Case, side: str, metric: Metric) -> Comparison | None:
-    """One side paired with the baseline, or ``None`` for the baseline itself and where one was not measured."""
+    """One side paired with the baseline; ``None`` for the baseline itself and where one was not measured."""
     baseline = record.side("baseline")
     if baseline is None or baseline.label == side:
         return None
@@ -133,12 +133,8 @@ def latency_rows(record: RunRecord) -> list[LatencyRow]:
             series = record.find(case, side.label)
             if series is None:
                 continue
-            values: dict[Metric, Estimate | None] = {
-                m: estimate(record, case, side.label, m) for m in METRICS
-            }
-            pairs: dict[Metric, Comparison | None] = {
-                m: against_baseline(record, case, side.label, m) for m in METRICS
-            }
+            values: dict[Metric, Estimate | None] = {m: estimate(record, case, side.label, m) for m in METRICS}
+            pairs: dict[Metric, Comparison | None] = {m: against_baseline(record, case, side.label, m) for m in METRICS}
             gains = {m: pair.speedup if pair else None for m, pair in pairs.items()}
             spreads = [series_spread(record, case, side.label, m) for m in ("ttft", "tpot")]
             tpot = values["tpot"]
@@ -184,7 +180,7 @@ def mean_context(case: Case) -> float:
 
 
 def floor_s(record: RunRecord, case: Case) -> float | None:
-    """Least seconds per decode step of a case, from bytes and bandwidth; ``None`` where it was not measured."""
+    """Least seconds per decode step of a case, from bytes and bandwidth; ``None`` without a floor."""
     return record.floor.step_s(mean_context(case), case.batch) if record.floor else None
 
 

@@ -45,8 +45,8 @@ class Speed:
 class Verdict:
     """What a reader and a pipeline need to know.
 
-    ``exit_code`` is 0 passed, 1 a parity check or a test failed, 3 inconclusive. Figures that miss their limit are
-    listed and do not change it: the test that owns a limit fails by itself.
+    ``exit_code`` is 0 passed, 1 a parity check or a test failed, 3 inconclusive. Figures that miss a limit
+    are listed and do not change it: the test that owns a limit fails by itself.
     """
 
     parity: ParityAnswer
@@ -115,8 +115,7 @@ def judge(record: RunRecord) -> Verdict:
 def parity_answer(statuses: Sequence[Status]) -> ParityAnswer:
     """Different if anything FAILs; else undecided if anything is INCONCLUSIVE; else same.
 
-    SUSPICIOUS lies inside its margin and counts as passed. Nothing but REPORTED figures decides nothing, so that
-    is ``not examined``.
+    SUSPICIOUS lies inside its margin and counts as passed. REPORTED alone decides nothing: ``not examined``.
     """
     if "FAIL" in statuses:
         return "different"
@@ -126,14 +125,14 @@ def parity_answer(statuses: Sequence[Status]) -> ParityAnswer:
 
 
 def tokens_scored(record: RunRecord) -> int | None:
-    """Tokens behind the teacher-forced checks: the most samples of a KL or perplexity check, else of any check."""
+    """Tokens behind the teacher-forced checks: most samples of a KL or perplexity check, else of any."""
     checks = record.parity.checks if record.parity else []
     forced = [c.samples for c in checks if any(k in c.name.lower() for k in ("kl", "ppl", "perplex"))]
     return max(forced or [c.samples for c in checks], default=None)
 
 
 def speed_sentence(speed: Speed | None) -> str:
-    """Such as ``2.79 times as fast in decode (95 % interval 2.71 to 2.87), ...``, or ``speed not measured``."""
+    """Such as ``2.79 times as fast (95 % interval 2.7 to 2.9) in decode, ...`` or ``speed not measured``."""
     if speed is None:
         return "speed not measured"
     parts = [
@@ -149,7 +148,7 @@ def derived_warnings(record: RunRecord) -> list[str]:
     found = []
     if record.model.random_weights:
         found.append(
-            "The weights are random: latency and numeric parity stand, but answers and task scores mean nothing. "
+            "The weights are random: latency and numeric parity stand, answers and task scores mean nothing. "
             "Run a trained checkpoint before shipping."
         )
     found += _spread_warnings(record)
@@ -205,15 +204,13 @@ def _headline(
     pairs = (("decode", speed.decode), ("prefill", speed.prefill)) if speed else ()
     gains = [(name, f"{c.speedup.value:.3g}") for name, c in pairs if c]
     first = [f"{value} times as fast in {name}" for name, value in gains[:1]]
-    parts.append(
-        " and ".join(first + [f"{value} in {name}" for name, value in gains[1:]]) or "speed not measured"
-    )
+    parts.append(" and ".join(first + [f"{value} in {name}" for name, value in gains[1:]]) or "speed not measured")
     if failed_tests:
         parts.append(f"{len(failed_tests)} test{'s' * (len(failed_tests) > 1)} failed")
     if missed:
         parts.append(f"{len(missed)} of {len(record.figures)} figures missed")
-    prefix = "Random weights: " if record.model.random_weights else ""
-    return prefix + ", ".join(parts) + "."
+    text = ", ".join(parts) + "."
+    return f"Random weights: {text[0].lower()}{text[1:]}" if record.model.random_weights else text
 
 
 def _not_examined(record: RunRecord) -> tuple[str, ...]:
@@ -252,9 +249,9 @@ def _spread_warnings(record: RunRecord) -> list[str]:
         return []
     spread, metric, title, case = max(noisy, key=lambda s: s[0])
     return [
-        f"Spread between rounds above {SPREAD_LIMIT:.1%} in {len(noisy)} of {len(spreads)} series, at most "
-        f"{spread:.1%} ({metric.upper()} of {title}, {case.label}): trust the paired ratios more than the medians; "
-        "a quieter machine or more rounds narrow both."
+        f"Spread between rounds above {100 * SPREAD_LIMIT:.1f} % in {len(noisy)} of {len(spreads)} series, "
+        f"at most {100 * spread:.1f} % ({metric.upper()} of {title}, {case.label}): trust the paired ratios "
+        "more than the medians; a quieter machine or more rounds narrow both."
     ]
 
 
@@ -269,13 +266,11 @@ def _count_warnings(record: RunRecord) -> list[str]:
             found.append(f"{side.title}: a time that is not positive; its clock is broken, run it again.")
     if few:
         found.append(
-            f"Fewer than {MINIMUM_ROUNDS} rounds on some case: {', '.join(few)}. No figure of these is sure; raise "
-            "the number of rounds."
+            f"Fewer than {MINIMUM_ROUNDS} rounds on some case: {', '.join(few)}. No figure of these is sure; "
+            "raise the number of rounds."
         )
     for case in record.cases():
         counts = {len(s.rounds) for s in record.series if s.case == case}
         if len(counts) > 1:
-            found.append(
-                f"{case.label}: sides have {min(counts)} to {max(counts)} rounds; ratios pair only the first of each."
-            )
+            found.append(f"{case.label}: sides have {min(counts)} to {max(counts)} rounds; ratios pair only the first.")
     return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.errors import SessionError
 from runtime.session import Ids, Session
 
 
@@ -72,18 +73,16 @@ def stream(
         ContextOverflowError: longest prompt + ``max_new_tokens`` exceeds the context; nothing has run.
     """
     if max_new_tokens < 1:
-        from runtime.errors import SessionError
-
         raise SessionError(f"cannot generate {max_new_tokens} tokens; ask for at least 1")
     start = clock()
     logits = session.prefill(ids, reserve=max_new_tokens)
     ended = np.zeros(len(ids), bool)
+    tokens: NDArray[np.int64] = np.zeros(len(ids), np.int64)
     for n in range(max_new_tokens):
         if n:
             logits = session.step(tokens.tolist())
-        chosen = logits.argmax(axis=-1)
-        # An ended row keeps its end token.
-        tokens = np.where(ended, tokens, chosen) if n else chosen
+        chosen = logits.argmax(axis=-1).astype(np.int64)
+        tokens = chosen if n == 0 else np.where(ended, tokens, chosen).astype(np.int64)
         yield Step(tokens, clock() - start)
         if eos:
             ended |= np.isin(tokens, eos)

@@ -79,7 +79,7 @@ def require(name: str, precision: str | None) -> Provider:
         runs = ", ".join(provider.precisions) or "no precision of this target"
         raise ProviderUnavailableError(
             f"provider {name!r} has no GroupQueryAttention for {precision} (it runs {runs}); "
-            f"export with --precision {provider.precisions[0] if provider.precisions else 'fp16'}, or use another provider"
+            f"export with --precision {(*provider.precisions, 'fp16')[0]}, or use another provider"
         )
     return provider
 

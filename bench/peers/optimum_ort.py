@@ -31,7 +31,15 @@ def plain_export(checkpoint: Path, target: Path) -> Path:
     if (target / "model.onnx").is_file():
         return target
     with publish(target) as work:
-        command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", str(checkpoint)]
+        command = [
+            sys.executable,
+            "-m",
+            "optimum.commands.optimum_cli",
+            "export",
+            "onnx",
+            "--model",
+            str(checkpoint),
+        ]
         command += ["--task", "text-generation-with-past", "--no-post-process", str(work)]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode != 0 or not (work / "model.onnx").is_file():

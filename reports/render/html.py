@@ -1,6 +1,7 @@
 """The page: one self-contained ``index.html`` that answers on its first screen and works offline.
 
-Everything from the record is data: jinja2 escapes it. The only markup taken as it is are the plots of this package.
+Everything from the record is data: jinja2 escapes it. The only markup taken as it is are the plots of this
+package.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.publish as p;
 print(p.write_report(r.read_record(pathlib.Path('reports/out/record.json')), pathlib.Path('/tmp/page')))"``.
@@ -19,7 +20,7 @@ from markupsafe import Markup
 
 from reports.record import Check, RunRecord
 from reports.render import plots, words
-from reports.stats import SPREAD_LIMIT, Estimate
+from reports.stats import SPREAD_LIMIT, Estimate, median
 from reports.summary import (
     LatencyRow,
     floor_rows,
@@ -64,7 +65,7 @@ def tone(word: str) -> str:
 def sure(speedup: Estimate) -> str:
     """The interval of a speed-up in words, with what it allows to claim."""
     if speedup.low is None or speedup.high is None:
-        return f"one pair of rounds, no interval ({speedup.n})"
+        return "one pair of rounds, no interval"
     text = f"95\u00a0% interval {words.fixed(speedup.low)}\u00a0to\u00a0{words.fixed(speedup.high)}"
     if speedup.low <= 1 <= speedup.high:
         return f"{text}, no difference shown"
@@ -75,16 +76,16 @@ def parity_line(record: RunRecord, verdict: Verdict) -> str:
     """The parity answer's reason in one line."""
     if record.parity is None or verdict.gated == 0:
         return "no check was run"
-    told = [
-        f"{verdict.passed} of {verdict.gated} checks pass at tier {words.shorten(record.parity.tier, 40)}"
-    ]
+    tier = words.shorten(record.parity.tier, 40)
+    told = [f"{verdict.passed} of {verdict.gated} checks pass at tier {tier}"]
     for names, word in (
         (verdict.failed, "failed"),
         (verdict.inconclusive, "inconclusive"),
         (verdict.suspicious, "suspicious"),
     ):
         if names:
-            told.append(f"{len(names)} {word}")
+            which = f" ({words.shorten(names[0], 40)})" if len(names) == 1 else ""
+            told.append(f"{len(names)} {word}{which}")
     return ", ".join(told)
 
 
@@ -171,15 +172,14 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "machine_line": words.machine_line(record),
         "sure_line": sure_line(record, verdict),
         "parity_line": parity_line(record, verdict),
-        "parity_word": {"same": "Yes", "different": "No", "undecided": "Undecided"}.get(
-            verdict.parity, "Not examined"
-        ),
+        "parity_word": {"same": "Yes", "different": "No", "undecided": "Undecided"}.get(verdict.parity, "Not examined"),
         "parity_tone": {"same": "pass", "different": "fail"}.get(verdict.parity, "open"),
         "latency": latency_rows(record),
         "warmups": ", ".join(str(n) for n in sorted({s.warmup_rounds for s in record.series})),
         "gap_rows": gap_rows(record, case) if case else [],
         "floor_rows": floor_rows(record, case) if case else [],
         "floor": floor_s(record, case) if case else None,
+        "bandwidth": median(record.floor.bandwidth_samples).value if record.floor else None,
         "memory": memory_rows(record),
         "loads": load_rows(record),
         "styles": plots.side_styles(record),
@@ -224,13 +224,14 @@ def _environment() -> Environment:
         size=words.size,
         share=words.share,
         score=words.score,
+        difference=words.difference,
         limit=words.limit_text,
         explain=words.explain,
         short=words.shorten,
         figure=_check_figure,
         sure=sure,
         tone=tone,
-        mark=lambda word: _MARKS[tone(word)],
+        mark=lambda word: "!" if word == "SUSPICIOUS" else _MARKS[tone(word)],
         cap=lambda text: text[:1].upper() + text[1:],
         groupby_case=_by_case,
         svg=Markup,

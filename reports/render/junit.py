@@ -39,9 +39,7 @@ def clean(text: str) -> str:
 
 def _suite(root: ET.Element, name: str, cases: list[ET.Element], record: RunRecord) -> ET.Element:
     suite = ET.SubElement(root, "testsuite", name=name)
-    counts = {
-        tag: sum(1 for c in cases if c.find(tag) is not None) for tag in ("failure", "error", "skipped")
-    }
+    counts = {tag: sum(1 for c in cases if c.find(tag) is not None) for tag in ("failure", "error", "skipped")}
     suite.set("tests", str(len(cases)))
     suite.set("failures", str(counts["failure"]))
     suite.set("errors", str(counts["error"]))
@@ -53,9 +51,7 @@ def _suite(root: ET.Element, name: str, cases: list[ET.Element], record: RunReco
 
 
 def _case(classname: str, name: str, seconds: float = 0.0) -> ET.Element:
-    return ET.Element(
-        "testcase", classname=clean(classname), name=clean(name) or "unnamed", time=f"{seconds:.3f}"
-    )
+    return ET.Element("testcase", classname=clean(classname), name=clean(name) or "unnamed", time=f"{seconds:.3f}")
 
 
 def _add(case: ET.Element, tag: str, kind: str, message: str) -> None:
@@ -98,8 +94,8 @@ def _check(check: Check) -> ET.Element:
 
 def _task(task: TaskMetric) -> ET.Element:
     message = (
-        f"{task.status}: candidate {words.score(task.candidate)}, baseline {words.score(task.baseline)}, bound of "
-        f"the difference {words.score(task.difference_bound)}, limit {words.limit_text(task.limit, 'higher')}, "
-        f"{task.items} items. {task.settings}"
+        f"{task.status}: candidate {words.score(task.candidate)}, baseline {words.score(task.baseline)}, "
+        f"bound of the difference {words.difference(task.difference_bound)}, "
+        f"limit {words.difference(task.limit)}, {task.items} items. {task.settings}"
     )
     return _judged(_case("parity.tasks", f"{task.task}: {task.metric}"), task.status, message)

@@ -1,4 +1,4 @@
-"""``report.md``: the verdict for a pull-request comment, first line first, always under the size that GitHub takes.
+"""``report.md``: the verdict for a pull-request comment, in its first line, under the size that GitHub takes.
 
 Everything from the record is escaped: it neither becomes markup, nor a link, nor a mention.
 
@@ -22,6 +22,7 @@ LIMIT = 64_000
 """Characters; GitHub refuses a comment above 65,536."""
 
 ROWS, LISTED, EXAMPLES, EXAMPLE_CHARS = 60, 20, 5, 600
+EXAMPLES_ROOM = 16_000
 _MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SUSPICIOUS": "⚠️", "REPORTED": "▫️"}
 _VERDICTS = {0: "✅", 1: "❌", 3: "❔"}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!~$])")
@@ -57,8 +58,8 @@ def render_markdown(record: RunRecord) -> str:
         *_memory(record),
         "### Repeat\n\n" + fenced(words.shorten(shlex.join(record.command), 2000)),
     ]
-    text = _within(blocks, LIMIT - EXAMPLES * (4 * EXAMPLE_CHARS + 1_200))
-    return "\n\n".join([text, *_examples(record)]) + "\n"
+    text = _within(blocks, LIMIT - EXAMPLES_ROOM)
+    return "\n\n".join([text, *_examples(record, LIMIT - len(text))]) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -84,6 +85,12 @@ def _within(blocks: Sequence[str], limit: int) -> str:
 
 
 def _answers(record: RunRecord, verdict: Verdict) -> list[str]:
+    details = {c.title or c.name: c.detail for c in record.parity.checks} if record.parity else {}
+
+    def told(name: str) -> str:
+        detail = details.get(name)
+        return f"{escape(name)} ({escape(detail)})" if detail else escape(name)
+
     lines = [
         f"- **Model:** {escape(record.model.name)} ({escape(words.model_line(record))})",
         f"- **Speed:** {speed_sentence(verdict.speed)}",
@@ -100,7 +107,7 @@ def _answers(record: RunRecord, verdict: Verdict) -> list[str]:
     ):
         if names:
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            lines.append(f"- **{title}:** {'; '.join(escape(n) for n in names[:LISTED])}{more}")
+            lines.append(f"- **{title}:** {'; '.join(told(n) for n in names[:LISTED])}{more}")
     if verdict.random_weights:
         note = "> **Random weights:** this model was never trained; its answers and task scores mean nothing."
         return [note, "\n".join(lines)]
@@ -121,11 +128,7 @@ def _timing(estimate: Estimate | None) -> str:
 
 
 def _gain(estimate: Estimate | None, role: str) -> str:
-    return (
-        "baseline"
-        if role == "baseline"
-        else f"{words.times(estimate)} {words.times_interval(estimate)}".strip()
-    )
+    return "baseline" if role == "baseline" else f"{words.times(estimate)} {words.times_interval(estimate)}".strip()
 
 
 def _latency(record: RunRecord) -> list[str]:
@@ -177,9 +180,7 @@ def _figures(record: RunRecord) -> list[str]:
 def _parity(record: RunRecord) -> list[str]:
     parity = record.parity
     if parity is None:
-        return [
-            "### Parity\n\nParity was not examined: nothing is said about whether this is still the same model."
-        ]
+        return ["### Parity\n\nParity was not examined: this may or may not still be the same model."]
     where = f"Tier {escape(parity.tier, 40)} against {escape(parity.baseline)}, on {escape(parity.dataset)}."
     found = ["### Parity\n\n" + where]
     if parity.checks:
@@ -196,9 +197,7 @@ def _parity(record: RunRecord) -> list[str]:
             for c in parity.checks
         ]
         found.append(
-            table(
-                ["Check", "Status", "Value", "95\u00a0% bound", "Limit", "Null control", "Samples"], cells, 2
-            )
+            table(["Check", "Status", "Value", "95\u00a0% bound", "Limit", "Null control", "Samples"], cells, 2)
         )
     if parity.tasks:
         cells = [
@@ -207,16 +206,14 @@ def _parity(record: RunRecord) -> list[str]:
                 f"{_MARKS[t.status]} {t.status}",
                 words.score(t.candidate),
                 words.score(t.baseline),
-                words.score(t.difference_bound),
-                words.limit_text(t.limit, "higher"),
+                words.difference(t.difference_bound),
+                words.difference(t.limit),
                 f"{t.items:,}",
             ]
             for t in parity.tasks
         ]
         found.append(
-            table(
-                ["Task", "Status", "Candidate", "Baseline", "Difference, bound", "Limit", "Items"], cells, 2
-            )
+            table(["Task", "Status", "Candidate", "Baseline", "Difference, bound", "Limit", "Items"], cells, 2)
         )
     else:
         found.append("Generation tasks were not examined.")
@@ -226,9 +223,7 @@ def _parity(record: RunRecord) -> list[str]:
 def _memory(record: RunRecord) -> list[str]:
     found = []
     if rows := memory_rows(record):
-        cells = [
-            [escape(r.side.title, 60), words.size(r.memory.peak_bytes), words.size(r.own_bytes)] for r in rows
-        ]
+        cells = [[escape(r.side.title, 60), words.size(r.memory.peak_bytes), words.size(r.own_bytes)] for r in rows]
         found.append("### Memory and load\n\n" + table(["Side", "Peak", "Added by the model"], cells))
     if loads := load_rows(record):
         cells = [[escape(side.title, 60), _timing(e), str(e.n)] for side, e in loads]
@@ -236,7 +231,8 @@ def _memory(record: RunRecord) -> list[str]:
     return found
 
 
-def _examples(record: RunRecord) -> list[str]:
+def _examples(record: RunRecord, room: int) -> list[str]:
+    """The first few examples as far as there is room, and a line that counts the rest."""
     every = record.parity.examples if record.parity else []
     found = []
     for e in every[:EXAMPLES]:
@@ -250,7 +246,11 @@ def _examples(record: RunRecord) -> list[str]:
             )
         ]
         summary = f"<summary>{escape(e.task, 60)}, {escape(e.item, 60)}</summary>"
-        found.append(f"<details>{summary}\n\n" + "\n\n".join(parts) + "\n\n</details>")
-    if len(every) > EXAMPLES:
-        found.append(f"… {EXAMPLES} of {len(every):,} examples; the rest are in record.json.")
+        block = f"<details>{summary}\n\n" + "\n\n".join(parts) + "\n\n</details>"
+        room -= len(block) + 2
+        if room < 200:
+            break
+        found.append(block)
+    if len(every) > len(found):
+        found.append(f"… {len(found)} of {len(every):,} examples; the rest are in record.json.")
     return found

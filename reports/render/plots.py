@@ -1,7 +1,7 @@
 """Plots as inline SVG that follow the page: its fonts, its colours in light and dark, no script.
 
-matplotlib draws with sentinel colours that are then replaced by CSS variables; text stays text. Sides differ by
-marker and name as well as by colour (Okabe-Ito hues). Output is deterministic.
+matplotlib draws with sentinel colours that are then replaced by CSS variables; text stays text. Sides differ
+by marker and name as well as by colour (Okabe-Ito hues). Output is deterministic.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.render.plots as p;
 print(p.all_plots(r.read_record(pathlib.Path('reports/out/record.json')))[0].svg)"``.
@@ -91,7 +91,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class SideStyle:
-    """How one side is drawn everywhere: colour index (CSS ``--s0`` ...), marker of plots, glyph of legends."""
+    """How one side is drawn colour index (CSS ``--s0`` ...), marker in plots, glyph in legends."""
 
     side: Side
     index: int
@@ -113,7 +113,7 @@ class SideStyle:
 
 
 def side_styles(record: RunRecord) -> dict[str, SideStyle]:
-    """A style per side label. 0 is kept for the candidate and 1 for the baseline; peers share the rest in turn."""
+    """A style per label. 0 is kept for the candidate, 1 for the baseline; peers take the rest in turn."""
     styles, peers = {}, 0
     for side in ordered_sides(record):
         index = {"candidate": 0, "baseline": 1}.get(side.role, 2 + peers % 4)
@@ -151,13 +151,9 @@ def rounds_plot(record: RunRecord, case: Case, metric: Metric) -> Plot | None:
 
 def gaps_plot(record: RunRecord, case: Case) -> Plot | None:
     """Every gap between two tokens of every side on one case."""
-    found = [
-        (side, values) for side in measured_sides(record, case) if (values := gaps(record, case, side.label))
-    ]
+    found = [(side, values) for side in measured_sides(record, case) if (values := gaps(record, case, side.label))]
     drawn = f"; at most {DOTS} marks a side, evenly chosen from the sorted gaps" if _thinned(found) else ""
-    caption = (
-        f"One mark per gap between two tokens (ITL){drawn}; the bar is the median, the band the middle half."
-    )
+    caption = f"One mark per gap between two tokens (ITL){drawn}; the bar is the median, the band the middle half."
     return _strip(record, "gaps", "Gap between tokens, all rounds", found, case, caption)
 
 
@@ -196,8 +192,7 @@ def context_plot(record: RunRecord) -> Plot | None:
         axes.set_title("ms per token", loc="left", fontsize=10.5, color=MUTED)
         floor_words = " The dashed line is the memory floor." if floors else ""
         said = "; ".join(
-            f"{side.title}: "
-            + ", ".join(f"{ms(e.value)} at {mean_context(c):,.0f} tokens" for c, e in points)
+            f"{side.title}: " + ", ".join(f"{ms(e.value)} at {mean_context(c):,.0f} tokens" for c, e in points)
             for side, points in lines
         )
         title = "Time per output token against context"
@@ -220,9 +215,7 @@ def floor_plot(record: RunRecord, case: Case) -> Plot | None:
         for i, (title, value, colour, label) in enumerate(bars):
             edge = INK if colour == "none" else colour
             axes.barh(-i, value * 1e3, height=0.3, color=colour, edgecolor=edge, linewidth=1)
-            axes.plot(
-                [floor * 1e3] * 2, [-i - 0.23, -i + 0.2], color=INK, linewidth=1.4, linestyle=(0, (2, 1.5))
-            )
+            axes.plot([floor * 1e3] * 2, [-i - 0.23, -i + 0.2], color=INK, linewidth=1.4, linestyle=(0, (2, 1.5)))
             _row_label(axes, -i + 0.2, title, label)
         axes.set_ylim(-len(bars) + 0.7, 0.62)
         _only_x(axes, "ms per token")
@@ -262,23 +255,22 @@ def _strip(
             axes.fill_betweenx([-i - 0.27, -i + 0.15], q1, q3, color=style.colour, alpha=0.22, linewidth=0)
             if inside:
                 axes.scatter(
-                    *zip(*inside, strict=True),
+                    [v for v, _ in inside],
+                    [h for _, h in inside],
                     s=10,
                     marker=style.marker,
                     color=style.colour,
                     alpha=0.45,
                     linewidths=0,
                 )
-            axes.plot(
-                [middle, middle], [-i - 0.3, -i + 0.18], color=INK, linewidth=1.3, solid_capstyle="butt"
-            )
+            axes.plot([middle, middle], [-i - 0.3, -i + 0.18], color=INK, linewidth=1.3, solid_capstyle="butt")
             more = f", {outside} beyond ▸" if outside else ""
             _row_label(axes, -i + 0.24, side.title, f"median {bare_ms(middle / 1e3)} ms{more}")
         axes.set_xlim(0, edge * 1e3)
         axes.set_ylim(-len(found) + 0.6, 0.62)
         _only_x(axes, "ms")
         said = "; ".join(
-            f"{s.title} median {ms(median(v).value)}, {bare_ms(min(v))} to {bare_ms(max(v))} ms, {len(v)} samples"
+            f"{s.title} median {ms(median(v).value)}, {bare_ms(min(v))} to {ms(max(v))}, {len(v)} samples"
             for s, v in found
         )
         cut = " ▸ counts samples right of the axis." if beyond else ""
@@ -305,10 +297,9 @@ def _quantile(ordered: list[float], q: float) -> float:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02))
     FigureCanvasSVG(figure)
     figure.patch.set_alpha(0)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr]
     return figure, figure.add_subplot()
 
 
@@ -334,7 +325,7 @@ def _plot(key: str, title: str, figure: Figure, description: str, caption: str) 
 
 
 def _svg(figure: Figure, key: str, title: str, description: str) -> str:
-    """The figure as an ``<svg>`` element for inlining: no prolog, no fixed size, ids of its own, page colours."""
+    """The figure as an ``<svg>`` element for inlining: no prolog, no size, ids of its own, page colours."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         # A glyph that DejaVu lacks is drawn by the reader's own fonts, as text stays text.
@@ -346,9 +337,7 @@ def _svg(figure: Figure, key: str, title: str, description: str) -> str:
     # Only inside tags: names in the text nodes are data, whatever they look like.
     text = re.sub(r"<[^>]+>", lambda tag: _page_tag(tag.group(), key), text)
     head, body = text.split(">", 1)
-    said = (
-        f'<title id="{key}-title">{escape(title)}</title>\n<desc id="{key}-desc">{escape(description)}</desc>'
-    )
+    said = f'<title id="{key}-title">{escape(title)}</title>\n<desc id="{key}-desc">{escape(description)}</desc>'
     return f"{head}>\n{said}{body}".strip()
 
 

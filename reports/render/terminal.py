@@ -34,7 +34,9 @@ def print_summary(record: RunRecord, console: Console) -> None:
     verdict = judge(record)
     if rows := latency_rows(record):
         console.print(latency_table(rows))
-        note = "x: times as fast as the baseline, paired by round; brackets: 95 % interval."
+        counts = sorted({r.rounds for r in rows})
+        rounds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+        note = f"Medians of {rounds} rounds; x: times as fast as the baseline, 95 % interval below it."
         console.print(Text(note, style="dim"))
     else:
         console.print("Latency: not measured.")
@@ -44,6 +46,10 @@ def print_summary(record: RunRecord, console: Console) -> None:
             console.print(table)
     if record.parity is None:
         console.print("\nParity: not examined.")
+    for check in record.parity.checks if record.parity else []:
+        if check.status in ("FAIL", "INCONCLUSIVE", "SUSPICIOUS"):
+            told = f" {check.title or check.name}: {words.shorten(check.detail, 300)}"
+            console.print(Text.assemble((check.status, _STYLES[check.status]), told))
     console.print()
     if verdict.random_weights:
         console.print(Text("RANDOM WEIGHTS: answers and task scores mean nothing.", style="bold yellow"))
@@ -52,14 +58,12 @@ def print_summary(record: RunRecord, console: Console) -> None:
     if verdict.not_examined:
         console.print(Text(f"not examined: {', '.join(verdict.not_examined)}", style="dim"))
     console.print(Text(f"speed: {speed_sentence(verdict.speed)}"))
-    console.print(
-        Text.assemble((verdict.word, _STYLES.get(verdict.word, "bold yellow")), f": {verdict.headline}")
-    )
+    console.print(Text.assemble((verdict.word, _STYLES.get(verdict.word, "bold yellow")), f": {verdict.headline}"))
 
 
 def latency_table(rows: list[LatencyRow]) -> Table:
     """Medians and speed-ups of every case and side, the interval of a speed-up below it."""
-    table = _table("Latency", "Side", "TTFT ms", "prefill", "TPOT ms", "decode", "tok/s", "n")
+    table = _table("Latency", "Side", "TTFT ms", "prefill", "TPOT ms", "decode", "tok/s")
     case = None
     for r in rows:
         if r.case != case:
@@ -67,13 +71,12 @@ def latency_table(rows: list[LatencyRow]) -> Table:
             table.add_section()
             table.add_row(Text(case.label, style="bold"))
         table.add_row(
-            Text(words.shorten(r.side.title, 22)),
+            Text(words.shorten(r.side.title, 30)),
             words.bare_ms(r.ttft.value if r.ttft else None),
             _gain(r.prefill, r.side.role),
             words.bare_ms(r.tpot.value if r.tpot else None),
             _gain(r.decode, r.side.role),
             words.fixed(r.tokens_per_s) if r.tokens_per_s else words.DASH,
-            str(r.rounds),
         )
     return table
 
@@ -125,8 +128,8 @@ def parity_table(record: RunRecord) -> Table | None:
     for t in parity.tasks:
         table.add_row(
             Text(words.shorten(f"{t.task}: {t.metric}", 32)),
-            words.score(t.difference_bound),
-            words.limit_text(t.limit, "higher"),
+            words.difference(t.difference_bound),
+            words.difference(t.limit),
             Text(t.status, style=_STYLES.get(t.status, "dim")),
         )
     return table
@@ -151,7 +154,12 @@ def figures_table(record: RunRecord) -> Table | None:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(
-        box=box.SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold", padding=(0, 1)
+        box=box.SIMPLE_HEAD,
+        title=Text(title),
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        padding=(0, 1),
     )
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
@@ -164,4 +172,4 @@ def _gain(estimate: Estimate | None, role: str) -> str:
     if estimate is None:
         return words.DASH
     interval = words.times_interval(estimate)
-    return f"{words.fixed(estimate.value)}x" + (f"\n{interval.replace(', ', '-')}" if interval else "")
+    return f"{words.fixed(estimate.value)}x" + (f"\n{interval.strip('[]').replace(', ', '-')}" if interval else "")

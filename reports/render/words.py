@@ -1,6 +1,7 @@
 """Numbers and names as a reader meets them: units, digits, and the plain words for each parity figure.
 
-One rule for ratios everywhere: ``2.79×`` is *times as fast as the baseline*, the baseline's time divided by the side's.
+One rule for ratios everywhere: ``2.79×`` is *times as fast as the baseline*, the
+baseline's time divided by the side's.
 
 Try: ``python -c "from reports.render.words import ms; print(ms(0.0248))"``.
 """
@@ -16,8 +17,8 @@ from reports.stats import Estimate
 
 DASH = "–"
 RATIO_NOTE = (
-    "× means times as fast as the baseline: its time divided by this side's time, the geometric mean over rounds "
-    "that ran back to back. Above 1 is faster. Brackets hold 95\u00a0% intervals."
+    "× means times as fast as the baseline: its time divided by this side's time, the geometric mean over "
+    "rounds that ran back to back. Above 1 is faster. Brackets hold 95\u00a0% intervals."
 )
 
 GLOSSARY: tuple[tuple[str, str, str], ...] = (
@@ -49,27 +50,27 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     (
         "Tier",
         "",
-        "The set of limits that fits the precision: fp32 must agree almost bit by bit, int4 may differ visibly.",
+        "The limits that fit the precision: fp32 must agree almost bit by bit, int4 may differ visibly.",
     ),
     (
         "Null control",
         "",
-        "The same figure of PyTorch against itself with another attention kernel: what counts as no change at all.",
+        "The same figure of PyTorch against itself with another attention kernel: what no change looks like.",
     ),
     (
         "Bound",
         "",
-        "The one-sided 95\u00a0% end of a figure. It, not the value, must lie within the limit, so that luck does not pass.",
+        "The one-sided 95\u00a0% end of a figure. It must lie within the limit, so that luck does not pass.",
     ),
     (
         "Memory floor",
         "",
-        "One token cannot take less time than reading its weights and cache once at the memory's measured speed.",
+        "One token cannot take less time than reading weights and cache once at the memory's measured speed.",
     ),
     (
         "Spread",
         "",
-        "How much rounds differ from each other (robust standard deviation / median). Above 2.5\u00a0% is noisy.",
+        "How much rounds differ from each other (robust deviation / median). Above 2.5\u00a0% is noisy.",
     ),
 )
 
@@ -78,25 +79,22 @@ _EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("first", "diverge"), "How many tokens the two write alike before they part."),
     (("kl", "max"), "The single token on which the two disagree most: catches a defect at one place."),
     (("kl", "99.9"), "Only one token in a thousand strays further from PyTorch's odds: the rare bad token."),
-    (("kl", "999"), "Only one token in a thousand strays further from PyTorch's odds: the rare bad token."),
+    (("kl", "tail"), "Only one token in a thousand strays further from PyTorch's odds: the rare bad token."),
     (("kl",), "How far the odds for the next token stray from PyTorch's, on average; 0 is identical."),
     (("ppl",), "How much more surprised by real text than PyTorch; 1 is equally surprised."),
     (("perplex",), "How much more surprised by real text than PyTorch; 1 is equally surprised."),
     (("top",), "How often both rank the same token first: what greedy decoding would write."),
     (("prob",), "How much the odds of the right token change."),
     (
-        ("step", "prefill"),
+        ("step",),
         "Reading a text at once or token by token through the cache must give the same odds.",
     ),
     (("cache",), "Reading a text at once or token by token through the cache must give the same odds."),
     (("pad",), "Rows of unequal length in one batch must answer as they do alone."),
     (("batch",), "Rows of unequal length in one batch must answer as they do alone."),
-    (("uneven",), "Rows of unequal length in one batch must answer as they do alone."),
     (("context",), "Far positions must be as right as near ones: a wrong rotary base shows here first."),
-    (("position",), "Far positions must be as right as near ones: a wrong rotary base shows here first."),
     (("length",), "Answers must not grow or shrink: a model that cannot stop shows here."),
-    (("greedy",), "How many greedily written tokens equal PyTorch's."),
-    (("exact",), "How many answers equal PyTorch's, word for word."),
+    (("greedy",), "How many answers, written greedily, equal PyTorch's token for token."),
 )
 
 UNITS = {"nat": "nats", "fraction": "", "ratio": "", "1": "", "percent": "%"}
@@ -183,23 +181,28 @@ def number(value: float | None, unit: str = "", limit: float | None = None) -> s
         return f"{int(value):,}{tail}"
     if value != 0 and abs(value) < 1e-3:
         return f"{_short_exponent(value)}{tail}"
-    decimals = 4 if limit is None else _decimals(limit) + (1 if suffix == "%" else 2)
+    decimals = 4 if limit is None else _decimals(limit) + (2 if _decimals(limit) > 4 else 1)
     if limit is not None and abs(limit) < 1e-3:
         return f"{value:.3g}{tail}"
     return f"{value:,.{min(decimals, 8)}f}{tail}"
 
 
 def score(value: float | None) -> str:
-    """A task score from 0 to 100, or a difference of two."""
+    """A task score from 0 to 100."""
     return DASH if value is None else f"{value:.2f}"
+
+
+def difference(value: float | None) -> str:
+    """A difference of two task scores, or the margin for it: small, so one more digit than a score."""
+    return DASH if value is None else f"{value:+.3f}"
 
 
 def limit_text(limit: float | None, better: str, unit: str = "") -> str:
     """Such as ``≤ 1e-8``: the side on which the figure must lie and the limit itself, all its digits."""
     if limit is None:
         return DASH
-    sign = {"lower": "≤", "higher": "≥", "equal": "="}[better]
-    text = _short_exponent(limit) if limit and abs(limit) < 1e-3 else f"{Decimal(repr(limit)).normalize():,f}"
+    sign = {"lower": "≤", "higher": "≥", "equal": "≈"}[better]
+    text = _short_exponent(limit) if limit and abs(limit) < 1e-3 else f"{limit:,.8g}"
     suffix = UNITS.get(unit, unit)
     return f"{sign} {text}{' ' + suffix if suffix else ''}"
 
@@ -209,7 +212,7 @@ def _short_exponent(value: float) -> str:
 
 
 def _decimals(value: float) -> int:
-    exponent = Decimal(repr(value)).normalize().as_tuple().exponent
+    exponent = Decimal(f"{value:.8g}").normalize().as_tuple().exponent
     return max(-exponent, 0) if isinstance(exponent, int) else 2
 
 

@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh machine:
+#   make demo     own virtual environment, demo model, export, pytest bench/, report; prints the page's path last
+#   make test     own set-up as far as missing, then the whole test suite
+# EXTRA=gpu installs onnxruntime-gpu instead of onnxruntime (never both: they share an import name).
+
+EXTRA ?= cpu
+PYTHON ?= python3
+VENV ?= .venv
+BENCH_ARGS ?=
+TEST_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(EXTRA)
+
+.PHONY: demo test check setup clean
+
+demo: setup
+	@$(BIN)/pytest bench/ $(BENCH_ARGS)
+
+test: setup
+	@$(BIN)/pytest $(TEST_ARGS)
+
+check: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints-$(EXTRA).txt scripts/setup
+	@PYTHON="$(PYTHON)" scripts/setup "$(VENV)" "$(EXTRA)"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) reports/out

@@ -1,0 +1,303 @@
+"""The command line: ``llama-onnx demo-model | export | inspect | generate | bench | report | doctor``.
+
+``--json`` puts one JSON document on standard output and everything else on standard error. Exit codes: 0 passed,
+1 a gate failed, 2 wrong input, 3 inconclusive, 4 this machine cannot run what was asked. Heavy libraries are imported
+by the command that needs them, so that ``--help`` and ``report`` start at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+ERR = Console(stderr=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llama-onnx", description="The gate before an ONNX export of a LLaMA ships: latency and parity."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="one JSON document on standard output")
+        sub.set_defaults(run=run)
+        return sub
+
+    add("demo-model", _demo_model, "fetch the built-in demo model into the cache and print its folder")
+
+    export = add("export", _export, "export a checkpoint: fused attention, KV cache, one folder")
+    export.add_argument("model", help="'demo', a checkpoint folder, a .gguf file or a hub id")
+    export.add_argument("out", type=Path, help="the folder to make")
+    export.add_argument("--precision", default="fp32", help="fp32 or fp16")
+    export.add_argument("--target", default="ort", help="ort")
+    export.add_argument("--revision", help="branch, tag or commit of a hub id")
+    export.add_argument("--force", action="store_true", help="replace another export of ours at OUT")
+
+    inspect = add("inspect", _inspect, "what is in an exported folder; checks every file's hash")
+    inspect.add_argument("folder", type=Path)
+
+    generate = add("generate", _generate, "stream text from an exported folder")
+    generate.add_argument("folder", type=Path)
+    generate.add_argument("prompt", help="the text to continue, or '-' for standard input")
+    generate.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--provider", default="cpu", help="cpu, cuda or tensorrt")
+    generate.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+
+    bench = add("bench", _bench, "run the suite: the same as `pytest bench/`, whose options it takes")
+    bench.add_argument("options", nargs=argparse.REMAINDER, help="for example --profile smoke")
+
+    report = add("report", _report, "render a record.json again")
+    report.add_argument("record", type=Path)
+    report.add_argument("--out", type=Path, default=Path("reports/out"), help="folder of the page")
+
+    add("doctor", _doctor, "which providers really load here, and what to install for the rest")
+    return parser
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+@contextmanager
+def _bytes_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress in bytes on standard error; silent when that is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _status(message: str) -> None:
+    ERR.print(message, style="dim", highlight=False, markup=False)
+
+
+def _demo_model(args: argparse.Namespace) -> int:
+    from export.demo_model import demo_model
+
+    with _bytes_bar("demo model") as progress:
+        folder = demo_model(_status, progress)
+    if args.json:
+        _print_json({"folder": str(folder)})
+    else:
+        print(folder)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from export.spec import ExportSpec
+
+    spec = ExportSpec(args.model, args.precision, args.target, args.revision)
+    from export.pipeline import export_model
+
+    with _bytes_bar("weights") as progress:
+        manifest, written = export_model(spec, args.out, force=args.force, status=_status, progress=progress)
+    if args.json:
+        _print_json({"folder": str(args.out), "written": written, "manifest": asdict(manifest)})
+    else:
+        verb = "exported" if written else "already there:"
+        fused = ", ".join(f"{n} {op}" for op, n in manifest.fused_ops.items())
+        print(f"{verb} {manifest.model_name} {manifest.precision} at {args.out}: {manifest.node_count} nodes ({fused})")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from export.manifest import read_manifest, verify_files
+
+    manifest = read_manifest(args.folder)
+    total = sum(f.size for f in manifest.files.values())
+    done = 0
+    with _bytes_bar("hashing") as progress:
+
+        def on_chunk(n: int) -> None:
+            nonlocal done
+            done += n
+            progress(done, total)
+
+        verify_files(args.folder, manifest, on_chunk)
+    if args.json:
+        _print_json(asdict(manifest))
+        return 0
+    table = Table(title=f"{manifest.model_name}, every file as published", show_header=False, title_justify="left")
+    kv = manifest.kv
+    rows = {
+        "weights": manifest.weights_origin,
+        "identity": f"SHA-256 {manifest.weights_sha256[:16]}… over {manifest.parameters:,} parameters",
+        "precision, target": f"{manifest.precision}, {manifest.target}, opset {manifest.opset}",
+        "context": f"{manifest.context_length:,} tokens, vocabulary {manifest.vocab_size:,}",
+        "graph": f"{manifest.node_count} nodes: " + ", ".join(f"{n} {op}" for op, n in manifest.fused_ops.items()),
+        "KV cache": f"{kv.layers} layers x {kv.kv_heads} heads x {kv.head_dim}, {kv.bytes_per_token():,} bytes a token",
+        "files": ", ".join(f"{name} ({entry.size:,})" for name, entry in manifest.files.items()),
+        "made": f"{manifest.created_utc} by " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console().print(table)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from runtime.errors import SessionError
+    from runtime.generate import stream
+    from runtime.loading import load
+    from runtime.text import StreamDecoder, encode, load_tokenizer
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt:
+        raise SessionError("the prompt is empty; give some text")
+    tokenizer = load_tokenizer(args.folder)
+    ids = encode(tokenizer, prompt, args.chat)
+    at: list[float] = []
+    text = ""
+    with load(args.folder, args.provider, args.threads) as session:
+        decoder = StreamDecoder(tokenizer)
+        eos = session.manifest.eos_token_ids
+        for step in stream(session, [ids], args.max_new_tokens, eos):
+            at.append(step.at_s)
+            token = int(step.tokens[0])
+            piece = "" if token in eos else decoder.push(token)
+            text += piece
+            if not args.json:
+                print(piece, end="", flush=True)
+        rest = decoder.finish()
+    if not args.json:
+        print(rest)
+    decode = (len(at) - 1) / (at[-1] - at[0]) if len(at) > 1 else None
+    speed = "" if decode is None else f", decode {decode:.1f} tokens/s"
+    ERR.print(
+        f"prompt {len(ids)} tokens, TTFT {at[0] * 1e3:.1f} ms, {len(at)} new tokens{speed}",
+        style="dim",
+        highlight=False,
+    )
+    if args.json:
+        _print_json(
+            {
+                "text": text + rest,
+                "prompt_tokens": len(ids),
+                "new_tokens": len(at),
+                "ttft_s": at[0],
+                "at_s": at,
+            }
+        )
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import pytest
+
+    import bench
+
+    options = [o for o in args.options if o != "--"]
+    # pytest's own codes: 0 passed, 1 failed, 2 interrupted, 3 internal error, 4 usage, 5 nothing collected.
+    # What the suite ended with by itself (2, 4 of DESIGN's contract) comes through pytest.exit unchanged.
+    here = [str(Path(bench.__file__).parent), "--import-mode=importlib", "-p", "no:cacheprovider"]
+    code = int(pytest.main([*here, *options]))
+    if code not in (0, 1):
+        return 2 if code == 5 else code
+    return _verdict_code(options, code)
+
+
+def _verdict_code(options: Sequence[str], code: int) -> int:
+    """3 where the record says that everything that did not pass was inconclusive, else pytest's own code."""
+    from reports.record import RecordError, read_record
+    from reports.verdict import judge
+
+    out = Path("reports/out")
+    for k, option in enumerate(options):
+        if option.startswith("--report-dir="):
+            out = Path(option.partition("=")[2])
+        elif option == "--report-dir" and k + 1 < len(options):
+            out = Path(options[k + 1])
+    try:
+        return (
+            max(code and 1, verdict(read_record(out / "record.json")).exit_code)
+            if code == 0
+            else (verdict(read_record(out / "record.json")).exit_code or 1)
+        )
+    except RecordError:
+        return code
+
+
+def _report(args: argparse.Namespace) -> int:
+    from reports.publish import write_report
+    from reports.record import read_record
+    from reports.render.terminal import print_summary
+    from reports.verdict import judge
+
+    record = read_record(args.record)
+    page = write_report(record, args.out)
+    if args.json:
+        _print_json({"page": str(page), "exit_code": judge(record).exit_code})
+    else:
+        print_summary(record, Console())
+        print(f"page: {page.resolve()}")
+    return judge(record).exit_code
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from runtime.doctor import examine
+
+    found = examine()
+    if args.json:
+        _print_json([asdict(f) for f in found])
+        return 0
+    table = Table(title="Execution providers", title_justify="left")
+    for column in ("provider", "loads", "what is the matter, and the remedy"):
+        table.add_column(column)
+    for f in found:
+        table.add_row(f.provider, "yes" if f.loads else "no", f.detail)
+    Console().print(table)
+    return 0
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether an error is one of ours (it knows its exit code), meant for the user and not a defect."""
+    return isinstance(getattr(type(error), "exit_code", None), int)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        ERR.print("interrupted; nothing half-written was left", style="yellow")
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if not _ours(error):
+            raise
+        ERR.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return int(error.exit_code)  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

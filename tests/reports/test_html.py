@@ -1,0 +1,269 @@
+"""The page: self-contained, escaped, deterministic, legible in both themes, and whole when parts miss."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import reports.render.html as html_module
+from reports.render.html import EXAMPLES_SHOWN, render_html
+from reports.render.plots import DOTS, all_plots
+
+HOSTILE = '<script>alert(1)</script>|`$x_{$ & id="q" url(#z) #010201 *b* @team'
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+CSS = (Path(html_module.__file__).parent / "templates" / "style.css.j2").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes and its ancestors, and all text outside the style sheet."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None], tuple[str, ...]]] = []
+        self.text: list[str] = []
+        self.by_tag: dict[str, list[str]] = {}
+        self.stack: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs), tuple(self.stack)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs), tuple(self.stack)))
+
+    def handle_endtag(self, tag):
+        assert self.stack, f"</{tag}> closes nothing"
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        here = self.stack[-1] if self.stack else ""
+        self.by_tag.setdefault(here, []).append(data)
+        if here != "style":
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for t, attrs, _ in self.tags if t == tag]
+
+
+@pytest.mark.parametrize("options", [{}, {"hostile": HOSTILE}, {"bare": True}, {"rounds": 1}])
+def test_page_is_self_contained_and_well_nested(make_record, options):
+    text = render_html(make_record(**options))
+    page = Page(text)
+    assert page.stack == []
+    names = {tag for tag, _, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "img", "object", "embed", "base", "form"}
+    for tag, attrs, _ in page.tags:
+        assert not {a for a in attrs if a.startswith("on") or a in ("src", "srcset", "action")}, tag
+        assert (attrs.get("href") or "#").startswith("#")
+        assert "http" not in (attrs.get("style") or "")
+    sheet = "".join(page.by_tag["style"])
+    assert "@import" not in sheet
+    assert "url(" not in sheet
+    assert not [a for _, attrs, _ in page.tags for a in attrs.values() if a and re.search(r"url\((?!#)", a)]
+
+
+def test_ids_are_unique_and_every_link_lands(make_record):
+    page = Page(render_html(make_record()))
+    ids = [attrs["id"] for _, attrs, _ in page.tags if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+    targets = [a["href"][1:] for _, a, _ in page.tags if a.get("href")]
+    named = [i for _, a, _ in page.tags for i in (a.get("aria-labelledby") or "").split()]
+    clips = re.findall(r"url\(#([^)]+)\)", render_html(make_record()))
+    assert len(targets) > 8
+    assert clips
+    assert set(targets + named + clips) <= set(ids)
+
+
+def test_structure_for_keyboard_and_screen_reader(make_record):
+    page = Page(render_html(make_record()))
+    assert page.of("html") == [{"lang": "en"}]
+    levels = [int(t[1]) for t, _, _ in page.tags if re.fullmatch(r"h[1-6]", t)]
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in pairwise(levels))
+    regions = [a for a in page.of("div") if a.get("class", "").startswith("scroll")]
+    assert len(regions) == len(page.of("table")) >= 7
+    assert all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-label"] for a in regions)
+    assert all(a.get("scope") for a in page.of("th"))
+    assert all("main" in parents for t, _, parents in page.tags if t == "table")
+
+
+def test_first_screen_answers(make_record):
+    text = render_html(make_record())
+    top = Page(text[: text.index("</header>")] + "</header></body></html>").words
+    for answer in (
+        "PASSED",
+        "Same model as PyTorch? Yes 11 of 11 checks pass at tier fp32, 1 suspicious",
+        "2.88×",
+        "95 % interval 2.86 to 2.90",
+        "1.78×",
+        "AMD EPYC 7B13 · 2 cores",
+        "12 rounds a side (batch 1, prompt 128), 2,040 tokens scored, 360 answers compared, 1 warning",
+        "Not examined latency beyond 1,072 of 8,192 tokens",
+    ):
+        assert answer in top, answer
+
+
+def test_failure_and_random_weights_are_prominent(make_record):
+    text = render_html(make_record(failing_check=True, random_weights=True))
+    top = Page(text[: text.index("</header>")] + "</header></body></html>").words
+    assert "FAILED" in top
+    assert "Same model as PyTorch? No" in top
+    assert "Random weights. This model was never trained" in top
+    assert "never trained" not in Page(render_html(make_record())).words
+
+
+def test_hostile_names_stay_text(make_record):
+    text = render_html(make_record(hostile=HOSTILE))
+    page = Page(text)
+    assert "<script" not in text
+    assert HOSTILE in page.words
+    # In the plots too: the short label as drawn, and the whole name in the description.
+    assert any(HOSTILE in t for t in page.by_tag["desc"])
+    assert any(t.startswith("ONN<script>alert(1)") for t in page.by_tag["text"])
+
+
+def test_deterministic_across_processes(make_record, tmp_path):
+    record = make_record(rounds=3)
+    (tmp_path / "record.json").write_text(record.to_json(), encoding="utf-8")
+    code = (
+        "import pathlib, sys, reports.record as r, reports.render.html as h\n"
+        "sys.stdout.reconfigure(encoding='utf-8')\n"
+        "print(h.render_html(r.read_record(pathlib.Path(sys.argv[1]))), end='')"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "99", "SOURCE_DATE_EPOCH": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "record.json")],
+        capture_output=True,
+        check=True,
+        env=env,
+    )
+    assert found.stdout.decode("utf-8") == render_html(record)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"parity": False}, ["Parity was not examined", "Not examined no check was run"]),
+        ({"floor": False}, ["The memory floor was not measured."]),
+        ({"single_side": True}, ["Decode, one token – not measured"]),
+        ({"rounds": 1}, ["one pair of rounds, no interval", "Fewer than 5 rounds"]),
+        (
+            {"bare": True},
+            ["Latency was not measured.", "Memory was not measured.", "This run holds no figures."],
+        ),
+        ({"statuses": ["PASS"]}, ["Generation tasks were not examined."]),
+    ],
+)
+def test_missing_parts_are_said(make_record, options, said):
+    words = Page(render_html(make_record(**options))).words
+    for sentence in said:
+        assert sentence in words
+    assert "None" not in words
+    assert "nan" not in words.split()
+
+
+def test_tables_hold_the_figures(make_record):
+    words = Page(render_html(make_record())).words
+    for text in (
+        "✕ MISSED 0.920 ≤ 0.9 GB",
+        "✓ PASS 1.6e-11 nats 2.1e-11 nats ≤ 1e-8 nats 8e-12 nats 2,040",
+        "How far the odds for the next token stray from PyTorch's",
+        "Summaries, ROUGE-L",
+        "llama-onnx bench --profile quick --out 'my report'",
+        "GroupQueryAttention × 30",
+        "9f2c9f2c",
+        "20250102",
+        "1 skipped",
+        "no GPU",
+    ):
+        assert text in words, text
+
+
+def test_not_finite_figures_do_not_break_the_page(make_record):
+    record = make_record()
+    checks = [c.model_copy(update={"value": float("nan"), "bound": float("inf")}) for c in record.parity.checks]
+    changed = record.model_copy(update={"parity": record.parity.model_copy(update={"checks": checks})})
+    words = Page(render_html(changed)).words
+    assert "not a number" in words
+    assert "infinite" in words
+
+
+def test_examples_are_capped_and_the_page_stays_small(make_record):
+    text = render_html(make_record(examples=5000))
+    assert text.count("<details>") == EXAMPLES_SHOWN
+    assert f"{EXAMPLES_SHOWN} of 5000 examples" in text
+    assert len(text) < 400_000
+
+
+def test_plots_say_in_words_what_they_show(make_record):
+    record = make_record()
+    plots = {p.key: p for p in all_plots(record)}
+    assert set(plots) == {"context", "floor", "ttft-rounds", "tpot-rounds", "gaps", "total-rounds"}
+    assert "ONNX Runtime, fused graph: " in plots["context"].description
+    assert "1.34×" in plots["floor"].description
+    for p in plots.values():
+        assert 'role="img"' in p.svg
+        assert f'<desc id="{p.key}-desc">' in p.svg
+        # Colours follow the theme: nothing is painted in a colour of its own.
+        assert not re.findall(r"#[0-9a-fA-F]{6}", re.sub(r"<(title|desc|text).*?</\1>", "", p.svg, flags=re.S))
+        assert "var(--ink)" in p.svg
+    assert plots["gaps"].svg.count("<use") <= 4 * DOTS + 20
+
+
+def test_plots_take_dollars_as_dollars(make_record):
+    sides = [s.model_dump() | {"title": "$\\frac{$"} for s in make_record().sides]
+    for p in all_plots(make_record(sides=sides)):
+        assert p.key == "context" or p.svg.count(">$\\frac{$</text>") == 4
+
+
+def test_plots_without_floor_or_second_context(make_record):
+    assert "floor" not in {p.key for p in all_plots(make_record(floor=False))}
+    one = [s for s in make_record().series if s.case.prompt == 128 and s.case.batch == 1]
+    assert "context" not in {p.key for p in all_plots(make_record(series=one))}
+    assert all_plots(make_record(bare=True)) == []
+
+
+def test_stray_samples_do_not_squeeze_the_axis(make_record):
+    series = [s.model_dump() for s in make_record().series]
+    for s in series:
+        if s["side"] == "onnx":
+            s["rounds"][0]["at_s"] = [t * 400 for t in s["rounds"][0]["at_s"]]
+    plots = {p.key: p for p in all_plots(make_record(series=series))}
+    assert "1 beyond ▸" in plots["tpot-rounds"].svg
+    assert "right of the axis" in plots["tpot-rounds"].caption
+
+
+def test_style_sheet_is_balanced():
+    assert CSS.count("{") == CSS.count("}")
+    assert not re.findall(r"[,;{]\s*[,;]|,\s*}", CSS)
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_contrast_is_wcag_aa(theme):
+    block = re.findall(r":root \{(.*?)\}", CSS, flags=re.S)[theme]
+    colours = dict(re.findall(r"--([\w]+): (#[0-9a-f]{6})", block))
+    for name, least in [(n, 4.5) for n in ("ink", "muted", "accent", "pass", "fail", "open")] + [
+        (f"s{i}", 3.0) for i in range(6)
+    ]:
+        bright, dark = sorted((_luminance(colours[name]), _luminance(colours["bg"])), reverse=True)
+        assert (bright + 0.05) / (dark + 0.05) >= least, name

@@ -1,0 +1,182 @@
+"""The verdict's truth table, and every way in which a part of a run can be missing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from reports.record import Case
+from reports.summary import floor_rows, floor_s, gap_rows, headline_case, latency_rows
+from reports.verdict import judge, parity_answer, speed_sentence, tokens_scored
+
+STATUSES = ("PASS", "FAIL", "INCONCLUSIVE", "REPORTED", "SUSPICIOUS")
+
+
+def _expected(statuses):
+    """The rule, written down independently of the code."""
+    if any(s == "FAIL" for s in statuses):
+        return "different", 1
+    if any(s == "INCONCLUSIVE" for s in statuses):
+        return "undecided", 3
+    if {"PASS", "SUSPICIOUS"} & set(statuses):
+        return "same", 0
+    return "not examined", 3
+
+
+@pytest.mark.parametrize("n", range(len(STATUSES) + 1))
+def test_parity_truth_table(n):
+    for statuses in itertools.combinations(STATUSES, n):
+        assert parity_answer(statuses) == _expected(statuses)[0]
+
+
+@pytest.mark.parametrize(
+    "statuses",
+    [
+        ["PASS"],
+        ["FAIL", "PASS"],
+        ["INCONCLUSIVE", "PASS"],
+        ["FAIL", "INCONCLUSIVE"],
+        ["REPORTED"],
+        ["SUSPICIOUS"],
+        [],
+    ],
+)
+def test_exit_code_follows_parity(make_record, statuses):
+    verdict = judge(make_record(statuses=statuses))
+    assert (verdict.parity, verdict.exit_code) == _expected(statuses)
+    assert verdict.word == {0: "PASSED", 1: "FAILED", 3: "INCONCLUSIVE"}[verdict.exit_code]
+
+
+def test_a_task_metric_decides_as_a_check_does(make_record):
+    record = make_record()
+    tasks = [t.model_copy(update={"status": "FAIL"}) for t in record.parity.tasks[:1]]
+    changed = record.model_copy(update={"parity": record.parity.model_copy(update={"tasks": tasks})})
+    assert judge(changed).parity == "different"
+    assert judge(changed).failed == ("Summaries: ROUGE-L",)
+
+
+def test_the_lists_name_their_checks(make_record):
+    verdict = judge(make_record(failing_check=True))
+    assert verdict.failed == ("Mean KL divergence",)
+    assert verdict.suspicious == ("99.9 % KL divergence",)
+    assert verdict.reported == ("Translation: BLEU",)
+    assert (verdict.passed, verdict.gated) == (10, 11)
+    assert verdict.headline.startswith("Different model, ")
+
+
+@pytest.mark.parametrize("outcome", ["failed", "error"])
+def test_a_failed_test_fails_the_run(make_record, outcome):
+    outcomes = [{"test": "t.py::x", "outcome": outcome, "seconds": 1, "message": "m"}]
+    verdict = judge(make_record(outcomes=outcomes))
+    assert (verdict.exit_code, verdict.parity, verdict.failed_tests) == (1, "same", ("t.py::x",))
+    assert "1 test failed" in verdict.headline
+    assert judge(make_record(outcomes=outcomes, parity=False)).exit_code == 1
+
+
+def test_missed_figures_are_listed_and_do_not_fail(make_record):
+    verdict = judge(make_record())
+    assert [f.name for f in verdict.figures_missed] == ["Peak memory"]
+    assert "1 of 3 figures missed" in verdict.headline
+    assert verdict.exit_code == 0
+
+
+def test_headline_case_is_smallest_batch_then_nearest_128(make_record):
+    record = make_record()
+    assert headline_case(record) == Case(batch=1, prompt=128, new_tokens=48)
+    without = [s for s in record.series if s.case.prompt != 128]
+    assert headline_case(make_record(series=without)).prompt == 32
+    # One that the baseline did not run answers nothing.
+    lame = [s for s in record.series if s.case.prompt != 128 or s.case.batch != 1 or s.side != "pytorch"]
+    assert headline_case(make_record(series=lame)).prompt == 32
+
+
+def test_speed_is_baseline_over_candidate(make_record):
+    speed = judge(make_record()).speed
+    assert (speed.candidate, speed.baseline) == ("onnx", "pytorch")
+    assert speed.decode.speedup.value == pytest.approx(2.88, abs=0.05)
+    assert speed.prefill.speedup.low < speed.prefill.speedup.value < speed.prefill.speedup.high
+    assert speed_sentence(speed).startswith("2.88 times as fast (95 % interval 2.8")
+
+
+def test_speed_not_measured_without_a_baseline(make_record):
+    verdict = judge(make_record(single_side=True))
+    assert verdict.speed is None
+    assert "speed not measured" in verdict.headline
+    assert "speed against a baseline" in verdict.not_examined
+
+
+def test_one_new_token_leaves_decode_unmeasured(make_record):
+    series = [s.model_dump() for s in make_record().series]
+    for s in series:
+        s["case"]["new_tokens"] = 1
+        for r in s["rounds"]:
+            r["at_s"] = r["at_s"][:1]
+    verdict = judge(make_record(series=series))
+    assert verdict.speed.decode is None
+    assert verdict.speed.prefill is not None
+
+
+def test_what_was_not_examined_is_said(make_record):
+    verdict = judge(make_record(bare=True))
+    assert (verdict.parity, verdict.exit_code, verdict.rounds, verdict.tokens_scored) == (
+        "not examined",
+        3,
+        0,
+        None,
+    )
+    for part in ("parity with PyTorch", "speed against a baseline", "memory", "load time", "memory floor"):
+        assert part in verdict.not_examined
+    assert "latency beyond 1,072 of 8,192 tokens of context" in judge(make_record()).not_examined
+
+
+def test_noise_few_rounds_and_random_weights_warn(make_record):
+    quiet = judge(make_record())
+    assert quiet.warnings == ("Turbo boost could not be read.",)
+    assert any("above 2.5 %" in w for w in judge(make_record(noise=0.08)).warnings)
+    few = judge(make_record(rounds=4)).warnings
+    assert any("Fewer than 5 rounds" in w and "PyTorch eager (4)" in w for w in few)
+    assert not any("Fewer than 5" in w for w in judge(make_record(rounds=5)).warnings)
+    random = judge(make_record(random_weights=True))
+    assert random.headline.startswith("Random weights: same model")
+    assert any("weights are random" in w for w in random.warnings)
+
+
+def test_uneven_rounds_and_broken_clocks_warn(make_record):
+    series = [s.model_dump() for s in make_record().series]
+    series[0]["rounds"].pop()
+    series[1]["rounds"][0]["at_s"][0] = 0.0
+    found = " ".join(judge(make_record(series=series)).warnings)
+    assert "batch 1, prompt 32: sides have 11 to 12 rounds" in found
+    assert "PyTorch eager: a time that is not positive" in found
+
+
+def test_tokens_scored_comes_from_the_teacher_forced_checks(make_record):
+    record = make_record()
+    checks = [c.model_copy(update={"samples": 9999}) if c.name == "greedy_tokens" else c for c in record.parity.checks]
+    changed = record.model_copy(update={"parity": record.parity.model_copy(update={"checks": checks})})
+    assert tokens_scored(changed) == 2040
+
+
+def test_rows_derive_from_raw_samples(make_record):
+    record = make_record()
+    rows = latency_rows(record)
+    assert len(rows) == 5 * 4
+    batched = next(r for r in rows if r.case.batch == 4 and r.side.label == "onnx")
+    assert batched.tokens_per_s == pytest.approx(4 / batched.tpot.value)
+    baseline = next(r for r in rows if r.side.role == "baseline")
+    assert baseline.decode is None
+    gaps = {r.side.label: r for r in gap_rows(record, headline_case(record))}
+    assert gaps["onnx"].n == 12 * 47
+    assert gaps["onnx"].p95 is not None
+    assert gaps["onnx"].p99 is None
+
+
+def test_floor_is_bytes_over_median_bandwidth_at_the_mean_context(make_record):
+    record = make_record()
+    case = headline_case(record)
+    expected = (538_000_000 + (128 + 24) * 46_080) / 28.2e9
+    assert floor_s(record, case) == pytest.approx(expected)
+    row = floor_rows(record, case)[0]
+    assert row.multiple == pytest.approx(row.tpot.value / expected)
+    assert floor_rows(make_record(floor=False), case) == []
