@@ -235,13 +235,10 @@ def _verdict_code(options: Sequence[str], code: int) -> int:
         elif option == "--report-dir" and k + 1 < len(options):
             out = Path(options[k + 1])
     try:
-        return (
-            max(code and 1, verdict(read_record(out / "record.json")).exit_code)
-            if code == 0
-            else (verdict(read_record(out / "record.json")).exit_code or 1)
-        )
+        found = judge(read_record(out / "record.json")).exit_code
     except RecordError:
         return code
+    return found if code == 0 else (found or 1)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -296,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _ours(error):
             raise
         ERR.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return int(error.exit_code)  # type: ignore[attr-defined]
+        return int(getattr(error, "exit_code"))  # noqa: B009
 
 
 if __name__ == "__main__":

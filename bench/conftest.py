@@ -166,7 +166,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
         message = "" if report.passed else str(getattr(report, "longrepr", "") or "").strip().splitlines()[-1:]
         text = message if isinstance(message, str) else (message[0] if message else "")
-        kind = "error" if report.failed and report.when == "setup" else report.outcome
+        kind: Any = "error" if report.failed and report.when == "setup" else report.outcome
         item.config.stash[RUN].outcomes.append(
             Outcome(test=item.name, outcome=kind, seconds=max(0.0, report.duration), message=text[:500])
         )

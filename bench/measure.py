@@ -123,13 +123,13 @@ def peak_memory(label: str, case: Case, arguments: dict[str, str | int | None]) 
 
 
 class CpuBandwidth:
-    """Reads memory as a decode step does, larger than any cache; each call gives bytes per second, best of a few.
+    """Reads memory as a decode step does, larger than any cache; each call gives bytes per second.
 
-    A matrix-vector product is what a decode step consists of, a sum is the plainest read: the faster one counts, so
-    that the floor is the demanding one.
+    A matrix-vector product is what a decode step consists of, a sum is the plainest read. The faster kernel counts, by
+    the median of its passes: like for like with the median decode step that it is held against.
     """
 
-    def __init__(self, threads: int, megabytes: int = 1024, passes: int = 3) -> None:
+    def __init__(self, threads: int, megabytes: int = 1024, passes: int = 5) -> None:
         import torch
 
         self._torch, self._threads, self._passes = torch, threads, passes
@@ -137,8 +137,8 @@ class CpuBandwidth:
         self._matrix = torch.ones((megabytes * (1 << 20) // 4 // columns, columns))
         self._vector = torch.ones(columns)
         self.method = (
-            f"best of {passes} matrix-vector products and sums over {megabytes} MiB, fp32, {threads} threads, "
-            f"beside each round"
+            f"faster of a matrix-vector product and a sum over {megabytes} MiB, fp32, {threads} threads, median of "
+            f"{passes} passes, beside each round"
         )
 
     def __call__(self) -> float:
@@ -146,36 +146,41 @@ class CpuBandwidth:
         torch = self._torch
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        best = float("inf")
-        for _ in range(self._passes):
-            for read in (lambda: torch.mv(self._matrix, self._vector), self._matrix.sum):
-                started = time.perf_counter()
-                read()
-                best = min(best, time.perf_counter() - started)
-        torch.set_num_threads(before)
-        return float(self._matrix.nbytes / best)
+        try:
+            kernels = (lambda: torch.mv(self._matrix, self._vector), self._matrix.sum)
+            return float(self._matrix.nbytes / min(_median_time(k, self._passes) for k in kernels))
+        finally:
+            torch.set_num_threads(before)
 
 
 class CudaBandwidth:
     """The same on the GPU: sums over a buffer far larger than its caches, synchronised at both ends."""
 
-    def __init__(self, megabytes: int = 4096, passes: int = 3) -> None:
+    def __init__(self, megabytes: int = 4096, passes: int = 5) -> None:
         import torch
 
         self._torch, self._passes = torch, passes
         self._buffer = torch.ones(megabytes * (1 << 20) // 4, device="cuda")
-        self.method = f"best of {passes} sums over {megabytes} MiB on the GPU, fp32, beside each round"
+        self.method = f"sum over {megabytes} MiB on the GPU, fp32, median of {passes} passes, beside each round"
+
+    def _read(self) -> None:
+        self._buffer.sum()
+        self._torch.cuda.synchronize()
 
     def __call__(self) -> float:
         """One sample, bytes per second."""
-        best = float("inf")
-        for _ in range(self._passes):
-            self._torch.cuda.synchronize()
-            started = time.perf_counter()
-            self._buffer.sum()
-            self._torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - started)
-        return float(self._buffer.nbytes / best)
+        self._torch.cuda.synchronize()
+        return float(self._buffer.nbytes / _median_time(self._read, self._passes))
+
+
+def _median_time(action: Callable[[], object], passes: int) -> float:
+    """Median seconds of ``passes`` calls."""
+    times = []
+    for _ in range(passes):
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def median(values: Sequence[float]) -> float:

@@ -49,7 +49,7 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Scored:
     """Corpus BLEU (sacrebleu, 13a, exp smoothing); items may have different numbers of references."""
     metric = BLEU()
     width = max(len(r) for r in references)
-    streams = [[plain_typography(r[k]) if k < len(r) else None for r in references] for k in range(width)]
+    streams: Any = [[plain_typography(r[k]) if k < len(r) else None for r in references] for k in range(width)]
     hypotheses = [plain_typography(o) for o in outputs]
     # Called for its signature; it also proves on every run that the statistics below are sacrebleu's own.
     whole = metric.corpus_score(hypotheses, streams)

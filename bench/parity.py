@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.stats import beta as beta_distribution
 
 from reports.record import Check, Status
 
@@ -113,8 +113,8 @@ def mean_bounds(chunks: Sequence[Array], seed: int, resamples: int = RESAMPLES) 
 
 def agreement_bounds(agree: int, n: int) -> tuple[float, float]:
     """One-sided 95 % Clopper-Pearson bounds (lower, upper) of a proportion (Clopper and Pearson, 1934)."""
-    low = 0.0 if agree == 0 else float(stats.beta.ppf(0.05, agree, n - agree + 1))
-    high = 1.0 if agree == n else float(stats.beta.ppf(0.95, agree + 1, n - agree))
+    low = 0.0 if agree == 0 else float(beta_distribution.ppf(0.05, agree, n - agree + 1))
+    high = 1.0 if agree == n else float(beta_distribution.ppf(0.95, agree + 1, n - agree))
     return low, high
 
 
