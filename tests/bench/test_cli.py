@@ -1,0 +1,110 @@
+"""The command line's contract: exit codes, one or two lines for bad input, clean standard output."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.cli import main
+
+Paths = Callable[..., Path]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_export_inspect_generate(capsys: pytest.CaptureFixture[str], checkpoints: Paths, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, said, _ = run(capsys, "export", checkpoints(), out)
+    assert code == 0
+    assert "2 GroupQueryAttention" in said
+    code, said, _ = run(capsys, "export", checkpoints(), out)
+    assert code == 0
+    assert said.startswith("already there")
+    code, said, _ = run(capsys, "inspect", out, "--json")
+    assert code == 0
+    assert json.loads(said)["kv"]["layers"] == 2
+    code, said, _ = run(capsys, "inspect", out)
+    assert (code, "every file as published" in said) == (0, True)
+    code, said, err = run(capsys, "generate", out, "the cat sat", "--max-new-tokens", 5)
+    assert code == 0
+    assert "TTFT" in err
+    assert "TTFT" not in said
+    code, said, _ = run(capsys, "generate", out, "the cat sat", "--chat", "--json", "--max-new-tokens", 5)
+    found = json.loads(said)
+    assert code == 0
+    assert found["prompt_tokens"] == 6  # <s> is not added: <u> the cat sat </u> <a>
+    assert len(found["at_s"]) == found["new_tokens"] <= 5
+
+
+def test_bad_input_is_one_or_two_lines_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], checkpoints: Paths, exports: Paths, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(exports(), tmp_path / "broken")
+    with (broken / "model.onnx.data").open("r+b") as f:
+        f.write(b"\xff")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    cases: list[tuple[list[object], str]] = [
+        (["export", "nowhere", tmp_path / "o"], "no such model"),
+        (["export", "someone/unknown-llama", tmp_path / "o"], "hub"),
+        (["export", checkpoints(), tmp_path / "other"], "not an export of ours"),
+        (["export", checkpoints(), tmp_path / "o", "--precision", "fp8"], "unknown precision"),
+        (["inspect", tmp_path / "nowhere"], "no exported folder"),
+        (["inspect", broken], "SHA-256 of model.onnx.data"),
+        (["generate", broken, "the cat"], "SHA-256 of model.onnx.data"),
+        (["generate", exports(), "the cat " * 100], "exceed the context of 160"),
+        (["generate", exports(), ""], "prompt is empty"),
+        (["generate", exports(), "the cat", "--provider", "npu"], "unknown provider"),
+        (["generate", exports(), "the cat", "--max-new-tokens", "0"], "at least 1"),
+        (["report", tmp_path / "nowhere.json"], "nowhere.json"),
+    ]
+    for arguments, words in cases:
+        code, said, err = run(capsys, *arguments)
+        assert (code, said) == (2, ""), arguments
+        errors = [line for line in err.splitlines() if line]
+        assert words in err, err
+        assert "Traceback" not in err
+        assert len([line for line in errors if line.startswith("error: ")]) == 1
+        assert not (tmp_path / "o").exists()
+
+
+def test_a_provider_that_is_not_installed_is_exit_code_4(capsys: pytest.CaptureFixture[str], exports: Paths) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is installed here")
+    code, _, err = run(capsys, "generate", exports(), "the cat", "--provider", "cuda")
+    assert code == 4
+    assert "pip install 'onnxruntime-gpu" in err
+
+
+def test_a_defect_of_ours_is_not_dressed_up(
+    capsys: pytest.CaptureFixture[str], exports: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("export.manifest.read_manifest", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["inspect", str(exports())])
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said, _ = run(capsys, "doctor", "--json")
+    assert code == 0
+    assert {f["provider"]: f["loads"] for f in json.loads(said)}["cpu"] is True
+
+
+def test_usage_errors_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["fly"])
+    assert caught.value.code == 2
+    assert "fly" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""Random small LLaMAs, their exports, and the demo model for tests marked `slow`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "in", "rain", "and", "it", "was", "big", "small", "red", "house", "why", "who", "answer", "text", "sentence"]
+TEMPLATE = "{% for m in messages %}<u> {{ m['content'] }} </u>{% endfor %}{% if add_generation_prompt %} <a>{% endif %}"
+
+
+def tiny_config(**changes: Any) -> Any:
+    from transformers import LlamaConfig
+
+    settings: dict[str, Any] = {
+        "vocab_size": 331,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 160,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**(settings | changes))
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", "<u>", "</u>", "<a>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def make_checkpoint(folder: Path, seed: int = 0, shards: str = "5GB", **changes: Any) -> Path:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_config(**changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Large enough that a wrong operator shows, norms and biases away from their trivial values.
+            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.15)
+    model.save_pretrained(folder, max_shard_size=shards)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Random checkpoints by their configuration, each made once."""
+    made: dict[str, Path] = {}
+
+    def get(**changes: Any) -> Path:
+        key = repr(sorted(changes.items(), key=str))
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), **changes)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def exports(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exported folders of random checkpoints, each made once; treat as read-only."""
+    from export.pipeline import export_model
+    from export.spec import ExportSpec
+
+    made: dict[str, Path] = {}
+
+    def get(precision: str = "fp32", **changes: Any) -> Path:
+        key = precision + repr(sorted(changes.items(), key=str))
+        if key not in made:
+            out = tmp_path_factory.mktemp("export") / "folder"
+            export_model(ExportSpec(str(checkpoints(**changes)), precision), out)
+            made[key] = out
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def session(exports: Callable[..., Path]) -> Any:
+    """The tiny export on ONNX Runtime, one thread."""
+    from runtime.loading import load
+
+    with load(exports(), threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    """The demo model; skips where it cannot be had, fails in CI."""
+    from export.demo_model import DemoModelError, demo_model
+
+    try:
+        return demo_model()
+    except DemoModelError as e:
+        if os.environ.get("LLAMA_ONNX_REQUIRE_DEMO"):
+            pytest.fail(f"CI must have the demo model: {e}")
+        pytest.skip(f"the demo model cannot be had: {e}")
+
+
+@pytest.fixture(scope="session")
+def demo_export(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, exported anew."""
+    from export.pipeline import export_model
+    from export.spec import ExportSpec
+
+    out = tmp_path_factory.mktemp("demo") / "folder"
+    export_model(ExportSpec("demo"), out)
+    return out
