@@ -14,10 +14,11 @@ STAMP := $(VENV)/.installed-$(EXTRA)
 .PHONY: demo test check setup clean
 
 demo: setup
-	@$(BIN)/pytest bench/ $(BENCH_ARGS)
+	@$(BIN)/pytest bench/ $(BENCH_ARGS); code=$$?; \
+	  [ ! -f reports/out/index.html ] || echo "$(CURDIR)/reports/out/index.html"; exit $$code
 
 test: setup
-	@$(BIN)/pytest $(TEST_ARGS)
+	@$(BIN)/pytest -W error $(TEST_ARGS)
 
 check: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

@@ -144,8 +144,7 @@ def decide(bound: float, opposite: float, limit: float, better: Literal["lower",
 
 
 def _suspicious(status: Status, value: float, null: float | None) -> Status:
-    # Rounding alone differs between kernels; below 1e-9 nats a ratio to the null control says nothing.
-    if status == "PASS" and null is not None and value > SUSPICIOUS_FACTOR * max(null, 1e-9):
+    if status == "PASS" and null is not None and value > SUSPICIOUS_FACTOR * max(null, 1e-12):
         return "SUSPICIOUS"
     return status
 

@@ -138,6 +138,7 @@ def test_killed_halfway_leaves_nothing_and_the_next_run_succeeds(checkpoints: Ch
     assert child.stdout.readline() == "writing\n"
     child.send_signal(signal.SIGKILL)
     child.wait()
+    child.stdout.close()
     assert not out.exists()
     assert list(tmp_path.glob(".out.partial-*"))
     export_model(ExportSpec(str(checkpoints())), out)
