@@ -370,7 +370,7 @@ class Run:
         titles = {
             self.candidate: ("candidate", f"ONNX Runtime ({self.provider}), fused"),
             self.baseline: ("baseline", f"PyTorch eager ({self.device})"),
-            OPTIMUM: ("peer", "optimum ORTModelForCausalLM, plain export"),
+            OPTIMUM: ("peer", "optimum, plain export"),
         }
         for label in dict.fromkeys([*(s.side for s in self.series), *self._sessions]):
             session = self._sessions.get(label)
