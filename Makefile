@@ -18,7 +18,7 @@ demo: setup
 	  [ ! -f reports/out/index.html ] || echo "$(CURDIR)/reports/out/index.html"; exit $$code
 
 test: setup
-	@$(BIN)/pytest -W error $(TEST_ARGS)
+	@$(BIN)/pytest $(TEST_ARGS)
 
 check: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

@@ -8,9 +8,11 @@ by the command that needs them, so that ``--help`` and ``report`` start at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -64,8 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--provider", default="cpu", help="cpu, cuda or tensorrt")
     generate.add_argument("--threads", type=int, help="CPU threads (default: every core)")
 
-    bench = add("bench", _bench, "run the suite: the same as `pytest bench/`, whose options it takes")
-    bench.add_argument("options", nargs=argparse.REMAINDER, help="for example --profile smoke")
+    add("bench", _bench, "run the suite: the same as `pytest bench/`, whose options it takes (--profile smoke, ...)")
 
     report = add("report", _report, "render a record.json again")
     report.add_argument("record", type=Path)
@@ -213,32 +214,33 @@ def _bench(args: argparse.Namespace) -> int:
 
     import bench
 
-    options = [o for o in args.options if o != "--"]
-    # pytest's own codes: 0 passed, 1 failed, 2 interrupted, 3 internal error, 4 usage, 5 nothing collected.
-    # What the suite ended with by itself (2, 4 of DESIGN's contract) comes through pytest.exit unchanged.
+    # pytest's own codes: 0 passed, 1 failed, 2 interrupted, 3 internal error, 4 usage, 5 nothing collected; what the
+    # suite ends with by itself (2 and 4 of this tool's contract) comes through unchanged.
     here = [str(Path(bench.__file__).parent), "--import-mode=importlib", "-p", "no:cacheprovider"]
-    code = int(pytest.main([*here, *options]))
+    started = time.time()
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        code = int(pytest.main([*here, *args.options]))
     if code not in (0, 1):
         return 2 if code == 5 else code
-    return _verdict_code(options, code)
-
-
-def _verdict_code(options: Sequence[str], code: int) -> int:
-    """3 where the record says that everything that did not pass was inconclusive, else pytest's own code."""
-    from reports.record import RecordError, read_record
+    path = _report_dir(args.options) / "record.json"
+    if not path.is_file() or path.stat().st_mtime < started:
+        return code  # nothing was measured; an older record says nothing about this run
+    from reports.record import read_record
     from reports.verdict import judge
 
-    out = Path("reports/out")
-    for k, option in enumerate(options):
-        if option.startswith("--report-dir="):
-            out = Path(option.partition("=")[2])
-        elif option == "--report-dir" and k + 1 < len(options):
-            out = Path(options[k + 1])
-    try:
-        found = judge(read_record(out / "record.json")).exit_code
-    except RecordError:
-        return code
+    record = read_record(path)
+    if args.json:
+        sys.stdout.write(record.to_json())
+    found = judge(record).exit_code
     return found if code == 0 else (found or 1)
+
+
+def _report_dir(options: Sequence[str]) -> Path:
+    """Where the suite writes, from its own option."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--report-dir", type=Path, default=Path("reports/out"))
+    found: Path = parser.parse_known_args(list(options))[0].report_dir
+    return found
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -281,7 +283,11 @@ def _ours(error: BaseException) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.options = rest
     try:
         return int(args.run(args))
     except KeyboardInterrupt:

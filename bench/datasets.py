@@ -31,6 +31,7 @@ LANGUAGES = {
 }
 NEW_TOKENS = {"qa": 24, "summarization": 64, "translation": 56, "rewriting": 48}
 """Most tokens generated for an item of each task: about twice what the references need."""
+QA_EXAMPLE = "Text: The market opens at nine on Sunday.\nQuestion: When does the market open?\nAnswer: at nine\n\n"
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,10 @@ class Item:
 
     @property
     def instruction(self) -> str:
-        """The request in plain words, as a user message."""
+        """The request in plain words: a user message, for questions a text to complete with one worked example."""
         f = self.fields
         if self.task == "qa":
-            return (
-                f"{f['context']}\n\nAnswer the question with a few words from the text above, nothing else.\n"
-                f"Question: {f['question']}"
-            )
+            return f"{QA_EXAMPLE}Text: {f['context']}\nQuestion: {f['question']}\nAnswer:"
         if self.task == "summarization":
             return f"Summarize the following text in one or two sentences.\n\n{f['text']}"
         if self.task == "translation":
@@ -157,7 +155,15 @@ def load_shipped() -> Dataset:
 
 
 def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
-    """Token ids of an item's request: through the chat template where there is one, else as plain text."""
+    """Token ids of an item's request.
+
+    Questions are completed as plain text behind one worked example, as evaluation harnesses do: small chat models
+    answer in whole sentences otherwise, and exact match says nothing. The other tasks go through the chat template
+    where there is one.
+    """
+    if item.task == "qa":
+        completed: list[int] = tokenizer(item.instruction)["input_ids"]
+        return completed
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": item.instruction}]
         ids: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)

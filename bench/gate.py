@@ -215,10 +215,10 @@ def task_metrics(outputs: Sequence[Outputs], tokenizer: Any, tier: Tier, seed: i
     rows: list[TaskMetric] = []
     for group, members in itertools.groupby(sorted(outputs, key=lambda o: o.item.group), key=lambda o: o.item.group):
         chosen = list(members)
-        ours = [_text(o.candidate, tokenizer) for o in chosen]
-        theirs = [_text(o.baseline, tokenizer) for o in chosen]
-        references = [o.item.references for o in chosen]
         task = chosen[0].item.task
+        ours = [_text(o.candidate, tokenizer, task) for o in chosen]
+        theirs = [_text(o.baseline, tokenizer, task) for o in chosen]
+        references = [o.item.references for o in chosen]
         against_baseline = score_task(task, ours, [[t] for t in theirs])
         pairs = zip(
             score_task(task, ours, references),
@@ -249,8 +249,10 @@ def _task_metric(group: str, candidate: Scored, baseline: Scored, cross: Scored,
     )
 
 
-def _text(ids: Sequence[int], tokenizer: Any) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+def _text(ids: Sequence[int], tokenizer: Any, task: str) -> str:
+    """Generated text; an answer ends with its line, behind it a completed text goes on with the next question."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    return text.split("\n")[0].strip() if task == "qa" else text
 
 
 def examples(outputs: Sequence[Outputs], tokenizer: Any) -> list[Example]:
@@ -264,8 +266,8 @@ def examples(outputs: Sequence[Outputs], tokenizer: Any) -> list[Example]:
                 item=o.item.id,
                 prompt=o.item.instruction,
                 reference=o.item.references[0],
-                candidate=_text(o.candidate, tokenizer),
-                baseline=_text(o.baseline, tokenizer),
+                candidate=_text(o.candidate, tokenizer, o.item.task),
+                baseline=_text(o.baseline, tokenizer, o.item.task),
             )
             for o in ordered[:EXAMPLES_PER_TASK]
         ]

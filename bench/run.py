@@ -140,7 +140,7 @@ class Run:
         from export.spec import ExportSpec
 
         spec = ExportSpec(self.options.model, self.precision)
-        key = hashlib.sha256("|".join([spec.digest, *_content_key(self.checkpoint)]).encode()).hexdigest()[:12]
+        key = hashlib.sha256((spec.digest + self._source.content_key).encode()).hexdigest()[:12]
         path = cache_dir() / "exports" / f"{self._source.name.replace('/', '--')}-{self.precision}-{key}"
         with self.progress("export", 100) as tick:
             _, written = export_model(spec, path, source=self._source, status=tick)
@@ -203,7 +203,7 @@ class Run:
     def _plain(self) -> Path:
         from bench.peers.optimum_ort import plain_export
 
-        key = hashlib.sha256("|".join(_content_key(self.checkpoint)).encode()).hexdigest()[:12]
+        key = self._source.content_key[:12]
         with self.progress("optimum's plain export, once", 1) as tick:
             tick("optimum export (about a minute)")
             return plain_export(
@@ -330,6 +330,8 @@ class Run:
             windows = len(text_windows(self.dataset, self.tokenizer, self.profile))
             with self.progress("parity", ticks_of(self.dataset, windows, self.profile)) as tick:
                 self.parity = run_gate(inputs, tick)
+            if baseline is not self._sessions.get(self.baseline):
+                baseline.close()
         return self.parity
 
     # -- the record -------------------------------------------------------------------------------------------------
@@ -349,9 +351,9 @@ class Run:
             pairs = zip(ours.rounds, other.rounds, strict=True)
             return median([getattr(a, metric) / getattr(b, metric) for a, b in pairs])
 
-        rows = [("decode, time per token against PyTorch eager", ratio("tpot_s", theirs), 0.45)]
+        rows = [("decode against PyTorch eager", ratio("tpot_s", theirs), 0.45)]
         if OPTIMUM in found:
-            rows.append(("decode, time per token against optimum", ratio("tpot_s", found[OPTIMUM]), 0.80))
+            rows.append(("decode against optimum", ratio("tpot_s", found[OPTIMUM]), 0.80))
         if self.floor:
             context = case.prompt + case.new_tokens / 2
             moved = self.floor.weight_bytes + case.batch * context * self.floor.kv_bytes_per_token
@@ -359,8 +361,8 @@ class Run:
                 (r.tpot_s or 0.0) * bandwidth / moved
                 for r, bandwidth in zip(ours.rounds, self.floor.bandwidth_samples, strict=True)
             ]
-            rows.append(("decode, time per token over the memory floor", median(multiples), 1.35))
-        rows.append(("prefill, time to first token against PyTorch eager", ratio("ttft_s", theirs), 0.75))
+            rows.append(("decode over the memory floor", median(multiples), 1.35))
+        rows.append(("prefill against PyTorch eager", ratio("ttft_s", theirs), 0.75))
         return [Figure(name=n, value=v, limit=limit, unit="x", better="lower") for n, v, limit in rows]
 
     def record(self) -> RunRecord:
@@ -423,9 +425,3 @@ class Run:
             outcomes=self.outcomes,
             warnings=self.warnings,
         )
-
-
-def _content_key(folder: Path) -> list[str]:
-    """What changes when a checkpoint's files do: names, sizes and times of config and weights."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
-    return [f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]

@@ -21,8 +21,10 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def publish(target: Path) -> Iterator[Path]:
+def publish(target: Path, shared: bool = False) -> Iterator[Path]:
     """A new folder that becomes ``target`` in one rename when the block ends well, and vanishes otherwise.
+
+    ``shared`` is for a cache: when another process published the same target meanwhile, its folder stays.
 
     A process that was killed leaves its unfinished folder *beside* the target, never under its name; the next
     caller removes what dead processes left.
@@ -44,7 +46,10 @@ def publish(target: Path) -> Iterator[Path]:
                 os.fsync(f.fileno())
         if target.is_dir() and not any(target.iterdir()):
             target.rmdir()
-        work.rename(target)
+        if shared and target.is_dir():
+            shutil.rmtree(work)
+        else:
+            work.rename(target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

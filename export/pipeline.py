@@ -154,9 +154,14 @@ def export_model(
     """
     out = out.expanduser()
     existing = _check_destination(out, spec, force)
-    if existing is not None:
-        return existing, False
     source = source or resolve(spec.model, spec.revision, status)
+    if existing is not None:
+        if existing.source_key == source.content_key:
+            return existing, False
+        raise DestinationError(
+            f"{out} holds an export of {spec.model} as it was before its files changed; "
+            f"replace it with --force, or choose another OUT"
+        )
     config = load_config(source)
     status("tracing the fused graph")
     conversion = convert(config, spec.precision, DATA_FILE)
@@ -226,6 +231,7 @@ def _manifest(
         model_type=config.model_type,
         weights_sha256=identity,
         weights_origin=source.origin,
+        source_key=source.content_key,
         parameters=parameters,
         precision=spec.precision,
         target=spec.target,

@@ -5,6 +5,7 @@ Accepts ``demo``, a folder, a GGUF file or a hub id. GGUF files are converted on
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -42,6 +43,13 @@ class Source:
     folder: Path
     name: str
     origin: str
+
+    @property
+    def content_key(self) -> str:
+        """SHA-256 (hex) over names, sizes and times of the checkpoint's files: changes when any of them does."""
+        files = sorted(p for p in self.folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model"))
+        facts = [f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
+        return hashlib.sha256("|".join(facts).encode()).hexdigest()
 
 
 def resolve(model: str, revision: str | None = None, status: Status = lambda _: None) -> Source:
@@ -123,7 +131,7 @@ def gguf_checkpoint(path: Path, status: Status = lambda _: None) -> Path:
     """
     target = cache_dir() / "gguf" / sha256_of(path)[:16]
     if not (target / "config.json").is_file():
-        with publish(target) as work:
+        with publish(target, shared=True) as work:
             convert_gguf(path, work, status)
     return target
 
@@ -132,7 +140,9 @@ def convert_gguf(path: Path, out: Path, status: Status) -> None:
     """Read a GGUF file through transformers and save weights (fp32), config and tokenizer to ``out``."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
 
+    hf_logging.set_verbosity_error()  # its notes on legacy tokenizers are about other files
     status(f"reading {path.name} (about a minute)")
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

@@ -30,7 +30,7 @@ def plain_export(checkpoint: Path, target: Path) -> Path:
     """
     if (target / "model.onnx").is_file():
         return target
-    with publish(target) as work:
+    with publish(target, shared=True) as work:
         command = [
             sys.executable,
             "-m",

@@ -108,3 +108,22 @@ def test_usage_errors_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> Non
         main(["fly"])
     assert caught.value.code == 2
     assert "fly" in capsys.readouterr().err
+
+
+def test_options_of_other_commands_are_not_swallowed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["doctor", "--profile", "smoke"])
+    assert caught.value.code == 2
+    assert "--profile" in capsys.readouterr().err
+
+
+def test_bench_takes_the_suites_options(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
+    """In a process of its own: pytest inside pytest shares too much."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "bench.cli", "bench", "--json", "--profile", "smoke", "-k", "load"]
+    command += ["--model", str(checkpoints()), "--exported", str(exports()), "--report-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
+    assert done.returncode == 3, done.stderr  # load alone says nothing about parity
+    assert {x["side"] for x in json.loads(done.stdout)["loads"]} == {"onnxruntime-cpu", "pytorch-cpu"}

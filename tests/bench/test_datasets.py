@@ -83,10 +83,14 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_prompts_use_the_chat_template_where_there_is_one() -> None:
-    item = load_shipped().groups()["qa"][0]
+    item = load_shipped().groups()["rewriting"][0]
+    question = load_shipped().groups()["qa"][0]
 
     class Chat:
         chat_template = "x"
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [-len(text)]}
 
         def apply_chat_template(self, message: list[dict[str, str]], **_: object) -> list[int]:
             return [len(message[0]["content"])]
@@ -98,4 +102,7 @@ def test_prompts_use_the_chat_template_where_there_is_one() -> None:
             return {"input_ids": [len(text)]}
 
     assert prompt_ids(item, Chat()) == [len(item.instruction)]
+    assert prompt_ids(question, Chat()) == [-len(question.instruction)]
+    assert question.instruction.count("Question:") == 2
+    assert question.instruction.endswith("\nAnswer:")
     assert prompt_ids(item, Plain()) == [len(item.instruction + "\n\nAnswer:")]

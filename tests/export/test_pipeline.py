@@ -98,6 +98,31 @@ def test_an_equal_export_is_kept_and_another_refused(checkpoints: Checkpoints, t
     assert read_manifest(out).precision == "fp16"
 
 
+def test_a_checkpoint_that_changed_is_not_called_up_to_date(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    import shutil
+
+    checkpoint = shutil.copytree(checkpoints(), tmp_path / "checkpoint")
+    spec = ExportSpec(str(checkpoint))
+    first, _ = export_model(spec, tmp_path / "out")
+    shutil.copyfile(checkpoints(seed=1) / "model.safetensors", checkpoint / "model.safetensors")
+    with pytest.raises(DestinationError, match="before its files changed"):
+        export_model(spec, tmp_path / "out")
+    second, _ = export_model(spec, tmp_path / "out", force=True)
+    assert second.weights_sha256 != first.weights_sha256
+
+
+def test_two_processes_may_fill_the_cache_at_once(tmp_path: Path) -> None:
+    from export.cache import publish
+
+    target = tmp_path / "cached"
+    with publish(target, shared=True) as work:
+        (work / "file").write_text("mine")
+        target.mkdir()
+        (target / "file").write_text("the other's")
+    assert (target / "file").read_text() == "the other's"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_out_that_is_something_else_is_left_alone(checkpoints: Checkpoints, tmp_path: Path, force: bool) -> None:
     out = tmp_path / "precious"
