@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from bench.datasets import load_file, load_shipped
 from bench.errors import BenchError
@@ -104,13 +105,13 @@ def _progress(config: pytest.Config, title: str, total: int) -> Iterator[Ticker]
             return
         columns = (
             TextColumn("[bold]{task.fields[title]}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         )
-        with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        with Progress(*columns, console=Console(file=sys.stderr), transient=True, expand=True) as bar:
             task = bar.add_task("", total=total, title=title)
 
             def tick(message: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 from onnx import helper
 
 from bench.datasets import load_file
-from bench.gate import GateInputs, greedy_checks, run_gate
+from bench.gate import GateInputs, consistency_check, greedy_checks, run_gate
 from bench.parity import TIERS
 from bench.workload import PROFILES
 from reports.record import Parity
@@ -169,6 +169,22 @@ def test_uneven_rows_mixed_up_are_caught(
 
     monkeypatch.setattr(ort_session, "right_pad", row_zero)
     assert "batch_consistency" in failed(judge(exports(), checkpoints(), dataset))
+
+
+def test_one_wrong_decode_step_is_enough(exports: Exports, checkpoints: Exports, dataset: Any) -> None:
+    with load(exports(), threads=1) as session:
+        true_step, calls = session.step, [0]
+
+        def step(ids: Any) -> Any:
+            calls[0] += 1
+            logits = true_step(ids).copy()
+            logits[:, 7] += 0.2 * (calls[0] == 10)
+            return logits
+
+        session.step = step  # type: ignore[method-assign]
+        window = list(range(3, 99))
+        found = {c.name: c.status for c in consistency_check(session, [window], TIERS["fp32"])}
+    assert found == {"decode_consistency": "FAIL", "batch_consistency": "PASS"}
 
 
 def test_short_answers_fall_out_of_the_length_band() -> None:

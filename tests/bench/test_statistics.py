@@ -69,10 +69,12 @@ def logits(seed: int, n: int = 200, vocabulary: int = 50) -> np.ndarray:
 
 def test_token_figures_by_hand() -> None:
     p = np.log(np.asarray([[0.5, 0.25, 0.25], [1 / 3] * 3], np.float32))
-    q = np.log(np.asarray([[0.25, 0.5, 0.25], [1 / 3] * 3], np.float32))
+    q = np.log(np.asarray([[0.2, 0.6, 0.2], [1 / 3] * 3], np.float32))
     found = token_figures(q, p, [0, 1])
-    assert found.kld[0] == pytest.approx(0.5 * np.log(2) + 0.25 * np.log(0.5), rel=1e-6)
-    assert found.nll_candidate[0] == pytest.approx(np.log(2), rel=1e-6)
+    # baseline || candidate, not the other way round (which would be 0.275)
+    by_hand = 0.5 * np.log(0.5 / 0.2) + 0.25 * np.log(0.25 / 0.6) + 0.25 * np.log(0.25 / 0.2)
+    assert found.kld[0] == pytest.approx(by_hand, rel=1e-5)
+    assert found.nll_candidate[0] == pytest.approx(-np.log(0.6), rel=1e-5)
     assert found.nll_baseline[0] == pytest.approx(np.log(4), rel=1e-6)
     assert not found.same_top1[0]
     with pytest.raises(ValueError, match="NaN"):
