@@ -29,6 +29,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 ERR = Console(stderr=True)
 
@@ -158,7 +159,7 @@ def _inspect(args: argparse.Namespace) -> int:
         "made": f"{manifest.created_utc} by " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
     }
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(key, Text(value))
     Console().print(table)
     return 0
 
@@ -212,14 +213,13 @@ def _generate(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     import pytest
 
-    import bench
+    from bench.run import SUITE
 
     # pytest's own codes: 0 passed, 1 failed, 2 interrupted, 3 internal error, 4 usage, 5 nothing collected; what the
     # suite ends with by itself (2 and 4 of this tool's contract) comes through unchanged.
-    here = [str(Path(bench.__file__).parent), "--import-mode=importlib", "-p", "no:cacheprovider"]
     started = time.time()
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        code = int(pytest.main([*here, *args.options]))
+        code = int(pytest.main([*SUITE, *args.options]))
     if code not in (0, 1):
         return 2 if code == 5 else code
     path = _report_dir(args.options) / "record.json"
@@ -270,7 +270,7 @@ def _doctor(args: argparse.Namespace) -> int:
     for column in ("provider", "loads", "what is the matter, and the remedy"):
         table.add_column(column)
     for f in found:
-        table.add_row(f.provider, "yes" if f.loads else "no", f.detail)
+        table.add_row(f.provider, "yes" if f.loads else "no", Text(f.detail))  # no markup: [cuda,cudnn]
     Console().print(table)
     return 0
 

@@ -23,7 +23,7 @@ from rich.table import Column
 from bench.datasets import load_file, load_shipped
 from bench.errors import BenchError
 from bench.gate_names import CHECKS, metric_names
-from bench.run import Options, Run, Ticker
+from bench.run import Options, Run, Ticker, command_line
 from bench.workload import PROFILES, choose_profile
 
 RUN = pytest.StashKey[Run]()
@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
         out=o.report_dir,
     )
     run = Run(options, progress=lambda title, total: _progress(config, title, total))
-    run.command = ["pytest", *map(str, config.invocation_params.args)]
+    run.command = command_line([str(a) for a in config.invocation_params.args])
     config.stash[RUN] = run
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,7 +43,16 @@ from reports.record import (
 from runtime.session import Session
 
 SEED = 20_261_124
+SUITE = (str(Path(__file__).parent), "--import-mode=importlib", "-p", "no:cacheprovider")
+"""What ``llama-onnx bench`` puts before the user's own options."""
 Ticker = Callable[[str], None]
+
+
+def command_line(arguments: Sequence[str]) -> list[str]:
+    """How to repeat a run, as the user typed it: without the path of this installation."""
+    if tuple(arguments[: len(SUITE)]) == SUITE:
+        return ["llama-onnx", "bench", *arguments[len(SUITE) :]]
+    return ["pytest", *arguments]
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Run:
     parity: Parity | None = None
     outcomes: list[Outcome] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    command: list[str] = field(default_factory=lambda: ["pytest", *sys.argv[1:]])
+    command: list[str] = field(default_factory=list)
     _sessions: dict[str, Session] = field(default_factory=dict)
 
     # -- what is run ------------------------------------------------------------------------------------------------

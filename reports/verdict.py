@@ -46,7 +46,7 @@ class Verdict:
     """What a reader and a pipeline need to know.
 
     ``exit_code`` is 0 passed, 1 a parity check or a test failed, 3 inconclusive. Figures that miss a limit
-    are listed and do not change it: the test that owns a limit fails by itself.
+    are listed and do not change it: a limit on a time cries wolf on a noisy machine.
     """
 
     parity: ParityAnswer

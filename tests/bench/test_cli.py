@@ -100,7 +100,10 @@ def test_a_defect_of_ours_is_not_dressed_up(
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     code, said, _ = run(capsys, "doctor", "--json")
     assert code == 0
-    assert {f["provider"]: f["loads"] for f in json.loads(said)}["cpu"] is True
+    found = {f["provider"]: f for f in json.loads(said)}
+    assert found["cpu"]["loads"] is True
+    code, said, _ = run(capsys, "doctor")
+    assert found["cuda"]["loads"] or "[cuda,cudnn]" in said.replace("\n", "")
 
 
 def test_usage_errors_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,4 +129,6 @@ def test_bench_takes_the_suites_options(checkpoints: Paths, exports: Paths, tmp_
     command += ["--model", str(checkpoints()), "--exported", str(exports()), "--report-dir", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
     assert done.returncode == 3, done.stderr  # load alone says nothing about parity
-    assert {x["side"] for x in json.loads(done.stdout)["loads"]} == {"onnxruntime-cpu", "pytorch-cpu"}
+    record = json.loads(done.stdout)
+    assert {x["side"] for x in record["loads"]} == {"onnxruntime-cpu", "pytorch-cpu"}
+    assert record["command"][:4] == ["llama-onnx", "bench", "--profile", "smoke"]

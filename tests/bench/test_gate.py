@@ -15,7 +15,7 @@ import pytest
 from onnx import helper
 
 from bench.datasets import load_file
-from bench.gate import GateInputs, consistency_check, greedy_checks, run_gate
+from bench.gate import GateInputs, consistency_check, greedy_checks, run_gate, task_status
 from bench.parity import TIERS
 from bench.workload import PROFILES
 from reports.record import Parity
@@ -185,6 +185,21 @@ def test_one_wrong_decode_step_is_enough(exports: Exports, checkpoints: Exports,
         window = list(range(3, 99))
         found = {c.name: c.status for c in consistency_check(session, [window], TIERS["fp32"])}
     assert found == {"decode_consistency": "FAIL", "batch_consistency": "PASS"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "items", "tier", "status"),
+    [
+        (0.0, 0.0, 3, "fp32", "PASS"),
+        (-2.0, -1.0, 40, "fp32", "FAIL"),
+        (-2.0, -1.0, 40, "fp16", "FAIL"),
+        (-2.0, -1.0, 3, "fp32", "INCONCLUSIVE"),
+        (-2.0, 1.0, 40, "fp32", "INCONCLUSIVE"),
+        (-2.0, 1.0, 40, "fp16", "REPORTED"),
+    ],
+)
+def test_status_of_a_task(low: float, high: float, items: int, tier: str, status: str) -> None:
+    assert task_status(low, high, -0.03, items, TIERS[tier]) == status
 
 
 def test_short_answers_fall_out_of_the_length_band() -> None:
