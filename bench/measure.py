@@ -181,8 +181,3 @@ def _median_time(action: Callable[[], object], passes: int) -> float:
         action()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-def median(values: Sequence[float]) -> float:
-    """Plain median of at least one value."""
-    return statistics.median(values)

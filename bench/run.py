@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.datasets import Dataset, load_file, load_shipped
 from bench.environment import machine, versions
 from bench.errors import BenchError
 from bench.gate import GateInputs, run_gate, text_windows, ticks_of
-from bench.measure import CpuBandwidth, CudaBandwidth, interleave, load_times, median, peak_memory
+from bench.measure import CpuBandwidth, CudaBandwidth, interleave, load_times, peak_memory
 from bench.parity import TIERS
 from bench.peers.optimum_ort import LABEL as OPTIMUM
 from bench.workload import PROFILES, Profile, choose_profile
@@ -357,7 +358,8 @@ class Run:
         def ratio(metric: str, other: Series) -> float:
             # Rounds of equal index ran back to back: the median of their ratios is what drift disturbs least.
             pairs = zip(ours.rounds, other.rounds, strict=True)
-            return median([getattr(a, metric) / getattr(b, metric) for a, b in pairs])
+            ratios: list[float] = [getattr(a, metric) / getattr(b, metric) for a, b in pairs]
+            return median(ratios)
 
         rows = [("decode against PyTorch eager", ratio("tpot_s", theirs), 0.45)]
         if OPTIMUM in found:

@@ -22,8 +22,6 @@ from runtime.kv_cache import NUMPY_DTYPE, KVCache
 from runtime.providers import Provider, provider_list, require, require_active
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
 
-ONNX_TYPE = {np.float32: 1, np.float16: 10, np.int64: 7}
-
 
 class OrtSession:
     """One exported folder, ready to run; see :class:`runtime.session.Session`.
@@ -175,10 +173,6 @@ class OrtSession:
         logits = self._bind_logits(binding, len(ids), 1)
         self._scoring.run_with_iobinding(binding)
         return _fp32(logits[0])
-
-    def close_scoring(self) -> None:
-        """Free the scoring graph's copy of the weights."""
-        self._scoring = None
 
     def close(self) -> None:
         """Free everything; closing twice is allowed."""

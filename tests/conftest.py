@@ -62,6 +62,12 @@ def make_checkpoint(folder: Path, seed: int = 0, shards: str = "5GB", **changes:
 
 
 @pytest.fixture(scope="session")
+def words() -> list[str]:
+    """The words that the tiny tokenizer knows."""
+    return WORDS
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Random checkpoints by their configuration, each made once."""
     made: dict[str, Path] = {}

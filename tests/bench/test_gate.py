@@ -28,26 +28,8 @@ PROFILE = replace(PROFILES["smoke"], window=96, windows=None, null_windows=2, it
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def dataset(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Texts in the tiny tokenizer's words."""
-    words = [
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "sat",
-        "on",
-        "mat",
-        "in",
-        "rain",
-        "and",
-        "it",
-        "was",
-        "big",
-        "small",
-        "why",
-        "who",
-    ]
     rng = np.random.default_rng(4)
 
     def text(n: int) -> str:

@@ -25,25 +25,7 @@ def bench(*arguments: object, cache: Path | None = None) -> subprocess.Completed
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = [
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "sat",
-        "on",
-        "mat",
-        "in",
-        "rain",
-        "and",
-        "it",
-        "was",
-        "big",
-        "small",
-        "red",
-        "who",
-    ]
+def dataset(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [{"task": "perplexity", "text": " ".join(words[(k * i) % 16] for i in range(150))} for k in range(1, 9)]
     lines += [
         {"task": "qa", "context": "the cat sat", "question": "who sat", "references": ["the cat"], "id": f"q{k}"}  # type: ignore[dict-item]
