@@ -177,7 +177,7 @@ def _generate(args: argparse.Namespace) -> int:
     ids = encode(tokenizer, prompt, args.chat)
     at: list[float] = []
     text = ""
-    with load(args.folder, args.provider, args.threads) as session:
+    with load(args.folder, args.provider, args.threads, huge_pages=False) as session:
         decoder = StreamDecoder(tokenizer)
         eos = session.manifest.eos_token_ids
         for step in stream(session, [ids], args.max_new_tokens, eos):

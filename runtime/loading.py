@@ -17,6 +17,7 @@ def load(
     provider: str = "cpu",
     threads: int | None = None,
     verify: bool = True,
+    huge_pages: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> OrtSession:
     """Open an exported folder on ONNX Runtime.
@@ -26,6 +27,7 @@ def load(
         provider: ``cpu``, ``cuda`` or ``tensorrt``.
         threads: CPU threads, None for every core.
         verify: compare every file's SHA-256 with the manifest (under a second per GB).
+        huge_pages: see :class:`runtime.ort_session.OrtSession`.
         progress: called with the bytes of each chunk hashed.
 
     Raises:
@@ -38,4 +40,4 @@ def load(
     manifest = read_manifest(path)
     if verify:
         verify_files(path, manifest, progress)
-    return OrtSession(path, manifest, provider, threads)
+    return OrtSession(path, manifest, provider, threads, huge_pages)

@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from export.manifest import Manifest
 from runtime.errors import SessionError
+from runtime.huge_pages import collapse
 from runtime.kv_cache import NUMPY_DTYPE, KVCache
 from runtime.providers import Provider, provider_list, require, require_active
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
+
+_HUGE_PAGES_FROM = 64 << 20
 
 
 class OrtSession:
@@ -31,18 +34,30 @@ class OrtSession:
         manifest: its manifest.
         provider: ``cpu``, ``cuda``, ...
         threads: intra-op threads on the CPU; None takes every core this process may use.
+        huge_pages: on the CPU, move the packed weights into 2 MiB pages (:mod:`runtime.huge_pages`); opening takes
+            longer by about 2.5 s per GB, each decode step is shorter.
 
     Raises:
         ProviderUnavailableError: the provider is not installed, did not load, or lacks an operator.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        provider: str = "cpu",
+        threads: int | None = None,
+        huge_pages: bool = True,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self._provider: Provider = require(provider, manifest.precision)
         self._threads = threads or len(os.sched_getaffinity(0))
         started = time.perf_counter()
         self._decode = self._open(manifest.decode_graph)
+        self._huge_bytes = 0
+        if huge_pages and self._provider.device == "cpu" and manifest.decode_weight_bytes > _HUGE_PAGES_FROM:
+            self._huge_bytes = collapse()
         self.load_s = time.perf_counter() - started
         self._scoring: Any = None
         self._cache: KVCache | None = None
@@ -81,6 +96,7 @@ class OrtSession:
                 "execution_provider": self._provider.ort_name,
                 "intra_op_threads": self._threads,
                 "graph_optimization": "all",
+                "huge_pages_mb": self._huge_bytes >> 20,
                 "kv_cache": "preallocated, past and present share memory",
             },
         )
