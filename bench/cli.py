@@ -51,9 +51,21 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "export a checkpoint: fused attention, KV cache, one folder")
     export.add_argument("model", help="'demo', a checkpoint folder, a .gguf file or a hub id")
     export.add_argument("out", type=Path, help="the folder to make")
-    export.add_argument("--precision", default="fp32", help="fp32 or fp16")
-    export.add_argument("--target", default="ort", help="ort")
+    export.add_argument("--precision", default="fp32", help="fp32, fp16, bf16, int8 or int4 (default fp32)")
+    export.add_argument(
+        "--target",
+        default="ort",
+        help="ort (fused operators), tensorrt (standard operators, opset 23) or plain (optimum's graph, any decoder)",
+    )
     export.add_argument("--revision", help="branch, tag or commit of a hub id")
+    export.add_argument("--provider", default="any", help="any, or cuda: the graph must run on the CUDA provider")
+    weights = export.add_argument_group("int8 and int4")
+    weights.add_argument("--method", help="rtn, hqq, kquant or gptq (default: int8 rtn, int4 hqq)")
+    weights.add_argument("--block-size", type=int, help="weights that share a scale (default 32)")
+    weights.add_argument("--accuracy-level", type=int, help="MatMulNBits: 0 computes in floats, 4 in int8 (int8 0, int4 4)")
+    weights.add_argument("--activations", help="type of activations and KV cache: fp32, fp16 or bf16 (default fp32)")
+    weights.add_argument("--lm-head", help="float, int8 or int4 (default int8)")
+    weights.add_argument("--embedding", help="float or int8 (default float)")
     export.add_argument("--force", action="store_true", help="replace another export of ours at OUT")
 
     inspect = add("inspect", _inspect, "what is in an exported folder; checks every file's hash")
@@ -115,11 +127,20 @@ def _demo_model(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from export.spec import ExportSpec
 
-    spec = ExportSpec(args.model, args.precision, args.target, args.revision)
+    fields = ("model", "precision", "target", "revision", "activations", "provider", "method", "block_size")
+    fields += ("accuracy_level", "lm_head", "embedding")
+    spec = ExportSpec(**{name: getattr(args, name) for name in fields})
     from export.pipeline import export_model
 
+    calibration: Sequence[str] = ()
+    if spec.method == "gptq":
+        from bench.datasets import load_shipped
+
+        calibration = load_shipped().calibration()
     with _bytes_bar("weights") as progress:
-        manifest, written = export_model(spec, args.out, force=args.force, status=_status, progress=progress)
+        manifest, written = export_model(
+            spec, args.out, force=args.force, calibration=calibration, status=_status, progress=progress
+        )
     if args.json:
         _print_json({"folder": str(args.out), "written": written, "manifest": asdict(manifest)})
     else:

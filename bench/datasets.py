@@ -76,6 +76,11 @@ class Dataset:
         """Texts over which perplexity is measured."""
         return [i.fields["text"] for i in self.items if i.task == "perplexity"]
 
+    def calibration(self) -> list[str]:
+        """Texts to calibrate quantisers on: the sources of questions and summaries, never the prose that is scored."""
+        texts = [i.fields["context"] for i in self.items if i.task == "qa"]
+        return list(dict.fromkeys(texts + [i.fields["text"] for i in self.items if i.task == "summarization"]))
+
     def groups(self, limit: int | None = None) -> dict[str, list[Item]]:
         """Generation items by :attr:`Item.group`, at most ``limit`` of each, spread evenly over the file."""
         out: dict[str, list[Item]] = {}

@@ -42,10 +42,10 @@ def main(arguments: dict[str, Any]) -> dict[str, int]:
         session = OptimumSession(Path(arguments["path"]), arguments["threads"])
     prompts = [[1 + k % 50 for k in range(arguments["prompt"])] for _ in range(arguments["batch"])]
     generate(session, prompts, arguments["new_tokens"])
-    return {"peak_bytes": _peak(), "baseline_bytes": baseline}
+    return {"peak_bytes": peak_bytes(), "baseline_bytes": baseline}
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
     """Peak resident bytes of this process. Linux keeps ``ru_maxrss`` across exec, so it may be the parent's."""
     status = Path("/proc/self/status")
     if status.is_file():

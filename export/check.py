@@ -13,6 +13,8 @@ from transformers import PretrainedConfig
 
 from export.convert import head_dim_of
 from export.errors import GraphCheckError
+from export.spec import BITS, ExportSpec
+from export.tensorrt_ops import check_standard
 
 FORBIDDEN = (
     "Softmax",
@@ -29,22 +31,30 @@ FORBIDDEN = (
 )
 """Operators that only an unfused attention, rotary embedding or norm leaves behind."""
 
-NODE_BUDGET_PER_LAYER = 11
-NODE_BUDGET_FIXED = 20
+NODE_BUDGET = {"GroupQueryAttention": (11, 20), "Attention": (26, 40)}
+"""Most nodes: for each layer, and besides."""
 
 
-def expected_counts(config: PretrainedConfig) -> dict[str, int]:
-    """Fused operators that a LLaMA of this configuration must have, by operator type."""
+def expected_counts(config: PretrainedConfig, spec: ExportSpec) -> dict[str, int]:
+    """Operators that a LLaMA of this configuration must have in that form, by operator type."""
     layers = config.num_hidden_layers
-    return {
-        "GroupQueryAttention": layers,
-        "SimplifiedLayerNormalization": 1,
-        "SkipSimplifiedLayerNormalization": 2 * layers,
-        "MatMul": 5 * layers + 1,
-    }
+    products = 5 * layers + 1
+    quantised = 5 * layers * (spec.precision in BITS) + (spec.lm_head != "float")
+    counts = {"MatMul": products - quantised, "MatMulNBits": quantised}
+    if spec.embedding != "float":
+        counts["GatherBlockQuantized"] = 1
+    if spec.attention == "Attention":
+        own = {"Attention": layers, "RMSNormalization": 2 * layers + 1, "RotaryEmbedding": 2 * layers}
+    else:
+        own = {
+            "GroupQueryAttention": layers,
+            "SimplifiedLayerNormalization": 1,
+            "SkipSimplifiedLayerNormalization": 2 * layers,
+        }
+    return {op: n for op, n in {**own, **counts}.items() if n}
 
 
-def check_graph(model: onnx.ModelProto, config: PretrainedConfig) -> dict[str, int]:
+def check_graph(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSpec) -> dict[str, int]:
     """Count and compare; also reads the attributes of each attention and norm.
 
     Returns:
@@ -54,13 +64,18 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig) -> dict[str, i
         GraphCheckError: names every difference at once.
     """
     found = Counter(node.op_type for node in model.graph.node)
-    wrong = [
-        f"{found[op]} {op} where the config demands {n}" for op, n in expected_counts(config).items() if found[op] != n
-    ]
-    wrong += [f"{found[op]} {op} left over" for op in FORBIDDEN if found[op]]
+    expected = expected_counts(config, spec)
+    wrong = [f"{found[op]} {op} where the config demands {n}" for op, n in expected.items() if found[op] != n]
+    standard = spec.attention == "Attention"
+    if standard:
+        wrong += check_standard(model)
+    forbidden = set(FORBIDDEN) - ({"Range", "Where"} if standard else set())
+    forbidden |= {"MatMul", "MatMulNBits"} - set(expected)
+    wrong += [f"{found[op]} {op} left over" for op in sorted(forbidden) if found[op]]
     biases = 2 * config.num_hidden_layers * bool(getattr(config, "attention_bias", False))
     biases += 3 * config.num_hidden_layers * bool(getattr(config, "mlp_bias", False))
-    budget = NODE_BUDGET_PER_LAYER * config.num_hidden_layers + NODE_BUDGET_FIXED + biases
+    per_layer, fixed = NODE_BUDGET[spec.attention]
+    budget = per_layer * config.num_hidden_layers + fixed + biases + (spec.float_type == "bf16")
     if len(model.graph.node) > budget:
         wrong.append(f"{len(model.graph.node)} nodes where {budget} are enough")
     scale = head_dim_of(config) ** -0.5
@@ -74,12 +89,14 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig) -> dict[str, i
                 "rotary_interleaved": 0,
             }
             wrong += [f"{node.name}: {k} is {values.get(k)}, not {v}" for k, v in wanted.items() if values.get(k) != v]
-            if abs(values.get("scale", 0.0) - scale) > 1e-6 * scale:
-                wrong.append(f"{node.name}: scale is {values.get('scale')}, not {scale}")
-        if node.op_type.endswith("SimplifiedLayerNormalization"):
+        if node.op_type in ("GroupQueryAttention", "Attention") and (
+            abs(values.get("scale", 0.0) - scale) > 1e-6 * scale
+        ):
+            wrong.append(f"{node.name}: scale is {values.get('scale')}, not {scale}")
+        if node.op_type.endswith("SimplifiedLayerNormalization") or node.op_type == "RMSNormalization":
             eps = values.get("epsilon", 0.0)
             if abs(eps - config.rms_norm_eps) > 1e-6 * config.rms_norm_eps:
                 wrong.append(f"{node.name}: epsilon is {eps}, not {config.rms_norm_eps}")
     if wrong:
         raise GraphCheckError("the exported graph is not the model: " + "; ".join(wrong))
-    return {op: found[op] for op in expected_counts(config)}
+    return {op: found[op] for op in expected}

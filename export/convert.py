@@ -2,15 +2,17 @@
 
 The skeleton lives on PyTorch's ``meta`` device except for one number per parameter, so a 70B model traces in the
 memory of a small one. Marker operators become ``MatMul`` (and ``Add`` for biases); every weight becomes an
-initialiser with an external-data location that :mod:`export.weights` fills.
+initialiser with an external-data location that :mod:`export.weights` fills. For int8 and int4 the marker becomes
+``MatMulNBits`` over codes, scales and zero points of one weight.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
@@ -21,26 +23,43 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from export.errors import UnsupportedModelError
 from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
+from export.spec import ExportSpec
 
-OPSET = 18
+OPSET = {"GroupQueryAttention": 18, "Attention": 23}
+"""Opset of the graph by its attention. The TorchScript exporter ends at 18 and lets newer operators through."""
+_TRACE_OPSET = 18
+IR_VERSION = {"GroupQueryAttention": 8, "Attention": 11}
+EMBEDDING = "model.embed_tokens.weight"
 ALIGNMENT = 4096
 """ONNX Runtime maps external data into memory only at page boundaries."""
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-ONNX_DTYPE = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
-TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ONNX_DTYPE = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "uint8": TensorProto.UINT8,
+}
+TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "uint8": torch.uint8}
 
 
 @dataclass(frozen=True)
 class WeightRecipe:
-    """How one initialiser is made: joined sources, transposed or not, cast, at ``offset`` of the data file."""
+    """How one initialiser is made: joined sources, transposed or quantised, cast, at ``offset`` of the data file.
+
+    ``transform`` as in :class:`export.manifest.Weight`; ``bits`` and ``columns`` (the length of a row before packing)
+    where it is a part of a quantised weight.
+    """
 
     name: str
     sources: tuple[str, ...]
     transform: str
     shape: tuple[int, ...]
+    dtype: str
     offset: int
     nbytes: int
+    bits: int = 0
+    columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,7 @@ class Conversion:
     scoring: onnx.ModelProto
     recipes: tuple[WeightRecipe, ...]
     rope: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
     data_bytes: int
 
 
@@ -130,9 +150,10 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _trace(config: PretrainedConfig, dtype: torch.dtype, last_logits: bool) -> onnx.ModelProto:
+def _trace(config: PretrainedConfig, dtype: torch.dtype, attention: str, last_logits: bool) -> onnx.ModelProto:
     onnx_config = FusedLlamaOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
     onnx_config.last_logits = last_logits
+    onnx_config.attention = attention
     model = _skeleton(config, dtype)
     kv = (1, config.num_key_value_heads, 1, head_dim_of(config))
     past = [(torch.zeros(kv, dtype=dtype), torch.zeros(kv, dtype=dtype)) for _ in range(config.num_hidden_layers)]
@@ -141,6 +162,8 @@ def _trace(config: PretrainedConfig, dtype: torch.dtype, last_logits: bool) -> o
         "attention_mask": torch.ones((1, 3), dtype=torch.int64),
         "past_key_values": past,
     }
+    if attention == "Attention":
+        inputs["position_ids"] = torch.ones((1, 2), dtype=torch.int64)
     axes = {**onnx_config.inputs, **onnx_config.outputs}
     buffer = io.BytesIO()
     with onnx_config.patch_model_for_export(model), torch.no_grad(), warnings.catch_warnings():
@@ -153,10 +176,10 @@ def _trace(config: PretrainedConfig, dtype: torch.dtype, last_logits: bool) -> o
             input_names=list(onnx_config.inputs),
             output_names=list(onnx_config.outputs),
             dynamic_axes=axes,
-            opset_version=OPSET,
+            opset_version=_TRACE_OPSET,
             export_params=False,
             do_constant_folding=False,
-            custom_opsets={MS: 1, MARKER_DOMAIN: 1},
+            custom_opsets={MARKER_DOMAIN: 1} | ({MS: 1} if attention == "GroupQueryAttention" else {}),
             dynamo=False,
         )
     return onnx.load_model_from_string(buffer.getvalue())
@@ -165,19 +188,27 @@ def _trace(config: PretrainedConfig, dtype: torch.dtype, last_logits: bool) -> o
 class _Weights:
     """Collects recipes, one per distinct initialiser, and hands out aligned offsets."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], precision: str) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], spec: ExportSpec) -> None:
         self.shapes = shapes
-        self.itemsize = TORCH_DTYPE[precision].itemsize
+        self.spec = spec
         self.recipes: dict[str, WeightRecipe] = {}
         self.end = 0
 
-    def add(self, name: str, sources: tuple[str, ...], transform: str, shape: tuple[int, ...]) -> str:
+    def add(
+        self,
+        name: str,
+        sources: tuple[str, ...],
+        transform: str,
+        shape: tuple[int, ...],
+        dtype: str | None = None,
+        bits: int = 0,
+        columns: int = 0,
+    ) -> str:
         if name not in self.recipes:
-            nbytes = self.itemsize
-            for n in shape:
-                nbytes *= n
+            dtype = dtype or self.spec.float_type
+            nbytes = TORCH_DTYPE[dtype].itemsize * math.prod(shape)
             offset = -(-self.end // ALIGNMENT) * ALIGNMENT
-            self.recipes[name] = WeightRecipe(name, sources, transform, shape, offset, nbytes)
+            self.recipes[name] = WeightRecipe(name, sources, transform, shape, dtype, offset, nbytes, bits, columns)
             self.end = offset + nbytes
         return name
 
@@ -185,6 +216,28 @@ class _Weights:
         rows = sum(self.shapes[s][0] for s in sources)
         transform = "transpose" if len(sources) == 1 else "concat_transpose"
         return self.add(name, sources, transform, (self.shapes[sources[0]][1], rows))
+
+    def quantised(self, sources: tuple[str, ...], name: str, bits: int) -> list[str]:
+        """Codes, scales and zero points in MatMulNBits' layout; three neighbours in the file."""
+        rows, columns = sum(self.shapes[s][0] for s in sources), self.shapes[sources[0]][1]
+        block = self.spec.block
+        blocks = -(-columns // block)
+        zero: tuple[tuple[int, ...], str | None] = ((rows, -(-blocks * bits // 8)), "uint8")
+        if float_zero(self.spec.method, bits):
+            zero = ((rows, blocks), None)
+        return [
+            self.add(f"{name}.codes", sources, "codes", (rows, blocks, block * bits // 8), "uint8", bits, columns),
+            self.add(f"{name}.scales", sources, "scales", (rows, blocks), None, bits, columns),
+            self.add(f"{name}.zero_points", sources, "zero_points", *zero, bits, columns),
+        ]
+
+
+def float_zero(method: str | None, bits: int) -> bool:
+    """Whether zero points are kept in the activations' type: HQQ optimises them as real numbers.
+
+    MatMulNBits takes such zero points for 4 bits only.
+    """
+    return method == "hqq" and bits == 4
 
 
 def _joined_name(sources: tuple[str, ...]) -> str:
@@ -195,9 +248,81 @@ def _joined_name(sources: tuple[str, ...]) -> str:
     return f"{prefix}.qkv_proj.{sources[0].rpartition('.')[2]}"
 
 
-def _lower(model: onnx.ModelProto, weights: _Weights, precision: str) -> onnx.ModelProto:
-    """Markers -> MatMul, parameter inputs -> external initialisers, dead nodes and value infos away."""
+def _linear_nodes(
+    x: str, out: str, sources: tuple[str, ...], biases: tuple[str, ...], weights: _Weights
+) -> tuple[list[onnx.NodeProto], list[str]]:
+    """The nodes of one linear layer, and the initialisers that they read."""
+    spec = weights.spec
+    name = _joined_name(sources)
+    # A tied head reads the transpose of what the embedding gathers: a copy under its own name.
+    name = "lm_head.weight" if name == EMBEDDING else name
+    label = name.removesuffix(".weight")
+    product = out if not biases else f"{label}.product"
+    bits = spec.bits_of(name)
+    if bits is None:
+        used = [weights.linear(sources, name)]
+        nodes = [helper.make_node("MatMul", [x, *used], [product], name=f"{label}.MatMul")]
+    else:
+        used = weights.quantised(sources, name, bits)
+        rows, columns = weights.recipes[used[0]].shape[0], weights.shapes[sources[0]][1]
+        nodes = [
+            helper.make_node(
+                "MatMulNBits",
+                [x, *used],
+                [product],
+                name=f"{label}.MatMulNBits",
+                domain=MS,
+                K=columns,
+                N=rows,
+                bits=bits,
+                block_size=spec.block,
+                accuracy_level=spec.accuracy_level or 0,
+            )
+        ]
+    if biases:
+        shape = (sum(weights.shapes[b][0] for b in biases),)
+        bias = weights.add(_joined_name(biases), biases, "copy" if len(biases) == 1 else "concat", shape)
+        nodes.append(helper.make_node("Add", [bias, product], [out], name=f"{label}.Add"))
+        used.append(bias)
+    return nodes, used
+
+
+def _embedding_node(node: onnx.NodeProto, weights: _Weights) -> tuple[onnx.NodeProto, list[str]]:
+    """The embedding's Gather over 8-bit rows."""
+    used = weights.quantised((EMBEDDING,), EMBEDDING, 8)
+    # GatherBlockQuantized wants the codes as [rows, columns], the same bytes.
+    codes = weights.recipes[used[0]]
+    weights.recipes[used[0]] = replace(codes, shape=(codes.shape[0], math.prod(codes.shape[1:])))
+    made = helper.make_node(
+        "GatherBlockQuantized",
+        [used[0], node.input[1], *used[1:]],
+        list(node.output),
+        name=f"{EMBEDDING}.GatherBlockQuantized",
+        domain=MS,
+        bits=8,
+        block_size=weights.spec.block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    return made, used
+
+
+def _fp32_logits(graph: onnx.GraphProto) -> None:
+    """bf16 has no numpy type and fits no comparison: the head's output leaves the graph as fp32."""
+    for node in graph.node:
+        for i, name in enumerate(node.output):
+            if name == "logits":
+                node.output[i] = "logits.bf16"
+    graph.node.append(
+        helper.make_node("Cast", ["logits.bf16"], ["logits"], name="logits.Cast", to=TensorProto.FLOAT)
+    )
+    graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+
+
+def _lower(model: onnx.ModelProto, weights: _Weights) -> onnx.ModelProto:
+    """Markers -> MatMul or MatMulNBits, parameter inputs -> external initialisers, dead nodes and value infos away."""
     graph = model.graph
+    spec = weights.spec
     real_inputs = [i for i in graph.input if not i.name.startswith(("model.", "lm_head."))]
     parameters = {i.name for i in graph.input} - {i.name for i in real_inputs}
     used: list[str] = []
@@ -209,31 +334,24 @@ def _lower(model: onnx.ModelProto, weights: _Weights, precision: str) -> onnx.Mo
             tensor.CopyFrom(node.attribute[0].t)
             tensor.name = node.output[0]
             constants.append(tensor)
-            continue
-        if node.domain != MARKER_DOMAIN:
+        elif node.domain == MARKER_DOMAIN:
+            n = next(a.i for a in node.attribute if a.name == "n_weights")
+            sources, biases = tuple(node.input[1 : 1 + n]), tuple(node.input[1 + n :])
+            made, read_here = _linear_nodes(node.input[0], node.output[0], sources, biases, weights)
+            nodes += made
+            used += read_here
+        elif node.op_type == "Gather" and node.input[0] == EMBEDDING and spec.embedding == "int8":
+            gather, read_here = _embedding_node(node, weights)
+            nodes.append(gather)
+            used += read_here
+        else:
             nodes.append(node)
             used.extend(i for i in node.input if i in parameters)
-            continue
-        n = next(a.i for a in node.attribute if a.name == "n_weights")
-        sources, biases = tuple(node.input[1 : 1 + n]), tuple(node.input[1 + n :])
-        name = _joined_name(sources)
-        # A tied head reads the transpose of what the embedding gathers: a copy under its own name.
-        name = "lm_head.weight" if name == "model.embed_tokens.weight" else name
-        weight = weights.linear(sources, name)
-        label = name.removesuffix(".weight")
-        product = node.output[0] if not biases else f"{label}.product"
-        nodes.append(helper.make_node("MatMul", [node.input[0], weight], [product], name=f"{label}.MatMul"))
-        used.append(weight)
-        if biases:
-            bias_shape = (sum(weights.shapes[b][0] for b in biases),)
-            bias = weights.add(_joined_name(biases), biases, "copy" if n == 1 else "concat", bias_shape)
-            nodes.append(helper.make_node("Add", [bias, product], [node.output[0]], name=f"{label}.Add"))
-            used.append(bias)
     for name in used:
         if name not in weights.recipes:
             transform = "rope" if name.startswith("model.rope_") else "copy"
-            sources = () if transform == "rope" else (name,)
-            weights.add(name, sources, transform, weights.shapes[name])
+            source = () if transform == "rope" else (name,)
+            weights.add(name, source, transform, weights.shapes[name])
 
     # Optional outputs that nothing reads (mean, inverse std) get the empty name.
     read = {i for node in nodes for i in node.input} | {o.name for o in graph.output}
@@ -242,16 +360,20 @@ def _lower(model: onnx.ModelProto, weights: _Weights, precision: str) -> onnx.Mo
             if output and output not in read:
                 node.output[i] = ""
     initialisers = [
-        TensorProto(name=name, data_type=ONNX_DTYPE[precision], dims=weights.recipes[name].shape)
+        TensorProto(name=name, data_type=ONNX_DTYPE[weights.recipes[name].dtype], dims=weights.recipes[name].shape)
         for name in dict.fromkeys(used)
     ]
     del graph.node[:], graph.initializer[:], graph.input[:], graph.value_info[:]
     graph.node.extend(nodes)
     graph.initializer.extend(initialisers + constants)
     graph.input.extend(real_inputs)
-    kept = [o for o in model.opset_import if o.domain != MARKER_DOMAIN]
+    if spec.float_type == "bf16":
+        _fp32_logits(graph)
+    domains = {node.domain for node in graph.node} | {""}
     del model.opset_import[:]
-    model.opset_import.extend(kept)
+    for domain in sorted(domains):
+        model.opset_import.append(helper.make_opsetid(domain, 1 if domain else OPSET[spec.attention]))
+    model.ir_version = IR_VERSION[spec.attention]
     graph.name = "llama"
     return model
 
@@ -268,25 +390,25 @@ def point_at_data(model: onnx.ModelProto, recipes: dict[str, WeightRecipe], data
             tensor.external_data.add(key=key, value=str(value))
 
 
-def convert(config: PretrainedConfig, precision: str, data_file: str) -> Conversion:
+def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conversion:
     """Build both graphs of a LLaMA without reading a single weight.
 
     Args:
         config: the checkpoint's configuration.
-        precision: ``fp32`` or ``fp16``.
+        spec: precision, target and quantisation.
         data_file: name of the external-data file that both graphs will point at.
 
     Raises:
         UnsupportedModelError: from :func:`require_llama`.
     """
     require_llama(config)
-    dtype = TORCH_DTYPE[precision]
+    dtype = TORCH_DTYPE[spec.float_type]
     skeleton = _skeleton(config, dtype)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     shapes |= {f"model.{name}": tuple(getattr(skeleton.model, name).shape) for name in ("rope_cos", "rope_sin")}
-    weights = _Weights(shapes, precision)
-    decode = _lower(_trace(config, dtype, last_logits=True), weights, precision)
-    scoring = _lower(_trace(config, dtype, last_logits=False), weights, precision)
+    weights = _Weights(shapes, spec)
+    decode = _lower(_trace(config, dtype, spec.attention, last_logits=True), weights)
+    scoring = _lower(_trace(config, dtype, spec.attention, last_logits=False), weights)
     for model in (decode, scoring):
         point_at_data(model, weights.recipes, data_file)
     cos, sin = rope_tables(config)
@@ -295,5 +417,6 @@ def convert(config: PretrainedConfig, precision: str, data_file: str) -> Convers
         scoring=scoring,
         recipes=tuple(weights.recipes.values()),
         rope={"model.rope_cos": cos, "model.rope_sin": sin},
+        shapes=shapes,
         data_bytes=weights.end,
     )

@@ -1,4 +1,4 @@
-"""LLaMA with fused operators, through optimum's own extension points.
+"""LLaMA with fused operators, through optimum's own extension points: ONNX Runtime's, or opset 23's standard ones.
 
 A subclass of optimum's ``LlamaOnnxConfig`` brings its own model patcher. While the patcher is active, the decoder
 layers call ``torch.autograd.Function``s whose ``symbolic`` emits ONNX Runtime's fused operators directly. No graph
@@ -107,6 +107,79 @@ class _GroupQueryAttention(torch.autograd.Function):
         return out, key, value
 
 
+class _StandardAttention(torch.autograd.Function):
+    """Opset-23 ``RotaryEmbedding`` and ``Attention``, the KV cache joined by ``Concat`` outside.
+
+    TensorRT's parser takes an ``Attention`` of one output and without ``past_key``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        mask: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, new = qkv.shape[:2]
+        present = qkv.new_zeros((batch, kv_heads, past_key.shape[2] + new, head_dim))
+        return qkv.new_zeros((batch, new, heads * head_dim)), present, present.clone()
+
+    @staticmethod
+    def symbolic(
+        g: Any,
+        qkv: Any,
+        past_key: Any,
+        past_value: Any,
+        mask: Any,
+        cos: Any,
+        sin: Any,
+        position_ids: Any,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+    ) -> Any:
+        def constant(*values: int) -> Any:
+            return g.op("Constant", value_t=torch.tensor(values))
+
+        sizes = constant(heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+        parts = g.op("Split", qkv, sizes, axis_i=-1, outputs=3)
+        q, k, v = (
+            g.op("Transpose", g.op("Reshape", part, constant(0, -1, n, head_dim)), perm_i=[0, 2, 1, 3])
+            for part, n in zip(parts, (heads, kv_heads, kv_heads), strict=True)
+        )
+        q, k = (g.op("RotaryEmbedding", x, cos, sin, position_ids, interleaved_i=0) for x in (q, k))
+        key, value = (g.op("Concat", old, new, axis_i=2) for old, new in ((past_key, k), (past_value, v)))
+        y = g.op("Attention", q, key, value, mask, scale_f=scale)
+        out = g.op("Reshape", g.op("Transpose", y, perm_i=[0, 2, 1, 3]), constant(0, -1, heads * head_dim))
+        out.setType(_hidden(qkv, heads * head_dim))
+        for present in (key, value):
+            present.setType(past_key.type().with_sizes([None, kv_heads, None, head_dim]))
+        return out, key, value
+
+
+class _StandardRMSNorm(torch.autograd.Function):
+    """Opset-23 ``RMSNormalization``: ``x / rms(x) * w``, the sum of squares in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, weight: Any, eps: float) -> Any:
+        out = g.op("RMSNormalization", x, weight, axis_i=-1, epsilon_f=eps, stash_type_i=1)
+        out.setType(_hidden(x, weight.type().sizes()[0]))
+        return out
+
+
 class _RMSNorm(torch.autograd.Function):
     """SimplifiedLayerNormalization: ``x / rms(x) * w`` (ONNX Runtime's name for RMSNorm)."""
 
@@ -146,11 +219,12 @@ def _linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     return out
 
 
-def _attention(self: Any, x: Tensor, mask: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+def _attention(self: Any, x: Tensor, mask: tuple[Tensor, ...], rope: tuple[Tensor, ...], cache: Any) -> Tensor:
     config = self.config
     layer = cache.layers[self.layer_idx]
     qkv = _linear(x, self.q_proj, self.k_proj, self.v_proj)
-    out, layer.keys, layer.values = _GroupQueryAttention.apply(
+    operator = _GroupQueryAttention if len(mask) == 2 else _StandardAttention
+    out, layer.keys, layer.values = operator.apply(
         qkv,
         layer.keys,
         layer.values,
@@ -164,8 +238,11 @@ def _attention(self: Any, x: Tensor, mask: tuple[Tensor, Tensor], rope: tuple[Te
     return _linear(out, self.o_proj)
 
 
-def _norm(norm: Any, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _norm(norm: Any, x: Tensor | tuple[Tensor, Tensor], standard: bool) -> tuple[Tensor, Tensor]:
     """Normalise a plain tensor or a (branch, residual) pair; returns (normalised, new residual)."""
+    if standard:
+        total = x[0] + x[1] if isinstance(x, tuple) else x
+        return _StandardRMSNorm.apply(total, norm.weight, norm.variance_epsilon), total
     if isinstance(x, tuple):
         branch, residual = x
         out: tuple[Tensor, Tensor] = _SkipRMSNorm.apply(branch, residual, norm.weight, norm.variance_epsilon)
@@ -176,14 +253,15 @@ def _norm(norm: Any, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
 def _decoder_layer(
     self: Any,
     hidden_states: Tensor | tuple[Tensor, Tensor],
-    attention_mask: tuple[Tensor, Tensor],
+    attention_mask: tuple[Tensor, ...],
     past_key_values: Any,
-    position_embeddings: tuple[Tensor, Tensor],
+    position_embeddings: tuple[Tensor, ...],
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    x, residual = _norm(self.input_layernorm, hidden_states)
+    standard = len(attention_mask) == 1
+    x, residual = _norm(self.input_layernorm, hidden_states, standard)
     x = _attention(self.self_attn, x, attention_mask, position_embeddings, past_key_values)
-    x, residual = _norm(self.post_attention_layernorm, (x, residual))
+    x, residual = _norm(self.post_attention_layernorm, (x, residual), standard)
     gate = self.mlp.act_fn(_linear(x, self.mlp.gate_proj))
     return _linear(gate * _linear(x, self.mlp.up_proj), self.mlp.down_proj), residual
 
@@ -200,6 +278,7 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
         model = self._model.model
         last_only = self.real_config.last_logits
         hidden_size = int(self._model.config.hidden_size)
+        standard = self.real_config.attention == "Attention"
         seen: dict[str, Tensor] = {}
 
         def mask_to_lengths(*, attention_mask: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
@@ -208,14 +287,28 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
             seen["lengths"] = lengths
             return lengths, total
 
+        def causal_mask(*, attention_mask: Tensor, input_embeds: Tensor, **_: Any) -> tuple[Tensor]:
+            total = torch._shape_as_tensor(attention_mask)[1]
+            first = total - torch._shape_as_tensor(input_embeds)[1]
+            columns = torch.arange(total)
+            rows = torch.arange(first, total)
+            allowed = (columns[None] <= rows[:, None])[None, None] & attention_mask.to(torch.bool)[:, None, None]
+            # Half of the least number: a query that may see nothing (left padding) must not become NaN.
+            low = torch.full((), torch.finfo(input_embeds.dtype).min / 2, dtype=input_embeds.dtype)
+            seen["last"] = (attention_mask.index_select(1, rows) * (rows - first)).amax(dim=1)
+            return (torch.where(allowed, torch.zeros((), dtype=input_embeds.dtype), low),)
+
         def final_norm(_self: Any, hidden: tuple[Tensor, Tensor]) -> Tensor:
-            out, _residual = _norm(_self, hidden)
+            out, _residual = _norm(_self, hidden, standard)
             if not last_only:
                 return out
-            # Last valid position of each row: `lengths` on a first prompt, 0 for a single new token, and the last
-            # new one when a single row continues; min(lengths, new - 1) is all three.
-            new = torch._shape_as_tensor(out)[1].to(torch.int32)
-            index = torch.minimum(seen["lengths"], new - 1).to(torch.int64).reshape(-1, 1)
+            if standard:
+                index = seen["last"].reshape(-1, 1)
+            else:
+                # Last valid position of each row: `lengths` on a first prompt, 0 for a single new token, and the last
+                # new one when a single row continues; min(lengths, new - 1) is all three.
+                new = torch._shape_as_tensor(out)[1].to(torch.int32)
+                index = torch.minimum(seen["lengths"], new - 1).to(torch.int64).reshape(-1, 1)
             last: Tensor = _TakePosition.apply(out, index, hidden_size)
             return last
 
@@ -225,8 +318,11 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
             self._undo.append((owner, name, owner.__dict__.get(name)))
             setattr(owner, name, value)
 
-        patch(modeling_llama, "create_causal_mask", mask_to_lengths)
-        patch(model.rotary_emb, "forward", lambda *_: (model.rope_cos, model.rope_sin))
+        def tables(_hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+            return (model.rope_cos, model.rope_sin, *((position_ids,) if standard else ()))
+
+        patch(modeling_llama, "create_causal_mask", causal_mask if standard else mask_to_lengths)
+        patch(model.rotary_emb, "forward", tables)
         for layer in model.layers:
             patch(layer, "forward", types.MethodType(_decoder_layer, layer))
         patch(model.norm, "forward", types.MethodType(final_norm, model.norm))
@@ -261,13 +357,15 @@ class _TakePosition(torch.autograd.Function):
 class FusedLlamaOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
     """optimum's LLaMA configuration for the fused graph.
 
-    GroupQueryAttention derives positions from the mask, so there is no ``position_ids``. Past and present lengths
-    are independent axes: a preallocated buffer is longer than the tokens in it. ``last_logits`` chooses between
-    logits ``[batch, 1, vocab]`` of the last valid position and ``[batch, sequence, vocab]`` of all.
+    GroupQueryAttention derives positions from the mask, so there is no ``position_ids``; the standard operators take
+    it. Past and present lengths are independent axes: a preallocated buffer is longer than the tokens in it.
+    ``last_logits`` chooses between logits ``[batch, 1, vocab]`` of the last valid position and
+    ``[batch, sequence, vocab]`` of all.
     """
 
     _MODEL_PATCHER = FusedLlamaPatcher
     last_logits = True
+    attention = "GroupQueryAttention"
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -276,6 +374,8 @@ class FusedLlamaOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
             "input_ids": {0: "batch_size", 1: "sequence_length"},
             "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
         }
+        if self.attention == "Attention":
+            names["position_ids"] = {0: "batch_size", 1: "sequence_length"}
         for i in range(self._normalized_config.num_layers):
             for kind in ("key", "value"):
                 names[f"past_key_values.{i}.{kind}"] = {0: "batch_size", 2: "past_sequence_length"}

@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _CHUNK = 1 << 20
 
@@ -52,14 +53,16 @@ class KVLayout:
 
 
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+"""Bytes of one element."""
 
 
 @dataclass(frozen=True)
 class Weight:
     """One initialiser of the graphs and the checkpoint tensors that it was made of.
 
-    ``transform`` is ``copy``, ``transpose``, ``concat_transpose`` (rows joined, then transposed), ``concat``
-    or ``rope`` (computed from the configuration, no source).
+    ``transform`` is ``copy``, ``transpose``, ``concat_transpose`` (rows joined, then transposed), ``concat``, ``rope``
+    (computed from the configuration, no source), or ``codes``, ``scales``, ``zero_points``: the parts of a weight
+    quantised to ``bits`` in MatMulNBits' layout.
     """
 
     name: str
@@ -69,11 +72,35 @@ class Weight:
     dtype: str
     offset: int
     nbytes: int
+    bits: int = 0
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How weights became integers; see :class:`export.spec.ExportSpec` for the values.
+
+    ``weights``, ``lm_head`` and ``embedding`` are ``float``, ``int8`` or ``int4``; ``zero_points`` is ``integer`` or
+    ``float``.
+    """
+
+    weights: str
+    method: str
+    block_size: int
+    accuracy_level: int
+    zero_points: str
+    lm_head: str
+    embedding: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that a reader of the folder has to know; see the README for each field."""
+    """Everything that a reader of the folder has to know.
+
+    ``precision`` is that of the weights, ``activations`` that of everything else. ``attention`` names the operator:
+    ``GroupQueryAttention``, ``Attention`` or ``unfused``. ``padding`` is ``right`` where the graph reads right-padded
+    batches only, else ``any``. ``decode_logits`` is ``last`` (one position a row) or ``all``. ``notes`` holds what a
+    reader should know besides: choices made, things not certain.
+    """
 
     schema_version: int
     created_utc: str
@@ -86,7 +113,12 @@ class Manifest:
     source_key: str
     parameters: int
     precision: str
+    activations: str
+    quantisation: Quantisation | None
     target: str
+    attention: str
+    padding: str
+    decode_logits: str
     opset: int
     vocab_size: int
     context_length: int
@@ -103,6 +135,7 @@ class Manifest:
     weights: tuple[Weight, ...]
     versions: dict[str, str]
     files: dict[str, FileEntry]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The manifest as indented JSON, newline at the end."""
@@ -144,7 +177,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST_NAME}, so it is not an export of ours; "
             f"make one with: llama-onnx export MODEL OUT"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except OSError as e:
+        raise ManifestError(f"{path} cannot be read ({e.strerror}); copy the folder whole") from None
+    except (ValueError, RecursionError) as e:  # bad UTF-8, bad JSON, a number of 5000 digits, a million brackets
         raise ManifestError(f"{path} is not valid JSON ({e}); export again") from None
     if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
         found = raw.get("schema_version") if isinstance(raw, dict) else None
@@ -155,16 +190,37 @@ def read_manifest(folder: Path) -> Manifest:
     if missing:
         raise ManifestError(f"{path} lacks {', '.join(missing)}; export again")
     try:
-        raw["kv"] = KVLayout(**raw["kv"])
-        raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-        raw["weights"] = tuple(
-            Weight(**{**w, "sources": tuple(w["sources"]), "shape": tuple(w["shape"])}) for w in raw["weights"]
-        )
-        for name in ("inputs", "outputs", "eos_token_ids"):
-            raw[name] = tuple(raw[name])
-        return Manifest(**{f.name: raw[f.name] for f in fields(Manifest)})
-    except (TypeError, AttributeError, KeyError) as e:
+        kinds = get_type_hints(Manifest)
+        manifest = Manifest(**{f.name: _typed(raw[f.name], kinds[f.name], f.name) for f in fields(Manifest)})
+        if manifest.kv.dtype not in DTYPE_BYTES:
+            raise TypeError(f"kv.dtype: {manifest.kv.dtype[:40]!r} is none of {', '.join(DTYPE_BYTES)}")
+        return manifest
+    except TypeError as e:
         raise ManifestError(f"{path} has a field of the wrong form ({e}); export again") from None
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """``value`` from JSON as the annotated type ``kind``; TypeError names the place. No number here is negative."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin is UnionType:  # X | None
+        return None if value is None else _typed(value, parts[0], where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(v, parts[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {name: _typed(v, parts[1], f"{where}[{name!r}]") for name, v in value.items()}
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        if lacking := {f.name for f in fields(kind) if f.default is MISSING} - set(value):
+            raise TypeError(f"{where} lacks {', '.join(sorted(lacking))}")
+        if strange := set(value) - set(hints):
+            raise TypeError(f"{where} has the unknown {', '.join(sorted(strange))[:80]}")
+        return kind(**{name: _typed(v, hints[name], f"{where}.{name}") for name, v in value.items()})
+    # `type() is`: True is an int to isinstance.
+    if type(value) is not kind or (kind is int and value < 0):
+        raise TypeError(f"{where}: {str(value)[:40]!r} is no {getattr(kind, '__name__', kind)}")
+    return value
 
 
 def verify_files(folder: Path, manifest: Manifest, progress: Callable[[int], None] | None = None) -> None:

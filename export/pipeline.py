@@ -11,17 +11,18 @@ import importlib.metadata
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from export.cache import publish
 from export.check import check_graph
-from export.convert import OPSET, TORCH_DTYPE, Conversion, convert, head_dim_of
+from export.convert import EMBEDDING, OPSET, TORCH_DTYPE, Conversion, WeightRecipe, convert, float_zero, head_dim_of
 from export.errors import BrokenCheckpointError, DestinationError
 from export.manifest import (
     SCHEMA_VERSION,
@@ -29,14 +30,17 @@ from export.manifest import (
     KVLayout,
     Manifest,
     ManifestError,
+    Quantisation,
     Weight,
     read_manifest,
     sha256_of,
     write_manifest,
 )
 from export.source import Source, resolve
-from export.spec import ExportSpec
-from export.weights import Checkpoint, match_names, write_data
+from export.quantize import Packed
+from export.spec import BITS, ExportSpec
+from export.tensorrt_ops import PARSER_VERSION
+from export.weights import Checkpoint, Quantiser, match_names, write_data
 
 DECODE_GRAPH = "model.onnx"
 SCORING_GRAPH = "model_scoring.onnx"
@@ -133,6 +137,7 @@ def export_model(
     *,
     force: bool = False,
     source: Source | None = None,
+    calibration: Sequence[str] = (),
     status: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> tuple[Manifest, bool]:
@@ -143,6 +148,7 @@ def export_model(
         out: the folder to appear. An equal export that is there already is kept.
         force: replace another export of ours (never anything else).
         source: a checkpoint that was resolved before; by default ``spec.model`` is resolved.
+        calibration: texts whose activations ``gptq`` is calibrated on.
         status: told what is being done.
         progress: told (bytes written, bytes in all).
 
@@ -164,13 +170,14 @@ def export_model(
         )
     config = load_config(source)
     status("tracing the fused graph")
-    conversion = convert(config, spec.precision, DATA_FILE)
+    conversion = convert(config, spec, DATA_FILE)
     checkpoint = Checkpoint(source.folder)
     match_names(conversion.recipes, checkpoint, config.tie_word_embeddings)
     _check_disk(out, conversion.data_bytes + (64 << 20))
-    counts = check_graph(conversion.decode, config)
-    check_graph(conversion.scoring, config)
+    counts = check_graph(conversion.decode, config, spec)
+    check_graph(conversion.scoring, config, spec)
 
+    quantiser = _quantiser(spec, source, config, calibration, status)
     status("writing the weights")
     done = 0
 
@@ -186,9 +193,9 @@ def export_model(
             conversion,
             checkpoint,
             work / DATA_FILE,
-            TORCH_DTYPE[spec.precision],
             config.tie_word_embeddings,
             on_bytes,
+            quantiser,
         )
         onnx.save_model(conversion.decode, work / DECODE_GRAPH)
         onnx.save_model(conversion.scoring, work / SCORING_GRAPH)
@@ -200,9 +207,43 @@ def export_model(
             p.name: FileEntry(p.stat().st_size, data_sha if p.name == DATA_FILE else sha256_of(p))
             for p in sorted(work.iterdir())
         }
-        manifest = _manifest(spec, source, config, conversion, counts, identity, files)
+        manifest = _manifest(spec, source, config, conversion, counts, identity, conversion.shapes, files)
         write_manifest(work, manifest)
     return manifest, True
+
+
+def _quantiser(
+    spec: ExportSpec,
+    source: Source,
+    config: PretrainedConfig,
+    calibration: Sequence[str],
+    status: Callable[[str], None],
+) -> Quantiser | None:
+    """What turns a float weight into a packed one under this specification; None where nothing is quantised."""
+    if spec.precision not in BITS:
+        return None
+    from export.quantize import quantize
+
+    hessians: dict[str, Tensor] = {}
+    if spec.method == "gptq":
+        from export.calibrate import hessians_of
+
+        hessians = hessians_of(source.folder, calibration, status)
+
+    def apply(recipe: WeightRecipe, weight: Tensor) -> Packed:
+        # The embedding is looked up, not multiplied: it has no activations to calibrate on.
+        method = "rtn" if recipe.name.startswith(EMBEDDING) and spec.method == "gptq" else str(spec.method)
+        return quantize(
+            weight,
+            recipe.bits,
+            spec.block,
+            method,
+            hessian=hessians.get(recipe.sources[0]) if method == "gptq" else None,
+            scale_dtype=TORCH_DTYPE[spec.float_type],
+            float_zero=float_zero(spec.method, recipe.bits),
+        )
+
+    return apply
 
 
 def _manifest(
@@ -212,16 +253,30 @@ def _manifest(
     conversion: Conversion,
     counts: dict[str, int],
     identity: str,
+    shapes: dict[str, tuple[int, ...]],
     files: dict[str, FileEntry],
 ) -> Manifest:
     # Not read whole in a decode step: the embedding gathers one row, the rotary tables too.
-    skipped = ("model.embed_tokens.weight", "model.rope_cos", "model.rope_sin")
-    seen: set[str] = set()
-    parameters = 0
-    for recipe in conversion.recipes:  # a tied head is the embedding's tensor again
-        if recipe.sources and not seen.issuperset(recipe.sources):
-            parameters += math.prod(recipe.shape)
-        seen.update(recipe.sources)
+    skipped = (EMBEDDING, "model.rope_cos", "model.rope_sin")
+    used = {s for recipe in conversion.recipes for s in recipe.sources}
+    quantisation = None
+    notes = []
+    if spec.precision in BITS:
+        quantisation = Quantisation(
+            weights=spec.precision,
+            method=str(spec.method),
+            block_size=spec.block,
+            accuracy_level=spec.accuracy_level or 0,
+            zero_points="float" if float_zero(spec.method, BITS[spec.precision]) else "integer",
+            lm_head=str(spec.lm_head),
+            embedding=str(spec.embedding),
+        )
+    if spec.target == "ort" and spec.attention == "Attention":
+        notes.append("CUDA has no GroupQueryAttention for fp32: standard operators of opset 23 instead")
+    if spec.attention == "Attention":
+        notes.append(f"operators checked against the list of TensorRT's parser {PARSER_VERSION}")
+    if (getattr(config, "rope_scaling", None) or {}).get("rope_type") == "dynamic":
+        notes.append("dynamic rope scaling: exact up to the original context, longer prompts are refused")
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -232,10 +287,15 @@ def _manifest(
         weights_sha256=identity,
         weights_origin=source.origin,
         source_key=source.content_key,
-        parameters=parameters,
+        parameters=sum(math.prod(shapes[s]) for s in used),
         precision=spec.precision,
+        activations=spec.float_type,
+        quantisation=quantisation,
         target=spec.target,
-        opset=OPSET,
+        attention=spec.attention,
+        padding="right" if spec.attention == "GroupQueryAttention" else "any",
+        decode_logits="last",
+        opset=OPSET[spec.attention],
         vocab_size=config.vocab_size,
         context_length=config.max_position_embeddings,
         eos_token_ids=eos_ids(source.folder, config),
@@ -248,16 +308,17 @@ def _manifest(
             layers=config.num_hidden_layers,
             kv_heads=config.num_key_value_heads,
             head_dim=head_dim_of(config),
-            dtype=spec.precision,
-            shared_buffer=True,
+            dtype=spec.float_type,
+            shared_buffer=spec.attention == "GroupQueryAttention",
         ),
         fused_ops=counts,
         node_count=len(conversion.decode.graph.node),
-        decode_weight_bytes=sum(r.nbytes for r in conversion.recipes if r.name not in skipped),
+        decode_weight_bytes=sum(r.nbytes for r in conversion.recipes if not r.name.startswith(skipped)),
         weights=tuple(
-            Weight(r.name, r.sources, r.transform, r.shape, spec.precision, r.offset, r.nbytes)
+            Weight(r.name, r.sources, r.transform, r.shape, r.dtype, r.offset, r.nbytes, r.bits)
             for r in conversion.recipes
         ),
         versions={name: _version(name) for name in _TOOLS},
         files=files,
+        notes=tuple(notes),
     )

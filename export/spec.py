@@ -1,6 +1,6 @@
 """What is asked for: a frozen, validated description of one export.
 
-Try: ``python -c "from export.spec import ExportSpec; print(ExportSpec('demo').digest)"``.
+Try: ``python -c "from export.spec import ExportSpec; print(ExportSpec('demo', 'int4'))"``.
 """
 
 from __future__ import annotations
@@ -11,38 +11,120 @@ from dataclasses import asdict, dataclass
 
 from export.errors import ExportError
 
-PRECISIONS = ("fp32", "fp16")
-TARGETS = ("ort",)
+FLOATS = ("fp32", "fp16", "bf16")
+BITS = {"int8": 8, "int4": 4}
+PRECISIONS = (*FLOATS, *BITS)
+TARGETS = ("ort", "tensorrt", "plain")
+METHODS = ("rtn", "hqq", "kquant", "gptq")
+PROVIDERS = ("any", "cuda")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """One export, as asked for.
+    """One export, as asked for. None means the default of the precision, filled in at once.
 
     Args:
         model: ``demo``, a local folder, a GGUF file or a hub id.
-        precision: storage and compute type of the weights, one of :data:`PRECISIONS`.
-        target: ``ort`` (com.microsoft fused operators).
+        precision: storage type of the weights, one of :data:`PRECISIONS`.
+        target: ``ort`` (com.microsoft fused operators), ``tensorrt`` (standard operators, opset 23) or ``plain``
+            (optimum's own graph, for any decoder that optimum exports with past).
         revision: branch, tag or commit when ``model`` is a hub id.
+        activations: type of activations, scales and KV cache; the precision itself unless that is int8 or int4,
+            then fp32.
+        provider: ``any``, or ``cuda`` for a graph that has to run on ONNX Runtime's CUDA provider: it has no
+            GroupQueryAttention for fp32, so that combination gets standard operators.
+        method: how weights become integers: ``rtn`` (round to nearest), ``hqq``, ``kquant`` or ``gptq`` (calibrated).
+        block_size: weights that share a scale, along the input axis.
+        accuracy_level: MatMulNBits' own: 0 computes in the activations' type, 4 in int8.
+        lm_head: ``float``, ``int8`` or ``int4``.
+        embedding: ``float`` or ``int8``.
 
     Raises:
-        ExportError: for a precision or target that is not known.
+        ExportError: a value that is not known, or a combination that makes no sense.
     """
 
     model: str
     precision: str = "fp32"
     target: str = "ort"
     revision: str | None = None
+    activations: str | None = None
+    provider: str = "any"
+    method: str | None = None
+    block_size: int | None = None
+    accuracy_level: int | None = None
+    lm_head: str | None = None
+    embedding: str | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ExportError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
-        if self.target not in TARGETS:
-            raise ExportError(f"unknown target {self.target!r}; choose one of {', '.join(TARGETS)}")
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("target", self.target, TARGETS)
+        _one_of("provider", self.provider, PROVIDERS)
         if not self.model:
             raise ExportError("no model given; pass a folder, a GGUF file, a hub id or 'demo'")
+        quantised = self.precision in BITS
+        defaults = {
+            "activations": "fp32" if quantised else self.precision,
+            "method": {"int8": "rtn", "int4": "hqq"}.get(self.precision),
+            "block_size": 32 if quantised else None,
+            "accuracy_level": {"int8": 0, "int4": 4}.get(self.precision),
+            "lm_head": "int8" if quantised else "float",
+            "embedding": "float",
+        }
+        if not quantised:
+            given = [n for n in ("method", "block_size", "accuracy_level") if getattr(self, n) is not None]
+            given += [n for n in ("lm_head", "embedding") if getattr(self, n) not in (None, "float")]
+            if given:
+                raise ExportError(
+                    f"--{given[0].replace('_', '-')} belongs to int8 and int4; this precision is {self.precision}"
+                )
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        _one_of("activations", self.float_type, FLOATS)
+        _one_of("embedding", str(self.embedding), ("float", "int8"))
+        _one_of("lm-head", str(self.lm_head), ("float", *BITS))
+        if quantised:
+            _one_of("method", str(self.method), METHODS)
+            _one_of("block-size", self.block, BLOCK_SIZES)
+            _one_of("accuracy-level", self.accuracy_level or 0, (0, 1, 2, 3, 4))
+            if self.target != "ort":
+                raise ExportError(
+                    f"{self.precision} exists for target 'ort' only (MatMulNBits); TensorRT and plain graphs take "
+                    f"{', '.join(FLOATS)}"
+                )
+        elif self.float_type != self.precision:
+            raise ExportError(f"--activations {self.activations} belongs to int8 and int4; use --precision instead")
+
+    @property
+    def float_type(self) -> str:
+        """Type of activations, norms, scales and KV cache."""
+        return str(self.activations)
+
+    @property
+    def block(self) -> int:
+        """Weights that share a scale; 0 where nothing is quantised."""
+        return self.block_size or 0
+
+    @property
+    def attention(self) -> str:
+        """``GroupQueryAttention``, ``Attention`` (standard, opset 23) or ``unfused``."""
+        if self.target == "plain":
+            return "unfused"
+        if self.target == "tensorrt" or (self.provider == "cuda" and self.float_type == "fp32"):
+            return "Attention"
+        return "GroupQueryAttention"
+
+    def bits_of(self, weight: str) -> int | None:
+        """Bits of a linear layer's weight, None for a float one."""
+        return BITS.get(str(self.lm_head) if weight == "lm_head.weight" else self.precision)
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the fields that decide what is written; equal digests mean equal requests."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise ExportError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, known))}")

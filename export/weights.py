@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from export.convert import Conversion, WeightRecipe
+from export.convert import TORCH_DTYPE, Conversion, WeightRecipe
 from export.errors import BrokenCheckpointError
+from export.quantize import Packed
 
 _PIECE = 1 << 24
 
@@ -96,9 +97,11 @@ def match_names(recipes: Iterable[WeightRecipe], checkpoint: Checkpoint, tied: b
             f"does config.json belong to these weights?"
         )
     for recipe in recipes:
-        if recipe.transform in ("copy", "transpose"):
+        if recipe.transform in ("copy", "transpose") or (recipe.transform == "codes" and len(recipe.sources) == 1):
             (source,) = recipe.sources
             want = recipe.shape if recipe.transform == "copy" else recipe.shape[::-1]
+            if recipe.transform == "codes":
+                want = (recipe.shape[0], recipe.columns)
             have = checkpoint.shapes[mapping[source]]
             if have != want:
                 raise BrokenCheckpointError(
@@ -108,9 +111,14 @@ def match_names(recipes: Iterable[WeightRecipe], checkpoint: Checkpoint, tied: b
     return mapping
 
 
-def make_initialiser(recipe: WeightRecipe, sources: list[Tensor], dtype: torch.dtype) -> Tensor:
+QUANTISED = ("codes", "scales", "zero_points")
+Quantiser = Callable[[WeightRecipe, Tensor], Packed]
+"""A recipe (its sources, bits) and its float weight ``[rows, columns]`` -> the packed weight."""
+
+
+def make_initialiser(recipe: WeightRecipe, sources: list[Tensor]) -> Tensor:
     """Apply a recipe: cast, join, transpose. The cast comes first, so that fp16 halves the working memory."""
-    parts = [s.to(dtype) for s in sources]
+    parts = [s.to(TORCH_DTYPE[recipe.dtype]) for s in sources]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
     if recipe.transform in ("transpose", "concat_transpose"):
         joined = joined.t()
@@ -131,9 +139,9 @@ def write_data(
     conversion: Conversion,
     checkpoint: Checkpoint,
     path: Path,
-    dtype: torch.dtype,
     tied: bool,
     progress: Callable[[int], None] | None = None,
+    quantiser: Quantiser | None = None,
 ) -> tuple[str, str]:
     """Stream every initialiser to ``path``.
 
@@ -141,9 +149,9 @@ def write_data(
         conversion: recipes in file order, and the rotary tables.
         checkpoint: where the tensors come from.
         path: the external-data file, written anew.
-        dtype: storage type.
         tied: whether the head shares the embedding's tensor.
         progress: called with the bytes written by each piece.
+        quantiser: needed when a recipe is a part of a quantised weight.
 
     Returns:
         SHA-256 (hex) of the file, and the identity of the weights: SHA-256 over name, type, shape and content of
@@ -151,19 +159,31 @@ def write_data(
     """
     mapping = match_names(conversion.recipes, checkpoint, tied)
     file_hash = hashlib.sha256()
+    packed: tuple[tuple[str, ...], Packed] | None = None
     contents: dict[str, str] = {}
     position = 0
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         for recipe in conversion.recipes:
             if recipe.transform == "rope":
-                data = conversion.rope[recipe.name].to(dtype).contiguous()
+                data = conversion.rope[recipe.name].to(TORCH_DTYPE[recipe.dtype]).contiguous()
+            elif recipe.transform == "scales" or recipe.transform == "zero_points":
+                assert packed is not None and packed[0] == recipe.sources  # the codes came just before
+                data = _part(recipe, packed[1])
             else:
+                packed = None  # freed before the next weight is read
                 sources = [checkpoint.read(mapping[s]) for s in recipe.sources]
                 for name, tensor in zip(recipe.sources, sources, strict=True):
                     if mapping[name] not in contents:
                         contents[mapping[name]] = _identity(mapping[name], tensor)
-                data = make_initialiser(recipe, sources, dtype)
+                if recipe.transform == "codes":
+                    assert quantiser is not None
+                    joined = sources[0] if len(sources) == 1 else torch.cat(sources)
+                    packed = (recipe.sources, quantiser(recipe, joined))
+                    del joined
+                    data = _part(recipe, packed[1])
+                else:
+                    data = make_initialiser(recipe, sources)
                 del sources
             raw = _bytes_of(data)
             padding = memoryview(bytes(recipe.offset - position))
@@ -180,6 +200,12 @@ def write_data(
         os.close(fd)
     identity = hashlib.sha256("\n".join(contents[n] for n in sorted(contents)).encode()).hexdigest()
     return file_hash.hexdigest(), identity
+
+
+def _part(recipe: WeightRecipe, packed: Packed) -> Tensor:
+    """Codes, scales or zero points, in the shape and type that the graph declares."""
+    part = getattr(packed, recipe.transform)
+    return part.to(TORCH_DTYPE[recipe.dtype]).reshape(recipe.shape).contiguous()  # type: ignore[no-any-return]
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

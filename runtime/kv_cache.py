@@ -1,6 +1,9 @@
-"""The KV cache of one batch: a preallocated buffer per layer for keys and one for values.
+"""The KV cache of one batch.
 
-Past and present are bound to the same memory, so GroupQueryAttention appends in place and no token costs a copy.
+:class:`SharedCache`: a preallocated buffer per layer for keys and one for values, past and present bound to the same
+memory, so GroupQueryAttention appends in place and no token costs a copy. :class:`GrowingCache`: for graphs that join
+past and new keys by ``Concat`` (target ``tensorrt``, optimum's own graphs), the outputs of one step are the inputs of
+the next.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ import onnxruntime as ort
 from export.manifest import KVLayout
 
 NUMPY_DTYPE: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
+_BFLOAT16 = 16
+"""Number of bfloat16 among ONNX's element types; numpy has no such type."""
 BLOCK = 64
 """Capacity is rounded up to whole blocks, so that runs of similar length reuse the buffers."""
 
 
-class KVCache:
+class SharedCache:
     """Buffers ``[batch, kv_heads, capacity, head_dim]`` per layer, on the session's device.
 
     Args:
@@ -32,12 +37,14 @@ class KVCache:
         self.batch = batch
         self.capacity = min(-(-tokens // BLOCK) * BLOCK, limit)
         shape = [batch, layout.kv_heads, self.capacity, layout.head_dim]
-        dtype = NUMPY_DTYPE[layout.dtype]
         self._values: dict[str, Any] = {}
         for layer in range(layout.layers):
             for kind in ("key", "value"):
                 # Zeroed once: GroupQueryAttention never reads past a row's length, but NaNs there would spread.
-                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
+                if layout.dtype == "bf16":
+                    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, _BFLOAT16, device, 0)
+                else:
+                    value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, NUMPY_DTYPE[layout.dtype]), device, 0)
                 self._values[f"{layer}.{kind}"] = value
         self.nbytes = batch * self.capacity * layout.bytes_per_token()
 
@@ -50,3 +57,41 @@ class KVCache:
         for name, value in self._values.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
+
+    def taken(self, _binding: Any) -> None:
+        """After a run: nothing to do, the present is where the past was."""
+
+
+class GrowingCache:
+    """Keys and values ``[batch, kv_heads, tokens so far, head_dim]`` per layer, allocated anew by each run.
+
+    Args:
+        layout: from the manifest.
+        batch: rows.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, layout: KVLayout, batch: int, device: str) -> None:
+        self._device = device
+        empty = np.zeros((batch, layout.kv_heads, 0, layout.head_dim), NUMPY_DTYPE[layout.dtype])
+        names = [f"{layer}.{kind}" for layer in range(layout.layers) for kind in ("key", "value")]
+        self._values = {name: ort.OrtValue.ortvalue_from_numpy(empty, device, 0) for name in names}
+        self._per_token = batch * layout.bytes_per_token()
+        self._tokens = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        return self._per_token * self._tokens
+
+    def bind(self, binding: Any) -> None:
+        """Bind the past; the present is allocated by the run."""
+        for name, value in self._values.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_output(f"present.{name}", self._device)
+
+    def taken(self, binding: Any) -> None:
+        """After a run: its present is the next one's past. The cache must have been bound before other outputs."""
+        outputs = binding.get_outputs()
+        self._values = dict(zip(self._values, outputs, strict=False))
+        self._tokens = outputs[0].shape()[2]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from export.manifest import Manifest
 from runtime.errors import SessionError
 from runtime.huge_pages import collapse
-from runtime.kv_cache import NUMPY_DTYPE, KVCache
+from runtime.kv_cache import GrowingCache, SharedCache
 from runtime.providers import Provider, provider_list, require, require_active
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
 
@@ -51,7 +51,7 @@ class OrtSession:
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._provider: Provider = require(provider, manifest.precision)
+        self._provider: Provider = require(provider, manifest)
         self._threads = threads or len(os.sched_getaffinity(0))
         started = time.perf_counter()
         self._decode = self._open(manifest.decode_graph)
@@ -60,7 +60,9 @@ class OrtSession:
             self._huge_bytes = collapse()
         self.load_s = time.perf_counter() - started
         self._scoring: Any = None
-        self._cache: KVCache | None = None
+        kinds = {o.name: o.type for o in self._decode.get_outputs()}
+        self._logits_dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[kinds["logits"]]
+        self._cache: SharedCache | GrowingCache | None = None
         self._closed = False
         self._reset()
 
@@ -97,7 +99,12 @@ class OrtSession:
                 "intra_op_threads": self._threads,
                 "graph_optimization": "all",
                 "huge_pages_mb": self._huge_bytes >> 20,
-                "kv_cache": "preallocated, past and present share memory",
+                "attention": self.manifest.attention,
+                "kv_cache": (
+                    "preallocated, past and present share memory"
+                    if self.manifest.kv.shared_buffer
+                    else "joined by Concat in each step"
+                ),
             },
         )
 
@@ -115,12 +122,13 @@ class OrtSession:
         if self._closed:
             raise SessionError("the session is closed; open a new one")
 
-    def _bound(self, buffers: dict[str, NDArray[Any]], cache: KVCache, session: Any) -> Any:
-        """A binding with the KV cache and host inputs bound; outputs follow in :meth:`_bind_logits`."""
+    def _bound(self, buffers: dict[str, NDArray[Any]], cache: SharedCache | GrowingCache, session: Any) -> Any:
+        """A binding with the KV cache and host inputs bound; logits follow in :meth:`_bind_logits`."""
         binding = session.io_binding()
         cache.bind(binding)
         for name, array in buffers.items():
-            self._bind_input(binding, name, array)
+            if name in self.manifest.inputs:
+                self._bind_input(binding, name, array)
         return binding
 
     @staticmethod
@@ -130,9 +138,14 @@ class OrtSession:
 
     def _bind_logits(self, binding: Any, positions: int, rows: int) -> NDArray[Any]:
         """Host memory for the logits; the provider copies them there (the CPU writes in place)."""
-        logits = np.empty((rows, positions, self.manifest.vocab_size), NUMPY_DTYPE[self.manifest.precision])
+        logits = np.empty((rows, positions, self.manifest.vocab_size), self._logits_dtype)
         binding.bind_output("logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
         return logits
+
+    def _new_cache(self, batch: int, tokens: int) -> SharedCache | GrowingCache:
+        if self.manifest.kv.shared_buffer:
+            return SharedCache(self.manifest.kv, batch, tokens, self.manifest.context_length, self._provider.device)
+        return GrowingCache(self.manifest.kv, batch, self._provider.device)
 
     def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
         """Start a batch; see :meth:`runtime.session.Session.prefill`."""
@@ -140,24 +153,32 @@ class OrtSession:
         lengths = check_prompts(ids, reserve, self.info)
         self._reset()
         tokens = max(lengths) + reserve
-        if self._cache is None or not self._cache.holds(len(ids), tokens):
+        if not (isinstance(self._cache, SharedCache) and self._cache.holds(len(ids), tokens)):
             self._cache = None  # freed before the next one is allocated
-            self._cache = KVCache(
-                self.manifest.kv, len(ids), tokens, self.manifest.context_length, self._provider.device
-            )
+            self._cache = self._new_cache(len(ids), tokens)
         padded, mask = right_pad(ids)
-        binding = self._bound({"input_ids": padded, "attention_mask": mask}, self._cache, self._decode)
-        logits = self._bind_logits(binding, 1, len(ids))
+        positions = _positions(mask)
+        buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
+        binding = self._bound(buffers, self._cache, self._decode)
+        last_only = self.manifest.decode_logits == "last"
+        logits = self._bind_logits(binding, 1 if last_only else padded.shape[1], len(ids))
         self._decode.run_with_iobinding(binding)
+        self._cache.taken(binding)
 
         self._batch = len(ids)
         self._lengths = np.asarray(lengths, np.int64)
         self._end = tokens
         self._ids = np.zeros((self._batch, 1), np.int64)
-        self._mask = np.ones(self._batch * tokens, np.int64)
-        self._step_binding = self._bound({"input_ids": self._ids}, self._cache, self._decode)
-        self._step_logits = self._bind_logits(self._step_binding, 1, self._batch)
-        return _fp32(logits[:, 0])
+        if self.manifest.kv.shared_buffer:
+            self._mask = np.ones(self._batch * tokens, np.int64)
+            self._step_binding = self._bound({"input_ids": self._ids}, self._cache, self._decode)
+            self._step_logits = self._bind_logits(self._step_binding, 1, self._batch)
+        else:
+            # New tokens stand behind each row's padding in the cache; the mask keeps it out.
+            self._mask = np.ones((self._batch, tokens), np.int64)
+            self._mask[:, : mask.shape[1]] = mask
+            self._width = mask.shape[1]
+        return _fp32(logits[:, 0] if last_only else logits[np.arange(len(ids)), self._lengths - 1])
 
     def step(self, ids: Sequence[int]) -> Logits:
         """Append one token per row; see :meth:`runtime.session.Session.step`."""
@@ -166,26 +187,46 @@ class OrtSession:
         check_step(ids, self._batch, longest, self._end)
         self._ids[:, 0] = ids
         self._lengths += 1
+        if not self.manifest.kv.shared_buffer:
+            return self._growing_step()
         total = longest + 1
         # The graph reads the mask's row sums (lengths) and its width (the longest row), nothing else.
         mask = self._mask[: self._batch * total].reshape(self._batch, total)
         if self._batch > 1:  # a single row is all ones
             np.less(np.arange(total), self._lengths[:, None], out=mask, casting="unsafe")
         self._bind_input(self._step_binding, "attention_mask", mask)
+        if "position_ids" in self.manifest.inputs:
+            self._position = self._lengths[:, None] - 1
+            self._bind_input(self._step_binding, "position_ids", self._position)
         self._decode.run_with_iobinding(self._step_binding)
         return _fp32(self._step_logits[:, 0])
+
+    def _growing_step(self) -> Logits:
+        assert self._cache is not None
+        self._width += 1
+        mask = np.ascontiguousarray(self._mask[:, : self._width])
+        positions = self._lengths[:, None] - 1
+        buffers = {"input_ids": self._ids, "attention_mask": mask, "position_ids": positions}
+        binding = self._bound(buffers, self._cache, self._decode)
+        logits = self._bind_logits(binding, 1, self._batch)
+        self._decode.run_with_iobinding(binding)
+        self._cache.taken(binding)
+        return _fp32(logits[:, 0])
 
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits at all positions, from the scoring graph (opened on first use)."""
         self._require_open()
         check_prompts([ids], 0, self.info)
         if self._scoring is None:
-            self._scoring = self._open(self.manifest.scoring_graph)
+            same = self.manifest.scoring_graph == self.manifest.decode_graph
+            self._scoring = self._decode if same else self._open(self.manifest.scoring_graph)
         self._reset()
         self._cache = None
-        cache = KVCache(self.manifest.kv, 1, len(ids), self.manifest.context_length, self._provider.device)
+        cache = self._new_cache(1, len(ids))
         padded, mask = right_pad([ids])
-        binding = self._bound({"input_ids": padded, "attention_mask": mask}, cache, self._scoring)
+        positions = _positions(mask)
+        buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
+        binding = self._bound(buffers, cache, self._scoring)
         logits = self._bind_logits(binding, len(ids), 1)
         self._scoring.run_with_iobinding(binding)
         return _fp32(logits[0])
@@ -201,6 +242,12 @@ class OrtSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _positions(mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Position of each token among its row's valid ones, ``[batch, width]``; padding gets the last one again."""
+    positions: NDArray[np.int64] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return positions
 
 
 def _fp32(logits: NDArray[Any]) -> Logits:

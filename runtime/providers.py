@@ -11,36 +11,49 @@ from typing import Any
 
 import onnxruntime as ort
 
+from export.manifest import Manifest
 from runtime.errors import ProviderUnavailableError, UnknownProviderError
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One execution provider: our name, ONNX Runtime's, the device its memory is on, how to install it."""
+    """One execution provider: our name, ONNX Runtime's, the device its memory is on, how to install it.
+
+    ``runs`` holds, by attention operator, the activation types that it has kernels for.
+    """
 
     name: str
     ort_name: str
     device: str
-    precisions: tuple[str, ...]
+    runs: dict[str, tuple[str, ...]]
     install: str
+
+
+_STANDARD = {"Attention": ("fp32", "fp16", "bf16"), "unfused": ("fp32", "fp16", "bf16")}
 
 
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider("cpu", "CPUExecutionProvider", "cpu", ("fp32", "fp16"), "pip install onnxruntime"),
+        Provider(
+            "cpu",
+            "CPUExecutionProvider",
+            "cpu",
+            {"GroupQueryAttention": ("fp32", "fp16"), "Attention": ("fp32", "fp16"), "unfused": ("fp32", "fp16")},
+            "pip install onnxruntime",
+        ),
         Provider(
             "cuda",
             "CUDAExecutionProvider",
             "cuda",
-            ("fp16",),
+            {"GroupQueryAttention": ("fp16", "bf16"), **_STANDARD},
             "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]' (or: make demo EXTRA=gpu)",
         ),
         Provider(
             "tensorrt",
             "TensorrtExecutionProvider",
             "cuda",
-            (),
+            _STANDARD,
             "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]' 'tensorrt-cu13>=10.15,<11'",
         ),
     )
@@ -57,10 +70,10 @@ def auto_provider() -> str:
     return "cpu"
 
 
-def require(name: str, precision: str | None) -> Provider:
+def require(name: str, manifest: Manifest | None) -> Provider:
     """The provider of that name, if this installation has it and it runs the folder's graph.
 
-    ``precision`` None leaves the graph out of account.
+    ``manifest`` None leaves the graph out of account.
 
     Raises:
         UnknownProviderError: no such name.
@@ -75,13 +88,24 @@ def require(name: str, precision: str | None) -> Provider:
             f"provider {name!r} is not installed: onnxruntime {ort.__version__} here has {have}. "
             f"To get it: {provider.install}"
         )
-    if precision is not None and precision not in provider.precisions:
-        runs = ", ".join(provider.precisions) or "no precision of this target"
+    if manifest is not None and manifest.activations not in provider.runs.get(manifest.attention, ()):
+        runs = [f"{a} in {', '.join(types)}" for a, types in provider.runs.items()]
         raise ProviderUnavailableError(
-            f"provider {name!r} has no GroupQueryAttention for {precision} (it runs {runs}); "
-            f"export with --precision {(*provider.precisions, 'fp16')[0]}, or use another provider"
+            f"provider {name!r} has no {manifest.attention} for {manifest.activations}; it runs {'; '.join(runs)}. "
+            + _remedy(provider, manifest)
         )
     return provider
+
+
+def _remedy(provider: Provider, manifest: Manifest) -> str:
+    """What to export instead."""
+    types = provider.runs.get(manifest.attention, ())
+    if provider.name == "cuda" and manifest.activations == "fp32":
+        return "Export with --provider cuda (standard operators), or with --precision fp16"
+    if types:
+        quantised = manifest.quantisation is not None
+        return f"Export with {'--activations' if quantised else '--precision'} {types[-1]}, or use another provider"
+    return "Export with --target tensorrt, or use another provider"
 
 
 def provider_list(provider: Provider) -> list[Any]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
 
-TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchSession:
@@ -23,7 +23,7 @@ class TorchSession:
 
     Args:
         folder: config.json and safetensors.
-        precision: ``fp32`` or ``fp16``.
+        precision: ``fp32``, ``fp16`` or ``bf16``.
         device: ``cpu`` or ``cuda``.
         attention: transformers' attention implementation, ``sdpa`` (its default) or ``eager``.
         threads: PyTorch's intra-op threads (a setting of the whole process); None takes every core.

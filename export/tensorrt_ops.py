@@ -1,0 +1,81 @@
+"""What TensorRT's ONNX parser takes, as far as a LLaMA needs it: a check that runs without TensorRT.
+
+The list is the support matrix of onnx-tensorrt's parser (its documentation of 10.1), and the three operators of opset
+23 that it parses from 10.15 on: ``Attention`` with one output and no past inputs, ``RotaryEmbedding`` and
+``RMSNormalization``. It says that the parser knows the operators and types, not that an engine builds.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto
+
+PARSER_VERSION = "10.15"
+FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16})
+_ANY = FLOATS | {TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL}
+_NUMBERS = FLOATS | {TensorProto.INT32, TensorProto.INT64}
+ALLOWED: dict[str, frozenset[int]] = {
+    "Add": _NUMBERS,
+    "And": frozenset({TensorProto.BOOL}),
+    "Attention": FLOATS,
+    "Cast": _ANY,
+    "Concat": _ANY,
+    "Gather": _ANY,
+    "GatherND": _ANY,
+    "GreaterOrEqual": _NUMBERS,
+    "LessOrEqual": _NUMBERS,
+    "MatMul": FLOATS,
+    "Mul": _NUMBERS,
+    "RMSNormalization": FLOATS,
+    "Range": _NUMBERS,
+    "ReduceMax": _NUMBERS,
+    "Reshape": _ANY,
+    "RotaryEmbedding": FLOATS,
+    "Shape": _ANY,
+    "Sigmoid": FLOATS,
+    "Slice": _ANY,
+    "Split": _ANY,
+    "Squeeze": _ANY,
+    "Sub": _NUMBERS,
+    "Transpose": _ANY,
+    "Unsqueeze": _ANY,
+    "Where": _ANY,
+}
+"""Operators, each with the types that its first float, integer or boolean input may have."""
+CONSTANT_INPUTS = {"ReduceMax": (1,), "Slice": (3,), "Squeeze": (1,), "Unsqueeze": (1,), "Split": (1,)}
+"""Inputs (by position) that the parser wants as initialisers: axes and split sizes."""
+OPSET = 23
+
+
+def check_standard(model: onnx.ModelProto) -> list[str]:
+    """What keeps TensorRT's parser of :data:`PARSER_VERSION` from taking the graph; empty when nothing does."""
+    wrong = [
+        f"operator set {o.domain or 'ai.onnx'} {o.version}, the parser takes ai.onnx up to {OPSET}"
+        for o in model.opset_import
+        if o.domain not in ("", "ai.onnx") or o.version > OPSET
+    ]
+    constants = {t.name for t in model.graph.initializer}
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    types |= {v.name: v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.value_info]}
+    for tensor in model.graph.initializer:
+        if tensor.data_type not in _ANY:
+            wrong.append(f"{tensor.name}: type {TensorProto.DataType.Name(tensor.data_type)}")
+    for node in model.graph.node:
+        name = node.name or node.op_type
+        if node.domain not in ("", "ai.onnx") or node.op_type not in ALLOWED:
+            wrong.append(f"{name}: operator {node.domain or 'ai.onnx'}::{node.op_type} is not on the list")
+            continue
+        for i in CONSTANT_INPUTS.get(node.op_type, ()):
+            if len(node.input) > i and node.input[i] and node.input[i] not in constants:
+                wrong.append(f"{name}: input {i} of {node.op_type} must be a constant")
+        known = types.get(node.input[0]) if node.input else None
+        if known is not None and known not in ALLOWED[node.op_type]:
+            wrong.append(f"{name}: {node.op_type} over {TensorProto.DataType.Name(known)}")
+        if node.op_type == "Attention":
+            if len([o for o in node.output if o]) != 1:
+                wrong.append(f"{name}: Attention may have one output only")
+            if any(node.input[4:]):
+                wrong.append(f"{name}: Attention may not take past keys and values")
+        if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
+            wrong.append(f"{name}: has a subgraph")
+    return wrong
