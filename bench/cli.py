@@ -1,4 +1,4 @@
-"""The command line: ``llama-onnx demo-model | export | inspect | generate | bench | report | doctor``.
+"""The command line: ``llama-onnx demo-model | random-model | export | inspect | generate | bench | report | doctor``.
 
 ``--json`` puts one JSON document on standard output and everything else on standard error. Exit codes: 0 passed,
 1 a gate failed, 2 wrong input, 3 inconclusive, 4 this machine cannot run what was asked. Heavy libraries are imported
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     weights = export.add_argument_group("int8 and int4")
     weights.add_argument("--method", help="rtn, hqq, kquant or gptq (default: int8 rtn, int4 hqq)")
     weights.add_argument("--block-size", type=int, help="weights that share a scale (default 32)")
-    weights.add_argument("--accuracy-level", type=int, help="MatMulNBits: 0 computes in floats, 4 in int8 (int8 0, int4 4)")
+    weights.add_argument("--accuracy-level", type=int, help="0 computes in floats, 4 in int8 (default: int8 0, int4 4)")
     weights.add_argument("--activations", help="type of activations and KV cache: fp32, fp16 or bf16 (default fp32)")
     weights.add_argument("--lm-head", help="float, int8 or int4 (default int8)")
     weights.add_argument("--embedding", help="float or int8 (default float)")
     export.add_argument("--force", action="store_true", help="replace another export of ours at OUT")
+
+    random_model = add("random-model", _random_model, "write a checkpoint of a real LLaMA's shape with random weights")
+    random_model.add_argument("out", type=Path, help="the folder to make")
+    random_model.add_argument("--config", default="llama-2-7b", help="llama-2-7b, llama-2-13b or llama-2-70b")
+    random_model.add_argument("--precision", default="fp16", help="fp32, fp16 or bf16 (default fp16)")
+    random_model.add_argument("--layers", type=int, help="fewer layers than the real model")
+    random_model.add_argument("--seed", type=int, default=0)
 
     inspect = add("inspect", _inspect, "what is in an exported folder; checks every file's hash")
     inspect.add_argument("folder", type=Path)
@@ -127,9 +134,7 @@ def _demo_model(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from export.spec import ExportSpec
 
-    fields = ("model", "precision", "target", "revision", "activations", "provider", "method", "block_size")
-    fields += ("accuracy_level", "lm_head", "embedding")
-    spec = ExportSpec(**{name: getattr(args, name) for name in fields})
+    spec = ExportSpec(**{f.name: getattr(args, f.name) for f in fields(ExportSpec)})
     from export.pipeline import export_model
 
     calibration: Sequence[str] = ()
@@ -147,6 +152,21 @@ def _export(args: argparse.Namespace) -> int:
         verb = "exported" if written else "already there:"
         fused = ", ".join(f"{n} {op}" for op, n in manifest.fused_ops.items())
         print(f"{verb} {manifest.model_name} {manifest.precision} at {args.out}: {manifest.node_count} nodes ({fused})")
+    return 0
+
+
+def _random_model(args: argparse.Namespace) -> int:
+    from export.random_model import make_random_model
+
+    with _bytes_bar("random weights") as progress:
+        made = make_random_model(args.config, args.out, args.precision, args.layers, seed=args.seed, progress=progress)
+    if args.json:
+        _print_json({**asdict(made), "folder": str(made.folder)})
+    else:
+        print(
+            f"{made.folder}: {args.config} with random weights, {made.parameters:,} parameters, "
+            f"{made.weight_bytes / 1e9:.2f} GB in {made.shards} shards"
+        )
     return 0
 
 

@@ -43,7 +43,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--model", default="demo", help="'demo', a checkpoint folder, a .gguf file or a hub id")
     group.addoption("--exported", type=Path, help="test this exported folder; --model is then its baseline")
     group.addoption("--provider", default="auto", help="cpu, cuda, tensorrt or auto")
-    group.addoption("--precision", default="auto", help="fp32, fp16 or auto (fp32 on the CPU, fp16 on a GPU)")
+    group.addoption(
+        "--precision", default="auto", help="fp32, fp16, bf16, int8, int4 or auto (fp32 on the CPU, fp16 on a GPU)"
+    )
+    group.addoption("--target", default="auto", help="ort, tensorrt, plain or auto (ort for a LLaMA, else plain)")
+    group.addoption("--method", help="int8 and int4: rtn, hqq, kquant or gptq")
     group.addoption("--profile", default="standard", choices=sorted(PROFILES), help="how much is measured")
     group.addoption("--batch-sizes", type=_numbers, default=(), help="for example 1,4")
     group.addoption("--prompt-lengths", type=_numbers, default=(), help="in tokens, for example 128,1024")
@@ -61,6 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
         exported=o.exported,
         provider=o.provider,
         precision=o.precision,
+        target=o.target,
+        method=o.method,
         profile=o.profile,
         batch_sizes=o.batch_sizes,
         prompt_lengths=o.prompt_lengths,

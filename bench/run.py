@@ -56,6 +56,9 @@ def command_line(arguments: Sequence[str]) -> list[str]:
     return ["pytest", *arguments]
 
 
+KIND = {"GroupQueryAttention": "fused", "Attention": "standard operators", "unfused": "plain"}
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user asked for; see ``pytest bench/ --help``, group "llama-onnx"."""
@@ -64,6 +67,8 @@ class Options:
     exported: Path | None = None
     provider: str = "auto"
     precision: str = "auto"
+    target: str = "auto"
+    method: str | None = None
     profile: str = "standard"
     batch_sizes: tuple[int, ...] = ()
     prompt_lengths: tuple[int, ...] = ()
@@ -145,14 +150,24 @@ class Run:
             path = self.options.exported.expanduser()
             verify_files(path, read_manifest(path))
             return path
-        from export.pipeline import export_model
+        from export.pipeline import export_model, load_config
         from export.spec import ExportSpec
 
-        spec = ExportSpec(self.options.model, self.precision)
+        target = self.options.target
+        if target == "auto":
+            target = "ort" if load_config(self._source).model_type == "llama" else "plain"
+        spec = ExportSpec(
+            self.options.model,
+            self.precision,
+            target,
+            method=self.options.method,
+            provider="cuda" if self.device == "cuda" and target == "ort" else "any",
+        )
         key = hashlib.sha256((spec.digest + self._source.content_key).encode()).hexdigest()[:12]
         path = cache_dir() / "exports" / f"{self._source.name.replace('/', '--')}-{self.precision}-{key}"
+        texts = self.dataset.calibration() if spec.method == "gptq" else ()
         with self.progress("export", 100) as tick:
-            _, written = export_model(spec, path, source=self._source, status=tick)
+            _, written = export_model(spec, path, source=self._source, calibration=texts, status=tick)
         if not written:
             verify_files(path, read_manifest(path))
         return path
@@ -204,10 +219,15 @@ class Run:
     def labels(self, case: Case | None = None) -> list[str]:
         """Sides that take part, in a case or at all."""
         peers = PROFILES[self.options.profile].peers
-        optimum = self.device == "cpu" and self.precision == "fp32" and peers != "none"
+        optimum = self.device == "cpu" and self._is_headline and peers != "none"
         if case is not None and peers == "headline" and case != self.profile.cases()[0]:
             optimum = False
         return [self.candidate, self.baseline] + ([OPTIMUM] if optimum else [])
+
+    @property
+    def _is_headline(self) -> bool:
+        """Whether the project's own figures are about this run: the fused graph in fp32."""
+        return self.precision == "fp32" and self.manifest.attention == "GroupQueryAttention"
 
     def _plain(self) -> Path:
         from bench.peers.optimum_ort import plain_export
@@ -230,7 +250,7 @@ class Run:
             from runtime.torch_session import TorchSession
 
             checkpoint = self.checkpoint
-            return lambda: TorchSession(checkpoint, self.precision, self.device, threads=self.threads)
+            return lambda: TorchSession(checkpoint, self.manifest.activations, self.device, threads=self.threads)
         from bench.peers.optimum_ort import OptimumSession
 
         plain = self._plain()
@@ -303,7 +323,7 @@ class Run:
             arguments: dict[str, str | int | None] = {
                 "kind": kinds[label],
                 "path": str(paths.get(label) or self._plain()),
-                "precision": self.precision,
+                "precision": self.manifest.activations,
                 "provider": self.provider if label == self.candidate else self.device,
                 "threads": self.threads,
             }
@@ -319,16 +339,17 @@ class Run:
             from runtime.torch_session import TorchSession
 
             def null_control() -> Session:
-                return TorchSession(self.checkpoint, self.precision, self.device, "eager", self.threads)
+                return TorchSession(self.checkpoint, self.manifest.activations, self.device, "eager", self.threads)
 
-            if self.precision == "fp32":
+            if self.manifest.activations == "fp32":
                 baseline = self.session(self.baseline)
             else:
                 baseline = TorchSession(self.checkpoint, "fp32", self.device, threads=self.threads)
             inputs = GateInputs(
                 candidate=self.session(self.candidate),
                 baseline=baseline,
-                null=null_control,
+                # GPT-Neo has one attention kernel only: the baseline against itself would show nothing.
+                null=None if baseline.info.details.get("attention") == "eager" else null_control,
                 tokenizer=self.tokenizer,
                 eos=self.manifest.eos_token_ids,
                 dataset=self.dataset,
@@ -347,7 +368,7 @@ class Run:
 
     def figures(self) -> list[Figure]:
         """The project's figures on the headline case, as far as this run measured them (fp32, CPU)."""
-        if not self.series or self.device != "cpu" or self.precision != "fp32":
+        if not self.series or self.device != "cpu" or not self._is_headline:
             return []
         case = self.profile.cases()[0]
         found = {s.side: s for s in self.series if s.case == case}
@@ -380,7 +401,7 @@ class Run:
         manifest = self.manifest
         sides = []
         titles = {
-            self.candidate: ("candidate", f"ONNX Runtime ({self.provider}), fused"),
+            self.candidate: ("candidate", f"ONNX Runtime ({self.provider}), {KIND[manifest.attention]}"),
             self.baseline: ("baseline", f"PyTorch eager ({self.device})"),
             OPTIMUM: ("peer", "optimum, plain export"),
         }

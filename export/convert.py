@@ -87,8 +87,8 @@ def require_llama(config: PretrainedConfig) -> None:
     """
     if config.model_type != "llama":
         raise UnsupportedModelError(
-            f"model type {config.model_type!r} is not LLaMA-like; this export takes model_type 'llama' "
-            f"(LlamaForCausalLM) only"
+            f"model type {config.model_type!r} is not LLaMA; the fused export takes 'llama' (LlamaForCausalLM) only. "
+            f"optimum's unfused graph is there with --target plain"
         )
     if config.hidden_act not in ("silu", "swish"):
         raise UnsupportedModelError(f"activation {config.hidden_act!r} is not supported; LLaMA uses 'silu'")
@@ -313,9 +313,7 @@ def _fp32_logits(graph: onnx.GraphProto) -> None:
         for i, name in enumerate(node.output):
             if name == "logits":
                 node.output[i] = "logits.bf16"
-    graph.node.append(
-        helper.make_node("Cast", ["logits.bf16"], ["logits"], name="logits.Cast", to=TensorProto.FLOAT)
-    )
+    graph.node.append(helper.make_node("Cast", ["logits.bf16"], ["logits"], name="logits.Cast", to=TensorProto.FLOAT))
     graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
 
 

@@ -288,7 +288,7 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
             return lengths, total
 
         def causal_mask(*, attention_mask: Tensor, input_embeds: Tensor, **_: Any) -> tuple[Tensor]:
-            total = torch._shape_as_tensor(attention_mask)[1]
+            total: Any = torch._shape_as_tensor(attention_mask)[1]
             first = total - torch._shape_as_tensor(input_embeds)[1]
             columns = torch.arange(total)
             rows = torch.arange(first, total)

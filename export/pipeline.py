@@ -36,8 +36,9 @@ from export.manifest import (
     sha256_of,
     write_manifest,
 )
-from export.source import Source, resolve
+from export.plain import identity_of, run_optimum
 from export.quantize import Packed
+from export.source import Source, resolve
 from export.spec import BITS, ExportSpec
 from export.tensorrt_ops import PARSER_VERSION
 from export.weights import Checkpoint, Quantiser, match_names, write_data
@@ -169,15 +170,30 @@ def export_model(
             f"replace it with --force, or choose another OUT"
         )
     config = load_config(source)
-    status("tracing the fused graph")
-    conversion = convert(config, spec, DATA_FILE)
     checkpoint = Checkpoint(source.folder)
+    made = _plain if spec.target == "plain" else _fused
+    if force and out.exists():
+        shutil.rmtree(out)
+    return made(spec, source, config, checkpoint, out, calibration, status, progress), True
+
+
+def _fused(
+    spec: ExportSpec,
+    source: Source,
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    out: Path,
+    calibration: Sequence[str],
+    status: Callable[[str], None],
+    progress: Progress,
+) -> Manifest:
+    status("tracing the graph")
+    conversion = convert(config, spec, DATA_FILE)
     match_names(conversion.recipes, checkpoint, config.tie_word_embeddings)
     _check_disk(out, conversion.data_bytes + (64 << 20))
     counts = check_graph(conversion.decode, config, spec)
     check_graph(conversion.scoring, config, spec)
-
-    quantiser = _quantiser(spec, source, config, calibration, status)
+    quantiser = _quantiser(spec, source, calibration, status)
     status("writing the weights")
     done = 0
 
@@ -186,8 +202,6 @@ def export_model(
         done += n
         progress(done, conversion.data_bytes)
 
-    if force and out.exists():
-        shutil.rmtree(out)
     with publish(out) as work:
         data_sha, identity = write_data(
             conversion,
@@ -199,23 +213,93 @@ def export_model(
         )
         onnx.save_model(conversion.decode, work / DECODE_GRAPH)
         onnx.save_model(conversion.scoring, work / SCORING_GRAPH)
-        for name in COPIED:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, work / name)
+        _copy_side_files(source.folder, work)
         status("hashing")
-        files = {
-            p.name: FileEntry(p.stat().st_size, data_sha if p.name == DATA_FILE else sha256_of(p))
-            for p in sorted(work.iterdir())
-        }
-        manifest = _manifest(spec, source, config, conversion, counts, identity, conversion.shapes, files)
+        files = _entries(work, {DATA_FILE: data_sha})
+        manifest = _manifest(spec, source, config, conversion, counts, identity, files)
         write_manifest(work, manifest)
-    return manifest, True
+    return manifest
+
+
+def _plain(
+    spec: ExportSpec,
+    source: Source,
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    out: Path,
+    calibration: Sequence[str],
+    status: Callable[[str], None],
+    progress: Progress,
+) -> Manifest:
+    _check_disk(out, 2 * sum(f.stat().st_size for f in source.folder.glob("*.safetensors")) + (64 << 20))
+    with publish(out) as work:
+        graph = run_optimum(spec, source.folder, config, work, status)
+        _copy_side_files(source.folder, work)
+        status("hashing")
+        identity, parameters = identity_of(checkpoint)
+        files = _entries(work, {})
+        manifest = Manifest(
+            **_common(spec, source, config, identity, files),
+            parameters=parameters,
+            quantisation=None,
+            padding="any",
+            decode_logits="all",
+            opset=graph.opset,
+            decode_graph=DECODE_GRAPH,
+            scoring_graph=DECODE_GRAPH,
+            data_file=graph.data_file,
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            kv=graph.kv,
+            fused_ops=graph.operators,
+            node_count=graph.node_count,
+            decode_weight_bytes=graph.decode_weight_bytes,
+            weights=(),
+            notes=("optimum's own graph, unchanged: nothing is fused",),
+        )
+        write_manifest(work, manifest)
+    return manifest
+
+
+def _copy_side_files(folder: Path, work: Path) -> None:
+    for name in COPIED:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, work / name)
+
+
+def _entries(work: Path, known: dict[str, str]) -> dict[str, FileEntry]:
+    return {p.name: FileEntry(p.stat().st_size, known.get(p.name) or sha256_of(p)) for p in sorted(work.iterdir())}
+
+
+def _common(
+    spec: ExportSpec, source: Source, config: PretrainedConfig, identity: str, files: dict[str, FileEntry]
+) -> dict[str, Any]:
+    """The fields of the manifest that do not depend on how the graph was made."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "spec": asdict(spec),
+        "spec_digest": spec.digest,
+        "model_name": source.name,
+        "model_type": config.model_type,
+        "weights_sha256": identity,
+        "weights_origin": source.origin,
+        "source_key": source.content_key,
+        "precision": spec.precision,
+        "activations": spec.float_type,
+        "target": spec.target,
+        "attention": spec.attention,
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "eos_token_ids": eos_ids(source.folder, config),
+        "versions": {name: _version(name) for name in _TOOLS},
+        "files": files,
+    }
 
 
 def _quantiser(
     spec: ExportSpec,
     source: Source,
-    config: PretrainedConfig,
     calibration: Sequence[str],
     status: Callable[[str], None],
 ) -> Quantiser | None:
@@ -253,12 +337,10 @@ def _manifest(
     conversion: Conversion,
     counts: dict[str, int],
     identity: str,
-    shapes: dict[str, tuple[int, ...]],
     files: dict[str, FileEntry],
 ) -> Manifest:
     # Not read whole in a decode step: the embedding gathers one row, the rotary tables too.
     skipped = (EMBEDDING, "model.rope_cos", "model.rope_sin")
-    used = {s for recipe in conversion.recipes for s in recipe.sources}
     quantisation = None
     notes = []
     if spec.precision in BITS:
@@ -277,28 +359,14 @@ def _manifest(
         notes.append(f"operators checked against the list of TensorRT's parser {PARSER_VERSION}")
     if (getattr(config, "rope_scaling", None) or {}).get("rope_type") == "dynamic":
         notes.append("dynamic rope scaling: exact up to the original context, longer prompts are refused")
+    used = {s for recipe in conversion.recipes for s in recipe.sources}
     return Manifest(
-        schema_version=SCHEMA_VERSION,
-        created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        spec=asdict(spec),
-        spec_digest=spec.digest,
-        model_name=source.name,
-        model_type=config.model_type,
-        weights_sha256=identity,
-        weights_origin=source.origin,
-        source_key=source.content_key,
-        parameters=sum(math.prod(shapes[s]) for s in used),
-        precision=spec.precision,
-        activations=spec.float_type,
+        **_common(spec, source, config, identity, files),
+        parameters=sum(math.prod(conversion.shapes[s]) for s in used),
         quantisation=quantisation,
-        target=spec.target,
-        attention=spec.attention,
         padding="right" if spec.attention == "GroupQueryAttention" else "any",
         decode_logits="last",
         opset=OPSET[spec.attention],
-        vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
-        eos_token_ids=eos_ids(source.folder, config),
         decode_graph=DECODE_GRAPH,
         scoring_graph=SCORING_GRAPH,
         data_file=DATA_FILE,
@@ -318,7 +386,5 @@ def _manifest(
             Weight(r.name, r.sources, r.transform, r.shape, r.dtype, r.offset, r.nbytes, r.bits)
             for r in conversion.recipes
         ),
-        versions={name: _version(name) for name in _TOOLS},
-        files=files,
         notes=tuple(notes),
     )

@@ -332,6 +332,15 @@ class _Search:
         self.zero = zero.where(better, self.zero)
         return codes
 
+    def offer_neighbours(self) -> None:
+        """Offer the whole zero points next to the best, each with the range's scale and with the best for its codes."""
+        low, high = self.units.amin(1).clamp_(max=0), self.units.amax(1).clamp_(min=0)
+        top = self.grid.top
+        for neighbour in (self.zero - 1, self.zero + 1):
+            zero = neighbour.clamp_(0, top)
+            codes = self.offer(torch.maximum(-low / (zero + 0.5), high / (top + 0.5 - zero)), zero)
+            self.offer(self._slope(codes, zero), zero)
+
     def offer_coarser(self) -> None:
         """Offer real-zero grids of which the values [B, L] use fewer than all codes.
 
@@ -357,13 +366,20 @@ class _Search:
             zero = self.grid.zero(zero.where(zero.isfinite(), self.zero))
             if self.grid.float_zero:
                 return slope.where(slope > 0, 1.0), zero
+        return self._slope(codes, zero), zero
+
+    def _slope(self, codes: Tensor, zero: Tensor) -> Tensor:
+        """The least-squares factor [B] for given codes [B, L] and zero points [B]; 1 where undefined."""
         centred = codes - zero.unsqueeze(1)
         slope = self._total(centred * self.units) / self._total(centred.square())
-        return slope.where(slope > 0, 1.0), zero
+        return slope.where(slope > 0, 1.0)
 
 
 def _hqq(values: Tensor, scale: Tensor, zero: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """Grids [B] by half-quadratic quantisation, then least squares; in squared error never worse than those given."""
+    """Grids [B] by half-quadratic quantisation, then least squares; in squared error never worse than those given.
+
+    A whole zero point mostly rounds back to where it began, so there its neighbours are tried too.
+    """
     units = values / _divisor(scale)
     search = _Search(units, scale, zero, grid)
     codes = search.codes
@@ -373,6 +389,8 @@ def _hqq(values: Tensor, scale: Tensor, zero: Tensor, grid: _Grid) -> tuple[Tens
         codes = search.offer(*search.refit(codes))
     if grid.float_zero:
         search.offer_coarser()
+    elif not grid.symmetric:
+        search.offer_neighbours()
     return search.scale, search.zero
 
 

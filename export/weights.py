@@ -168,14 +168,15 @@ def write_data(
             if recipe.transform == "rope":
                 data = conversion.rope[recipe.name].to(TORCH_DTYPE[recipe.dtype]).contiguous()
             elif recipe.transform == "scales" or recipe.transform == "zero_points":
-                assert packed is not None and packed[0] == recipe.sources  # the codes came just before
+                assert packed is not None  # the codes came just before
+                assert packed[0] == recipe.sources
                 data = _part(recipe, packed[1])
             else:
                 packed = None  # freed before the next weight is read
                 sources = [checkpoint.read(mapping[s]) for s in recipe.sources]
                 for name, tensor in zip(recipe.sources, sources, strict=True):
                     if mapping[name] not in contents:
-                        contents[mapping[name]] = _identity(mapping[name], tensor)
+                        contents[mapping[name]] = tensor_identity(mapping[name], tensor)
                 if recipe.transform == "codes":
                     assert quantiser is not None
                     joined = sources[0] if len(sources) == 1 else torch.cat(sources)
@@ -214,6 +215,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def _identity(name: str, tensor: Tensor) -> str:
+def tensor_identity(name: str, tensor: Tensor) -> str:
+    """One line that tells a tensor's name, type, shape and content (SHA-256, hex)."""
     raw = _bytes_of(tensor.contiguous())
     return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"

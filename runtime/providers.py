@@ -6,6 +6,7 @@ afterwards which provider it really has.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class Provider:
     name: str
     ort_name: str
     device: str
-    runs: dict[str, tuple[str, ...]]
+    runs: Mapping[str, tuple[str, ...]]
     install: str
 
 

@@ -41,9 +41,7 @@ class TorchSession:
         torch.set_num_threads(self._threads)
         self._precision, self._device, self._attention = precision, device, attention
         started = time.perf_counter()
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=TORCH_DTYPE[precision], attn_implementation=attention, local_files_only=True
-        )
+        self._model: Any = self._open(folder, TORCH_DTYPE[precision])
         self._model = self._model.to(device).eval()
         self.load_s = time.perf_counter() - started
         config = self._model.config
@@ -55,12 +53,26 @@ class TorchSession:
             vocab_size=config.vocab_size,
             details={
                 "torch": torch.__version__,
-                "attention": attention,
+                "attention": self._attention,
                 "intra_op_threads": self._threads,
                 "kv_cache": "DynamicCache",
             },
         )
         self._reset()
+
+    def _open(self, folder: Path, dtype: torch.dtype) -> Any:
+        def load(attention: str) -> Any:
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True
+            )
+
+        try:
+            return load(self._attention)
+        except ValueError as e:
+            if self._attention != "sdpa" or "scaled_dot_product_attention" not in str(e):
+                raise
+            self._attention = "eager"  # GPT-Neo has no other; the record shows it
+            return load("eager")
 
     def _reset(self) -> None:
         self._past: Any = None
@@ -98,14 +110,14 @@ class TorchSession:
         else:
             out = self._hidden(**inputs, attention_mask=self._mask)
             with torch.inference_mode():
-                logits = self._model.lm_head(out[torch.arange(len(ids), device=self._device), last])
+                logits = self._model.get_output_embeddings()(out[torch.arange(len(ids), device=self._device), last])
         self._batch = len(ids)
         self._used, self._end = max(lengths), max(lengths) + reserve
         return _fp32(logits)
 
     def _hidden(self, **inputs: Any) -> Any:
         with torch.inference_mode():
-            return self._model.model(**inputs, past_key_values=self._past, use_cache=True).last_hidden_state
+            return self._model.base_model(**inputs, past_key_values=self._past, use_cache=True).last_hidden_state
 
     def step(self, ids: Sequence[int]) -> Logits:
         """Append one token per row; see :meth:`runtime.session.Session.step`."""

@@ -397,7 +397,7 @@ class _Graphs:
         else:
             expected = nbytes if bits in (2, 4) else count * entries
             have = len(getattr(tensor, field))
-            if have != expected or filled not in ([], [field]):
+            if have != expected:
                 raise self.wrong_size(name, nbytes, f"{have} entries in {field}, not {expected}")
 
     def wrong_size(self, name: str, nbytes: int, found: str) -> UntrustedModelError:

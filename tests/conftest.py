@@ -68,6 +68,12 @@ def words() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_in() -> Callable[[Path], None]:
+    """Saves the tiny tokenizer in a folder."""
+    return save_tokenizer
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Random checkpoints by their configuration, each made once."""
     made: dict[str, Path] = {}
@@ -89,11 +95,11 @@ def exports(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
     made: dict[str, Path] = {}
 
-    def get(precision: str = "fp32", **changes: Any) -> Path:
-        key = precision + repr(sorted(changes.items(), key=str))
+    def get(precision: str = "fp32", spec: dict[str, Any] | None = None, **changes: Any) -> Path:
+        key = precision + repr(sorted((spec or {}).items())) + repr(sorted(changes.items(), key=str))
         if key not in made:
             out = tmp_path_factory.mktemp("export") / "folder"
-            export_model(ExportSpec(str(checkpoints(**changes)), precision), out)
+            export_model(ExportSpec(str(checkpoints(**changes)), precision, **(spec or {})), out)
             made[key] = out
         return made[key]
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from export.manifest import read_manifest
+from runtime.errors import ContextOverflowError
 from runtime.loading import load
 from runtime.torch_session import TorchSession
 
@@ -31,6 +33,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "rope-linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "rope-llama3": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
     "rope-yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 80}},
+    "rope-dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     "eps-1e-5": {"rms_norm_eps": 1e-5},
     "eps-large": {"rms_norm_eps": 1e-2},
     "vocabulary-not-multiple-of-8": {"vocab_size": 1003},
@@ -45,15 +48,17 @@ def close(ours: Any, theirs: Any) -> None:
     np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("target", ["ort", "tensorrt"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_prefill_and_decode_equal_pytorch(
-    name: str, checkpoints: Callable[..., Path], exports: Callable[..., Path]
+    name: str, target: str, checkpoints: Callable[..., Path], exports: Callable[..., Path]
 ) -> None:
     changes = FAMILY[name]
     rng = np.random.default_rng(1)
     vocabulary = changes.get("vocab_size", 331)
     rows = [rng.integers(0, vocabulary, n).tolist() for n in (97, 5, 41)]
-    with load(exports(**changes), threads=1) as ours, TorchSession(checkpoints(**changes), attention="eager") as theirs:
+    folder = exports(spec={"target": target}, **changes)
+    with load(folder, threads=1) as ours, TorchSession(checkpoints(**changes), attention="eager") as theirs:
         for prompts in ([rows[0]], rows):
             close(ours.prefill(prompts, STEPS), theirs.prefill(prompts, STEPS))
             for _ in range(STEPS):
@@ -62,9 +67,17 @@ def test_prefill_and_decode_equal_pytorch(
         close(ours.score(rows[0]), theirs.score(rows[0]))
 
 
-def test_fp16_stays_close(checkpoints: Callable[..., Path], exports: Callable[..., Path]) -> None:
+def test_dynamic_rope_is_refused_beyond_its_original_context(exports: Callable[..., Path]) -> None:
+    folder = exports(**FAMILY["rope-dynamic"])
+    assert any("dynamic" in note for note in read_manifest(folder).notes)
+    with load(folder, threads=1) as session, pytest.raises(ContextOverflowError, match="context of 160"):
+        session.prefill([[5] * 160], reserve=1)
+
+
+@pytest.mark.parametrize("target", ["ort", "tensorrt"])
+def test_fp16_stays_close(target: str, checkpoints: Callable[..., Path], exports: Callable[..., Path]) -> None:
     row = np.random.default_rng(2).integers(0, 331, 60).tolist()
-    with load(exports("fp16"), threads=1) as ours, TorchSession(checkpoints()) as theirs:
+    with load(exports("fp16", spec={"target": target}), threads=1) as ours, TorchSession(checkpoints()) as theirs:
         assert ours.info.precision == "fp16"
         exact = theirs.score(row)
         difference = np.abs(ours.score(row) - exact).max() / np.abs(exact).max()

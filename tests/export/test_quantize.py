@@ -193,9 +193,9 @@ def test_beats_rtn(bits: int, method: str, options: dict[str, Any], make: Any) -
     rtn = squared_error(weight, quantize(weight, bits, BLOCK, "rtn", **options), bits)
     better = squared_error(weight, quantize(weight, bits, BLOCK, method, **options), bits)
     assert better < 0.98 * rtn
-    # Real zero points have more to gain than a refit of the scale alone brings.
-    if options.get("float_zero"):
-        assert better < 0.85 * rtn
+    # Beyond what a refit of the scale alone brings (0.94).
+    if bits == 4 and make is gaussian and "symmetric" not in options:
+        assert better < (0.85 if "float_zero" in options else 0.93) * rtn
 
 
 @pytest.mark.parametrize("method", ["hqq", "kquant"])
@@ -228,8 +228,15 @@ def test_half_quadratic_zero_points_lower_the_lp_error(make: Any) -> None:
         return (shifted - shifted.round().clamp(0, 15)).abs().pow(power).mean(1)
 
     found = _half_quadratic_zero(units, zero, 15)
-    assert float(lp(found, 0.7).mean()) < 0.98 * float(lp(zero, 0.7).mean())
+    assert float(lp(found, 0.7).mean()) < 0.97 * float(lp(zero, 0.7).mean())
     assert bool((lp(found, 1.0) <= lp(zero, 1.0) + 1e-6).all())
+
+
+def test_hqq_uses_its_zero_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = gaussian()
+    found = squared_error(weight, quantize(weight, 4, BLOCK, "hqq", float_zero=True), 4)
+    monkeypatch.setattr("export.quantize._half_quadratic_zero", lambda units, zero, top: zero)
+    assert found < 0.99 * squared_error(weight, quantize(weight, 4, BLOCK, "hqq", float_zero=True), 4)
 
 
 @pytest.mark.parametrize("ends", [True, False])
