@@ -61,10 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--provider", default="any", help="any, or cuda: the graph must run on the CUDA provider")
     weights = export.add_argument_group("int8 and int4")
     weights.add_argument("--method", help="rtn, hqq, kquant or gptq (default: int8 rtn, int4 hqq)")
-    weights.add_argument("--block-size", type=int, help="weights that share a scale (default 32)")
-    weights.add_argument("--accuracy-level", type=int, help="0 computes in floats, 4 in int8 (default: int8 0, int4 4)")
+    weights.add_argument("--block-size", type=int, help="weights that share a scale (default: int8 16, int4 32)")
+    weights.add_argument("--accuracy-level", type=int, help="0 computes in floats, 4 in int8 (default 4)")
+    weights.add_argument("--zero-points", help="integer or float (default: float for int4 by hqq and kquant)")
+    weights.add_argument(
+        "--keep-float", help="parts kept in floats: none, or a list of qkv, o, gate, up, down, first:N, last:N"
+    )
     weights.add_argument("--activations", help="type of activations and KV cache: fp32, fp16 or bf16 (default fp32)")
-    weights.add_argument("--lm-head", help="float, int8 or int4 (default int8)")
+    weights.add_argument("--lm-head", help="float, int8 or int4 (default: int4 int8, else float)")
     weights.add_argument("--embedding", help="float or int8 (default float)")
     export.add_argument("--force", action="store_true", help="replace another export of ours at OUT")
 

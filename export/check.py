@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from export.convert import head_dim_of
 from export.errors import GraphCheckError
-from export.spec import BITS, ExportSpec
+from export.spec import ExportSpec
 from export.tensorrt_ops import check_standard
 
 FORBIDDEN = (
@@ -38,9 +38,13 @@ NODE_BUDGET = {"GroupQueryAttention": (11, 20), "Attention": (26, 40)}
 def expected_counts(config: PretrainedConfig, spec: ExportSpec) -> dict[str, int]:
     """Operators that a LLaMA of this configuration must have in that form, by operator type."""
     layers = config.num_hidden_layers
-    products = 5 * layers + 1
-    quantised = 5 * layers * (spec.precision in BITS) + (spec.lm_head != "float")
-    counts = {"MatMul": products - quantised, "MatMulNBits": quantised}
+    names = [
+        f"model.layers.{i}.x.{part}_proj.weight" for i in range(layers) for part in ("qkv", "o", "gate", "up", "down")
+    ]
+    bits = [spec.bits_of(name, layers) for name in (*names, "lm_head.weight")]
+    quantised = sum(b is not None for b in bits)
+    offsets = sum(b is not None and spec.float_zero(b) for b in bits)
+    counts = {"MatMul": len(bits) - quantised + offsets, "MatMulNBits": quantised}
     if spec.embedding != "float":
         counts["GatherBlockQuantized"] = 1
     if spec.attention == "Attention":
@@ -75,7 +79,12 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSp
     biases = 2 * config.num_hidden_layers * bool(getattr(config, "attention_bias", False))
     biases += 3 * config.num_hidden_layers * bool(getattr(config, "mlp_bias", False))
     per_layer, fixed = NODE_BUDGET[spec.attention]
-    budget = per_layer * config.num_hidden_layers + fixed + biases + (spec.float_type == "bf16")
+    budget = (
+        (per_layer + 18 * (spec.zero_points == "float")) * config.num_hidden_layers
+        + fixed
+        + biases
+        + (spec.float_type == "bf16")
+    )
     if len(model.graph.node) > budget:
         wrong.append(f"{len(model.graph.node)} nodes where {budget} are enough")
     scale = head_dim_of(config) ** -0.5

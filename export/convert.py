@@ -23,13 +23,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from export.errors import UnsupportedModelError
 from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
-from export.spec import ExportSpec
+from export.spec import BITS, ExportSpec
 
 OPSET = {"GroupQueryAttention": 18, "Attention": 23}
 """Opset of the graph by its attention. The TorchScript exporter ends at 18 and lets newer operators through."""
 _TRACE_OPSET = 18
 IR_VERSION = {"GroupQueryAttention": 8, "Attention": 11}
 EMBEDDING = "model.embed_tokens.weight"
+BLOCKS = "input_blocks"
 ALIGNMENT = 4096
 """ONNX Runtime maps external data into memory only at page boundaries."""
 
@@ -188,8 +189,9 @@ def _trace(config: PretrainedConfig, dtype: torch.dtype, attention: str, last_lo
 class _Weights:
     """Collects recipes, one per distinct initialiser, and hands out aligned offsets."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], spec: ExportSpec) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], spec: ExportSpec, layers: int) -> None:
         self.shapes = shapes
+        self.layers = layers
         self.spec = spec
         self.recipes: dict[str, WeightRecipe] = {}
         self.end = 0
@@ -222,22 +224,21 @@ class _Weights:
         rows, columns = sum(self.shapes[s][0] for s in sources), self.shapes[sources[0]][1]
         block = self.spec.block
         blocks = -(-columns // block)
-        zero: tuple[tuple[int, ...], str | None] = ((rows, -(-blocks * bits // 8)), "uint8")
-        if float_zero(self.spec.method, bits):
-            zero = ((rows, blocks), None)
+        float_zero = self.spec.float_zero(bits)
+        if float_zero and columns % block == 0:
+            # (q - z) s = (q - 8) s + (8 - z) s: the second part multiplies the sums of the input's blocks. MatMulNBits
+            # itself takes real zero points too, but has no fast kernel for them (30 times slower on the CPU).
+            last: Any = (f"{name}.offsets", sources, "offsets", (blocks, rows), None, bits, columns)
+        elif float_zero:
+            last = (f"{name}.zero_points", sources, "zero_points", (rows, blocks), None, bits, columns)
+        else:
+            packed = (rows, -(-blocks * bits // 8))
+            last = (f"{name}.zero_points", sources, "zero_points", packed, "uint8", bits, columns)
         return [
             self.add(f"{name}.codes", sources, "codes", (rows, blocks, block * bits // 8), "uint8", bits, columns),
             self.add(f"{name}.scales", sources, "scales", (rows, blocks), None, bits, columns),
-            self.add(f"{name}.zero_points", sources, "zero_points", *zero, bits, columns),
+            self.add(*last),
         ]
-
-
-def float_zero(method: str | None, bits: int) -> bool:
-    """Whether zero points are kept in the activations' type: HQQ optimises them as real numbers.
-
-    MatMulNBits takes such zero points for 4 bits only.
-    """
-    return method == "hqq" and bits == 4
 
 
 def _joined_name(sources: tuple[str, ...]) -> str:
@@ -249,27 +250,28 @@ def _joined_name(sources: tuple[str, ...]) -> str:
 
 
 def _linear_nodes(
-    x: str, out: str, sources: tuple[str, ...], biases: tuple[str, ...], weights: _Weights
+    x: str, out: str, sources: tuple[str, ...], biases: tuple[str, ...], weights: _Weights, sums: dict[str, str]
 ) -> tuple[list[onnx.NodeProto], list[str]]:
-    """The nodes of one linear layer, and the initialisers that they read."""
+    """The nodes of one linear layer and the initialisers that they read; ``sums``: block sums so far, by input."""
     spec = weights.spec
     name = _joined_name(sources)
     # A tied head reads the transpose of what the embedding gathers: a copy under its own name.
     name = "lm_head.weight" if name == EMBEDDING else name
     label = name.removesuffix(".weight")
     product = out if not biases else f"{label}.product"
-    bits = spec.bits_of(name)
+    bits = spec.bits_of(name, weights.layers)
     if bits is None:
         used = [weights.linear(sources, name)]
         nodes = [helper.make_node("MatMul", [x, *used], [product], name=f"{label}.MatMul")]
     else:
         used = weights.quantised(sources, name, bits)
         rows, columns = weights.recipes[used[0]].shape[0], weights.shapes[sources[0]][1]
+        offsets = used[2] if weights.recipes[used[2]].transform == "offsets" else None
         nodes = [
             helper.make_node(
                 "MatMulNBits",
-                [x, *used],
-                [product],
+                [x, *used[:2]] if offsets else [x, *used],
+                [f"{label}.codes_product" if offsets else product],
                 name=f"{label}.MatMulNBits",
                 domain=MS,
                 K=columns,
@@ -279,6 +281,27 @@ def _linear_nodes(
                 accuracy_level=spec.accuracy_level or 0,
             )
         ]
+        if offsets:
+            if x not in sums:
+                sums[x] = f"{label}.block_sums"
+                nodes += [
+                    helper.make_node(
+                        "Reshape", [x, f"{BLOCKS}.{spec.block}"], [f"{label}.blocks"], name=f"{label}.Reshape"
+                    ),
+                    helper.make_node(
+                        "ReduceSum",
+                        [f"{label}.blocks", f"{BLOCKS}.axis"],
+                        [sums[x]],
+                        name=f"{label}.ReduceSum",
+                        keepdims=0,
+                    ),
+                ]
+            nodes += [
+                helper.make_node("MatMul", [sums[x], offsets], [f"{label}.offset"], name=f"{label}.offsets.MatMul"),
+                helper.make_node(
+                    "Add", [f"{label}.codes_product", f"{label}.offset"], [product], name=f"{label}.offsets.Add"
+                ),
+            ]
     if biases:
         shape = (sum(weights.shapes[b][0] for b in biases),)
         bias = weights.add(_joined_name(biases), biases, "copy" if len(biases) == 1 else "concat", shape)
@@ -326,6 +349,7 @@ def _lower(model: onnx.ModelProto, weights: _Weights) -> onnx.ModelProto:
     used: list[str] = []
     nodes: list[onnx.NodeProto] = []
     constants: list[TensorProto] = []
+    sums: dict[str, str] = {}
     for node in graph.node:
         if node.op_type == "Constant":
             tensor = TensorProto()
@@ -335,7 +359,7 @@ def _lower(model: onnx.ModelProto, weights: _Weights) -> onnx.ModelProto:
         elif node.domain == MARKER_DOMAIN:
             n = next(a.i for a in node.attribute if a.name == "n_weights")
             sources, biases = tuple(node.input[1 : 1 + n]), tuple(node.input[1 + n :])
-            made, read_here = _linear_nodes(node.input[0], node.output[0], sources, biases, weights)
+            made, read_here = _linear_nodes(node.input[0], node.output[0], sources, biases, weights, sums)
             nodes += made
             used += read_here
         elif node.op_type == "Gather" and node.input[0] == EMBEDDING and spec.embedding == "int8":
@@ -351,6 +375,9 @@ def _lower(model: onnx.ModelProto, weights: _Weights) -> onnx.ModelProto:
             source = () if transform == "rope" else (name,)
             weights.add(name, source, transform, weights.shapes[name])
 
+    if sums:
+        shape = helper.make_tensor(f"{BLOCKS}.{spec.block}", TensorProto.INT64, [4], [0, 0, -1, spec.block])
+        constants += [shape, helper.make_tensor(f"{BLOCKS}.axis", TensorProto.INT64, [1], [-1])]
     # Optional outputs that nothing reads (mean, inverse std) get the empty name.
     read = {i for node in nodes for i in node.input} | {o.name for o in graph.output}
     for node in nodes:
@@ -404,7 +431,14 @@ def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conve
     skeleton = _skeleton(config, dtype)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     shapes |= {f"model.{name}": tuple(getattr(skeleton.model, name).shape) for name in ("rope_cos", "rope_sin")}
-    weights = _Weights(shapes, spec)
+    if spec.precision in BITS and not any(
+        spec.bits_of(name, config.num_hidden_layers) for name in shapes if name.endswith("_proj.weight")
+    ):
+        raise UnsupportedModelError(
+            f"--keep-float {spec.keep_float} leaves none of {config.num_hidden_layers} layers to quantise; "
+            f"pass --keep-float none"
+        )
+    weights = _Weights(shapes, spec, config.num_hidden_layers)
     decode = _lower(_trace(config, dtype, spec.attention, last_logits=True), weights)
     scoring = _lower(_trace(config, dtype, spec.attention, last_logits=False), weights)
     for model in (decode, scoring):

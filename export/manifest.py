@@ -62,7 +62,8 @@ class Weight:
 
     ``transform`` is ``copy``, ``transpose``, ``concat_transpose`` (rows joined, then transposed), ``concat``, ``rope``
     (computed from the configuration, no source), or ``codes``, ``scales``, ``zero_points``: the parts of a weight
-    quantised to ``bits`` in MatMulNBits' layout.
+    quantised to ``bits`` in MatMulNBits' layout. ``offsets`` ``[blocks, rows]`` stand for zero points that are real
+    numbers: ``(8 - zero point) x scale``.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Quantisation:
     block_size: int
     accuracy_level: int
     zero_points: str
+    keep_float: str
     lm_head: str
     embedding: str
 

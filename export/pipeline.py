@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from export.cache import publish
 from export.check import check_graph
-from export.convert import EMBEDDING, OPSET, TORCH_DTYPE, Conversion, WeightRecipe, convert, float_zero, head_dim_of
+from export.convert import EMBEDDING, OPSET, TORCH_DTYPE, Conversion, WeightRecipe, convert, head_dim_of
 from export.errors import BrokenCheckpointError, DestinationError
 from export.manifest import (
     SCHEMA_VERSION,
@@ -324,7 +324,7 @@ def _quantiser(
             method,
             hessian=hessians.get(recipe.sources[0]) if method == "gptq" else None,
             scale_dtype=TORCH_DTYPE[spec.float_type],
-            float_zero=float_zero(spec.method, recipe.bits),
+            float_zero=spec.float_zero(recipe.bits),
         )
 
     return apply
@@ -349,7 +349,8 @@ def _manifest(
             method=str(spec.method),
             block_size=spec.block,
             accuracy_level=spec.accuracy_level or 0,
-            zero_points="float" if float_zero(spec.method, BITS[spec.precision]) else "integer",
+            zero_points=str(spec.zero_points),
+            keep_float=str(spec.keep_float),
             lm_head=str(spec.lm_head),
             embedding=str(spec.embedding),
         )

@@ -151,9 +151,8 @@ def read_graph(folder: Path, config: PretrainedConfig) -> PlainGraph:
 
 def _nbytes(tensor: onnx.TensorProto) -> int:
     if tensor.data_location == TensorProto.EXTERNAL:
-        return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    nbytes: int = numpy_helper.to_array(tensor).nbytes
-    return nbytes
+        return int(math.prod(tensor.dims)) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return int(numpy_helper.to_array(tensor).nbytes)
 
 
 def identity_of(checkpoint: Checkpoint) -> tuple[str, int]:

@@ -17,6 +17,8 @@ PRECISIONS = (*FLOATS, *BITS)
 TARGETS = ("ort", "tensorrt", "plain")
 METHODS = ("rtn", "hqq", "kquant", "gptq")
 PROVIDERS = ("any", "cuda")
+ZERO_POINTS = ("integer", "float")
+KEEP = ("none", "qkv", "o", "gate", "up", "down", "first:N", "last:N")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -37,6 +39,9 @@ class ExportSpec:
         method: how weights become integers: ``rtn`` (round to nearest), ``hqq``, ``kquant`` or ``gptq`` (calibrated).
         block_size: weights that share a scale, along the input axis.
         accuracy_level: MatMulNBits' own: 0 computes in the activations' type, 4 in int8.
+        zero_points: ``integer`` or ``float``: real ones fit better and cost a small product more (4 bits only).
+        keep_float: comma-separated parts that stay in the activations' type: ``qkv``, ``o``, ``gate``, ``up``,
+            ``down``, ``first:N`` and ``last:N`` layers, or ``none``.
         lm_head: ``float``, ``int8`` or ``int4``.
         embedding: ``float`` or ``int8``.
 
@@ -53,6 +58,8 @@ class ExportSpec:
     method: str | None = None
     block_size: int | None = None
     accuracy_level: int | None = None
+    zero_points: str | None = None
+    keep_float: str | None = None
     lm_head: str | None = None
     embedding: str | None = None
 
@@ -66,13 +73,20 @@ class ExportSpec:
         defaults = {
             "activations": "fp32" if quantised else self.precision,
             "method": {"int8": "rtn", "int4": "hqq"}.get(self.precision),
-            "block_size": 32 if quantised else None,
-            "accuracy_level": {"int8": 0, "int4": 4}.get(self.precision),
-            "lm_head": "int8" if quantised else "float",
+            # int8 in blocks of 16 with the sensitive parts in floats: see the export table for what each costs.
+            "block_size": {"int8": 16, "int4": 32}.get(self.precision),
+            "accuracy_level": 4 if quantised else None,
+            "zero_points": self._zero_points() if quantised else None,
+            "keep_float": {"int8": "qkv,first:2,last:1", "int4": "none"}.get(self.precision),
+            "lm_head": {"int4": "int8"}.get(self.precision, "float"),
             "embedding": "float",
         }
         if not quantised:
-            given = [n for n in ("method", "block_size", "accuracy_level") if getattr(self, n) is not None]
+            given = [
+                n
+                for n in ("method", "block_size", "accuracy_level", "zero_points", "keep_float")
+                if getattr(self, n) is not None
+            ]
             given += [n for n in ("lm_head", "embedding") if getattr(self, n) not in (None, "float")]
             if given:
                 raise ExportError(
@@ -87,6 +101,14 @@ class ExportSpec:
         if quantised:
             _one_of("method", str(self.method), METHODS)
             _one_of("block-size", self.block, BLOCK_SIZES)
+            _one_of("zero-points", self.zero_points, ZERO_POINTS)
+            if self.zero_points == "float" and self.precision == "int8":
+                raise ExportError("--zero-points float goes with int4: MatMulNBits takes integers for 8 bits")
+            for part in str(self.keep_float).split(","):
+                name, _, number = part.partition(":")
+                if f"{name}:N" in KEEP and number.isdecimal():
+                    continue
+                _one_of("part in keep-float", part, KEEP[:6])
             _one_of("accuracy-level", self.accuracy_level or 0, (0, 1, 2, 3, 4))
             if self.target != "ort":
                 raise ExportError(
@@ -115,9 +137,28 @@ class ExportSpec:
             return "Attention"
         return "GroupQueryAttention"
 
-    def bits_of(self, weight: str) -> int | None:
-        """Bits of a linear layer's weight, None for a float one."""
-        return BITS.get(str(self.lm_head) if weight == "lm_head.weight" else self.precision)
+    def _zero_points(self) -> str:
+        return "float" if self.precision == "int4" and (self.method or "hqq") in ("hqq", "kquant") else "integer"
+
+    def bits_of(self, weight: str, layers: int) -> int | None:
+        """Bits of a linear layer's weight in a model of so many layers, None for a float one."""
+        if weight == "lm_head.weight":
+            return BITS.get(str(self.lm_head))
+        index, part = int(weight.split(".")[2]), weight.split(".")[-2].removesuffix("_proj")
+        part = "qkv" if part in ("q", "k", "v") else part
+        for kept in str(self.keep_float).split(","):
+            name, _, number = kept.partition(":")
+            if (
+                name == part
+                or (name == "first" and index < int(number))
+                or (name == "last" and index >= layers - int(number))
+            ):
+                return None
+        return BITS.get(self.precision)
+
+    def float_zero(self, bits: int) -> bool:
+        """Whether zero points of such a weight are real numbers."""
+        return self.zero_points == "float" and bits == 4
 
     @property
     def digest(self) -> str:

@@ -111,7 +111,6 @@ def match_names(recipes: Iterable[WeightRecipe], checkpoint: Checkpoint, tied: b
     return mapping
 
 
-QUANTISED = ("codes", "scales", "zero_points")
 Quantiser = Callable[[WeightRecipe, Tensor], Packed]
 """A recipe (its sources, bits) and its float weight ``[rows, columns]`` -> the packed weight."""
 
@@ -167,7 +166,7 @@ def write_data(
         for recipe in conversion.recipes:
             if recipe.transform == "rope":
                 data = conversion.rope[recipe.name].to(TORCH_DTYPE[recipe.dtype]).contiguous()
-            elif recipe.transform == "scales" or recipe.transform == "zero_points":
+            elif recipe.transform in ("scales", "zero_points", "offsets"):
                 assert packed is not None  # the codes came just before
                 assert packed[0] == recipe.sources
                 data = _part(recipe, packed[1])
@@ -205,8 +204,12 @@ def write_data(
 
 def _part(recipe: WeightRecipe, packed: Packed) -> Tensor:
     """Codes, scales or zero points, in the shape and type that the graph declares."""
-    part = getattr(packed, recipe.transform)
-    return part.to(TORCH_DTYPE[recipe.dtype]).reshape(recipe.shape).contiguous()  # type: ignore[no-any-return]
+    if recipe.transform == "offsets":
+        assert packed.zero_points is not None
+        part = ((8 - packed.zero_points.float()) * packed.scales.float()).t()
+    else:
+        part = getattr(packed, recipe.transform)
+    return part.to(TORCH_DTYPE[recipe.dtype]).reshape(recipe.shape).contiguous()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

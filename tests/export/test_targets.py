@@ -142,7 +142,9 @@ def _other(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def decoders(tmp_path_factory: pytest.TempPathFactory, tokenizer_in: Callable[[Path], None]) -> Callable[[str], tuple[Path, Path]]:
+def decoders(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_in: Callable[[Path], None]
+) -> Callable[[str], tuple[Path, Path]]:
     """(checkpoint, plain export) of a small random decoder."""
     import torch
     from transformers import AutoModelForCausalLM
