@@ -31,6 +31,7 @@ _TRACE_OPSET = 18
 IR_VERSION = {"GroupQueryAttention": 8, "Attention": 11}
 EMBEDDING = "model.embed_tokens.weight"
 BLOCKS = "input_blocks"
+GUARD = "left_padded_batch_refused__pad_on_the_right"
 ALIGNMENT = 4096
 """ONNX Runtime maps external data into memory only at page boundaries."""
 
@@ -151,10 +152,12 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _trace(config: PretrainedConfig, dtype: torch.dtype, attention: str, last_logits: bool) -> onnx.ModelProto:
+def _trace(config: PretrainedConfig, spec: ExportSpec, last_logits: bool) -> onnx.ModelProto:
+    dtype, attention = TORCH_DTYPE[spec.float_type], spec.attention
     onnx_config = FusedLlamaOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
     onnx_config.last_logits = last_logits
     onnx_config.attention = attention
+    onnx_config.guarded = spec.provider == "any"  # CUDA has no ArgMax over integers
     model = _skeleton(config, dtype)
     kv = (1, config.num_key_value_heads, 1, head_dim_of(config))
     past = [(torch.zeros(kv, dtype=dtype), torch.zeros(kv, dtype=dtype)) for _ in range(config.num_hidden_layers)]
@@ -378,6 +381,10 @@ def _lower(model: onnx.ModelProto, weights: _Weights) -> onnx.ModelProto:
     if sums:
         shape = helper.make_tensor(f"{BLOCKS}.{spec.block}", TensorProto.INT64, [4], [0, 0, -1, spec.block])
         constants += [shape, helper.make_tensor(f"{BLOCKS}.axis", TensorProto.INT64, [1], [-1])]
+    first_valid = {node.output[0] for node in nodes if node.op_type == "ArgMax"}
+    for node in nodes:
+        if node.op_type == "Gather" and node.input[1] in first_valid:
+            node.name = GUARD  # ONNX Runtime's error names the node
     # Optional outputs that nothing reads (mean, inverse std) get the empty name.
     read = {i for node in nodes for i in node.input} | {o.name for o in graph.output}
     for node in nodes:
@@ -439,8 +446,8 @@ def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conve
             f"pass --keep-float none"
         )
     weights = _Weights(shapes, spec, config.num_hidden_layers)
-    decode = _lower(_trace(config, dtype, spec.attention, last_logits=True), weights)
-    scoring = _lower(_trace(config, dtype, spec.attention, last_logits=False), weights)
+    decode = _lower(_trace(config, spec, last_logits=True), weights)
+    scoring = _lower(_trace(config, spec, last_logits=False), weights)
     for model in (decode, scoring):
         point_at_data(model, weights.recipes, data_file)
     cos, sin = rope_tables(config)

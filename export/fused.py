@@ -279,10 +279,12 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
         last_only = self.real_config.last_logits
         hidden_size = int(self._model.config.hidden_size)
         standard = self.real_config.attention == "Attention"
+        guarded = self.real_config.guarded
         seen: dict[str, Tensor] = {}
 
         def mask_to_lengths(*, attention_mask: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-            lengths = (attention_mask.sum(dim=1) - 1).to(torch.int32)
+            one: Any = _LeftPaddingGuard.apply(attention_mask) if guarded else 1
+            lengths = (attention_mask.sum(dim=1) - one).to(torch.int32)
             total = torch._shape_as_tensor(attention_mask)[1].to(torch.int32)
             seen["lengths"] = lengths
             return lengths, total
@@ -337,6 +339,25 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
         super().__exit__(*exc)
 
 
+class _LeftPaddingGuard(torch.autograd.Function):
+    """1 for each row ``[batch]``, computed so that a row padded on the left makes ONNX Runtime stop.
+
+    The first valid position must be 0: a table of one element has no other index. GroupQueryAttention itself would
+    give wrong logits without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor) -> Tensor:
+        return mask[:, 0]
+
+    @staticmethod
+    def symbolic(g: Any, mask: Any) -> Any:
+        table = g.op("Constant", value_t=torch.tensor([1]))
+        out = g.op("Gather", table, g.op("ArgMax", mask, axis_i=1, keepdims_i=0), axis_i=0)
+        out.setType(mask.type().with_sizes([None]))
+        return out
+
+
 class _TakePosition(torch.autograd.Function):
     """``x[b, index[b]]`` as one GatherND, result ``[batch, 1, hidden]``."""
 
@@ -360,12 +381,13 @@ class FusedLlamaOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
     GroupQueryAttention derives positions from the mask, so there is no ``position_ids``; the standard operators take
     it. Past and present lengths are independent axes: a preallocated buffer is longer than the tokens in it.
     ``last_logits`` chooses between logits ``[batch, 1, vocab]`` of the last valid position and
-    ``[batch, sequence, vocab]`` of all.
+    ``[batch, sequence, vocab]`` of all. ``guarded`` makes left-padded batches an error of the graph.
     """
 
     _MODEL_PATCHER = FusedLlamaPatcher
     last_logits = True
     attention = "GroupQueryAttention"
+    guarded = True
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:

@@ -24,6 +24,7 @@ from export.cache import publish
 from export.check import check_graph
 from export.convert import EMBEDDING, OPSET, TORCH_DTYPE, Conversion, WeightRecipe, convert, head_dim_of
 from export.errors import BrokenCheckpointError, DestinationError
+from export.genai import write_genai_config
 from export.manifest import (
     SCHEMA_VERSION,
     FileEntry,
@@ -214,6 +215,8 @@ def _fused(
         onnx.save_model(conversion.decode, work / DECODE_GRAPH)
         onnx.save_model(conversion.scoring, work / SCORING_GRAPH)
         _copy_side_files(source.folder, work)
+        if spec.attention == "GroupQueryAttention":
+            write_genai_config(work, config, DECODE_GRAPH, eos_ids(source.folder, config))
         status("hashing")
         files = _entries(work, {DATA_FILE: data_sha})
         manifest = _manifest(spec, source, config, conversion, counts, identity, files)

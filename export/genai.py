@@ -1,0 +1,57 @@
+"""``genai_config.json``: what onnxruntime-genai needs to open an exported folder.
+
+Try: ``llama-onnx export demo OUT`` and then ``onnxruntime_genai.Model("OUT")``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from export.convert import head_dim_of
+
+NAME = "genai_config.json"
+
+
+def write_genai_config(folder: Path, config: PretrainedConfig, graph: str, eos: tuple[int, ...]) -> None:
+    """Describe the GroupQueryAttention graph of ``folder``: greedy search, past and present in one buffer."""
+    ids: list[int] = list(eos) or [0]
+    model: dict[str, Any] = {
+        "type": "llama",
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "bos_token_id": config.bos_token_id if config.bos_token_id is not None else ids[0],
+        "eos_token_id": ids,
+        "pad_token_id": config.pad_token_id if config.pad_token_id is not None else ids[0],
+        "decoder": {
+            "session_options": {"provider_options": []},
+            "filename": graph,
+            "head_size": head_dim_of(config),
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "num_hidden_layers": config.num_hidden_layers,
+            "inputs": {
+                "input_ids": "input_ids",
+                "attention_mask": "attention_mask",
+                "past_key_names": "past_key_values.%d.key",
+                "past_value_names": "past_key_values.%d.value",
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
+        },
+    }
+    search = {
+        "do_sample": False,
+        "num_beams": 1,
+        "max_length": config.max_position_embeddings,
+        "past_present_share_buffer": True,
+    }
+    text = json.dumps({"model": model, "search": search}, indent=1)
+    (folder / NAME).write_text(text + "\n", encoding="utf-8")
