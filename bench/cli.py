@@ -175,10 +175,10 @@ def _random_model(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from export.manifest import read_manifest, verify_files
+    from runtime.loading import read_folder
 
-    manifest = read_manifest(args.folder)
-    total = sum(f.size for f in manifest.files.values())
+    folder = args.folder.expanduser()
+    total = sum(p.stat().st_size for p in folder.iterdir() if p.is_file()) if folder.is_dir() else 0
     done = 0
     with _bytes_bar("hashing") as progress:
 
@@ -187,22 +187,39 @@ def _inspect(args: argparse.Namespace) -> int:
             done += n
             progress(done, total)
 
-        verify_files(args.folder, manifest, on_chunk)
+        manifest = read_folder(folder, progress=on_chunk)
     if args.json:
         _print_json(asdict(manifest))
         return 0
-    table = Table(title=f"{manifest.model_name}, every file as published", show_header=False, title_justify="left")
+    ours = bool(manifest.weights_sha256)
+    title = f"{manifest.model_name}, " + ("every file as published" if ours else "a folder from elsewhere")
+    table = Table(title=title, show_header=False, title_justify="left")
     kv = manifest.kv
+    identity = f"SHA-256 {manifest.weights_sha256[:16]}…" if ours else "unknown"
+    q = manifest.quantisation
     rows = {
         "weights": manifest.weights_origin,
-        "identity": f"SHA-256 {manifest.weights_sha256[:16]}… over {manifest.parameters:,} parameters",
+        "identity": f"{identity} over {manifest.parameters:,} parameters",
         "precision, target": f"{manifest.precision}, {manifest.target}, opset {manifest.opset}",
+    }
+    if q:
+        rows["quantised"] = (
+            f"{q.method}, blocks of {q.block_size}, accuracy level {q.accuracy_level}, zero points {q.zero_points}, "
+            f"lm_head {q.lm_head}, embedding {q.embedding}, kept in floats: {q.keep_float}"
+        )
+    rows |= {
+        "attention": f"{manifest.attention}, padding: {manifest.padding}, logits of {manifest.decode_logits} positions",
         "context": f"{manifest.context_length:,} tokens, vocabulary {manifest.vocab_size:,}",
         "graph": f"{manifest.node_count} nodes: " + ", ".join(f"{n} {op}" for op, n in manifest.fused_ops.items()),
-        "KV cache": f"{kv.layers} layers x {kv.kv_heads} heads x {kv.head_dim}, {kv.bytes_per_token():,} bytes a token",
+        "KV cache": f"{kv.layers} layers x {kv.kv_heads} heads x {kv.head_dim}, {kv.dtype}, "
+        f"{kv.bytes_per_token():,} bytes a token, "
+        + ("past and present in one buffer" if kv.shared_buffer else "joined by Concat"),
         "files": ", ".join(f"{name} ({entry.size:,})" for name, entry in manifest.files.items()),
-        "made": f"{manifest.created_utc} by " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
     }
+    if ours:
+        rows["made"] = f"{manifest.created_utc} by " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items())
+    if manifest.notes:
+        rows["notes"] = "\n".join(manifest.notes)
     for key, value in rows.items():
         table.add_row(key, Text(value))
     Console().print(table)

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from bench.errors import BenchError
 from bench.parity import TIERS, TokenFigures, teacher_forced_checks, token_figures
+from bench.peers.exports import GENAI_SCRIPT
 from bench.workload import chunked
 
 OURS: dict[str, dict[str, Any]] = {
@@ -34,12 +35,13 @@ OURS: dict[str, dict[str, Any]] = {
     "fp16": {"precision": "fp16"},
     "fp16, target tensorrt": {"precision": "fp16", "target": "tensorrt"},
     "int8": {"precision": "int8"},
-    "int8, accuracy level 4": {"precision": "int8", "accuracy_level": 4},
+    "int8, nothing kept": {"precision": "int8", "keep_float": "none"},
+    "int8, nothing kept, level 0": {"precision": "int8", "keep_float": "none", "accuracy_level": 0},
     "int4 rtn": {"precision": "int4", "method": "rtn"},
-    "int4 kquant": {"precision": "int4", "method": "kquant"},
     "int4 gptq": {"precision": "int4", "method": "gptq"},
+    "int4 kquant": {"precision": "int4", "method": "kquant"},
     "int4 hqq": {"precision": "int4", "method": "hqq"},
-    "int4 hqq, accuracy level 0": {"precision": "int4", "method": "hqq", "accuracy_level": 0},
+    "int4 hqq, integer zero points": {"precision": "int4", "method": "hqq", "zero_points": "integer"},
 }
 """Rows of ours: name -> fields of :class:`export.spec.ExportSpec`."""
 PEERS = ("optimum plain", "optimum O2", "genai builder fp32", "genai builder int4")
@@ -81,12 +83,9 @@ def export_once(job: dict[str, Any]) -> dict[str, Any]:
 
         export_model(ExportSpec(job["checkpoint"], **job["spec"]), out, calibration=load_shipped().calibration())
     else:
-        from optimum.exporters.onnx import main_export
+        from bench.peers.exports import optimum_export
 
-        options = {"optimize": job["kind"]} if job["kind"] != "plain" else {}
-        main_export(
-            job["checkpoint"], str(out), task="text-generation-with-past", no_post_process=not options, **options
-        )
+        optimum_export(Path(job["checkpoint"]), out, job["kind"])
     return {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
 
 
@@ -104,19 +103,8 @@ def _export(row: Row, kind: str, checkpoint: Path, out: Path, spec: dict[str, An
     row.seconds, row.peak_bytes = found["seconds"], found["peak_bytes"]
 
 
-_GENAI = """
-import json, sys, time, pathlib
-started = time.perf_counter()
-from onnxruntime_genai.models.builder import create_model
-create_model("", sys.argv[1], sys.argv[2], sys.argv[3], "cpu", sys.argv[2] + ".cache")
-status = pathlib.Path("/proc/self/status").read_text()
-peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-print(json.dumps({"seconds": time.perf_counter() - started, "peak_bytes": peak}))
-"""
-
-
 def _genai(row: Row, python: Path, checkpoint: Path, out: Path, precision: str) -> None:
-    found = json.loads(_child([str(python), "-c", _GENAI, str(checkpoint), str(out), precision]).splitlines()[-1])
+    found = json.loads(_child([str(python), "-c", GENAI_SCRIPT, str(checkpoint), str(out), precision]).splitlines()[-1])
     row.seconds, row.peak_bytes = found["seconds"], found["peak_bytes"]
 
 

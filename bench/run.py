@@ -20,14 +20,13 @@ from typing import Any
 
 from bench.datasets import Dataset, load_file, load_shipped
 from bench.environment import machine, versions
-from bench.errors import BenchError
 from bench.gate import GateInputs, run_gate, text_windows, ticks_of
 from bench.measure import CpuBandwidth, CudaBandwidth, interleave, load_times, peak_memory
 from bench.parity import TIERS
 from bench.peers.optimum_ort import LABEL as OPTIMUM
 from bench.workload import PROFILES, Profile, choose_profile
 from export.cache import cache_dir
-from export.manifest import Manifest, read_manifest, verify_files
+from export.manifest import Manifest
 from reports.record import (
     Case,
     Figure,
@@ -120,7 +119,7 @@ class Run:
     def precision(self) -> str:
         """The precision asked for, the exported folder's, or with ``auto`` fp32 on the CPU and fp16 on a GPU."""
         if self.options.exported:
-            return read_manifest(self.options.exported).precision
+            return self.manifest.precision
         if self.options.precision != "auto":
             return self.options.precision
         return "fp32" if self.device == "cpu" else "fp16"
@@ -147,9 +146,7 @@ class Run:
     def folder(self) -> Path:
         """The exported folder under test: the user's own, or made (and kept) in the cache."""
         if self.options.exported:
-            path = self.options.exported.expanduser()
-            verify_files(path, read_manifest(path))
-            return path
+            return self.options.exported.expanduser()
         from export.pipeline import export_model, load_config
         from export.spec import ExportSpec
 
@@ -167,15 +164,15 @@ class Run:
         path = cache_dir() / "exports" / f"{self._source.name.replace('/', '--')}-{self.precision}-{key}"
         texts = self.dataset.calibration() if spec.method == "gptq" else ()
         with self.progress("export", 100) as tick:
-            _, written = export_model(spec, path, source=self._source, calibration=texts, status=tick)
-        if not written:
-            verify_files(path, read_manifest(path))
+            export_model(spec, path, source=self._source, calibration=texts, status=tick)
         return path
 
     @cached_property
     def manifest(self) -> Manifest:
         """The exported folder's manifest."""
-        return read_manifest(self.folder)
+        from runtime.loading import read_folder
+
+        return read_folder(self.folder)
 
     @cached_property
     def profile(self) -> Profile:
@@ -193,16 +190,11 @@ class Run:
         """The exported folder's tokenizer.
 
         Raises:
-            BenchError: the folder has none.
+            SessionError: the folder has none.
         """
-        from transformers import AutoTokenizer
+        from runtime.text import load_tokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError):
-            raise BenchError(
-                f"{self.folder} has no tokenizer; export a checkpoint folder that holds tokenizer.json"
-            ) from None
+        return load_tokenizer(self.folder)
 
     # -- sides ------------------------------------------------------------------------------------------------------
 

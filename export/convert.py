@@ -448,6 +448,7 @@ def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conve
     weights = _Weights(shapes, spec, config.num_hidden_layers)
     decode = _lower(_trace(config, spec, last_logits=True), weights)
     scoring = _lower(_trace(config, spec, last_logits=False), weights)
+    decode.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1  # a reader without a manifest sees it
     for model in (decode, scoring):
         point_at_data(model, weights.recipes, data_file)
     cos, sin = rope_tables(config)

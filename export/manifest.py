@@ -196,6 +196,9 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**{f.name: _typed(raw[f.name], kinds[f.name], f.name) for f in fields(Manifest)})
         if manifest.kv.dtype not in DTYPE_BYTES:
             raise TypeError(f"kv.dtype: {manifest.kv.dtype[:40]!r} is none of {', '.join(DTYPE_BYTES)}")
+        for role in ("decode_graph", "scoring_graph", "data_file"):
+            if getattr(manifest, role) not in manifest.files:
+                raise TypeError(f"{role}: {getattr(manifest, role)[:40]!r} is not among the files")
         return manifest
     except TypeError as e:
         raise ManifestError(f"{path} has a field of the wrong form ({e}); export again") from None

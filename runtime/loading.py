@@ -1,4 +1,7 @@
-"""Folder -> session: the manifest is read and every file's hash checked before anything is loaded."""
+"""Folder -> session: what may not be trusted is refused, the manifest read and every hash checked before loading.
+
+A folder without our manifest is described by :mod:`runtime.foreign` instead; it has no hashes to check.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.manifest import read_manifest, verify_files
+from export.manifest import MANIFEST_NAME, Manifest, ManifestError, read_manifest, verify_files
 
 if TYPE_CHECKING:
     from runtime.ort_session import OrtSession
+
+
+def read_folder(folder: str | Path, verify: bool = True, progress: Callable[[int], None] | None = None) -> Manifest:
+    """The manifest of an exported folder, or one made up for a folder from elsewhere.
+
+    Args:
+        folder: ours, optimum's or onnxruntime-genai's.
+        verify: compare every file's SHA-256 with the manifest (under a second per GB); ours only.
+        progress: called with the bytes of each chunk hashed.
+
+    Raises:
+        ManifestError: no such folder, a broken manifest, or not the files that it was published with.
+        SessionError: a folder that may not be trusted, or of a layout that is not known.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ManifestError(f"no exported folder at {path}; make one with: llama-onnx export MODEL {path}")
+    manifest = read_manifest(path) if (path / MANIFEST_NAME).exists() else None
+    from runtime.trust import check_folder
+
+    check_folder(path)
+    if manifest is None:
+        from runtime.foreign import describe
+
+        return describe(path)
+    if verify:
+        verify_files(path, manifest, progress)
+    return manifest
 
 
 def load(
@@ -23,7 +54,7 @@ def load(
     """Open an exported folder on ONNX Runtime.
 
     Args:
-        folder: made by ``llama-onnx export``.
+        folder: made by ``llama-onnx export``, by optimum, or by onnxruntime-genai's builder.
         provider: ``cpu``, ``cuda`` or ``tensorrt``.
         threads: CPU threads, None for every core.
         verify: compare every file's SHA-256 with the manifest (under a second per GB).
@@ -37,7 +68,4 @@ def load(
     from runtime.ort_session import OrtSession
 
     path = Path(folder).expanduser()
-    manifest = read_manifest(path)
-    if verify:
-        verify_files(path, manifest, progress)
-    return OrtSession(path, manifest, provider, threads, huge_pages)
+    return OrtSession(path, read_folder(path, verify, progress), provider, threads, huge_pages)

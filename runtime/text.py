@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,22 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as e:
+        if (path / "tokenizer.json").is_file() and "does not exist" in str(e):
+            return _without_its_class(path)
         first = str(e).splitlines()[0][:160]
         raise SessionError(f"the tokenizer of {path} cannot be loaded ({first}); export again") from None
+
+
+def _without_its_class(path: Path) -> Any:
+    """A tokenizer whose configuration names a class of a newer transformers; its tokenizer.json says all there is."""
+    from transformers import PreTrainedTokenizerFast
+
+    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    special = {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), **special)
+    if (path / "chat_template.jinja").is_file():
+        tokenizer.chat_template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    return tokenizer
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

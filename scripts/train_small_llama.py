@@ -46,6 +46,7 @@ MODEL: dict[str, Any] = {
     "head_dim": 64,
     "max_position_embeddings": 512,
     "attention_dropout": 0.0,
+    "initializer_range": 0.06,  # about 1 / sqrt(hidden_size); transformers' 0.02 learns much slower at this size
     "tie_word_embeddings": False,
 }
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -131,10 +132,11 @@ def make_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
 
 
 def stream(items: Sequence[Item], tokenizer: Any) -> Tensor:
-    """Token ids [n]: every conversation, and every text on its own, behind one another."""
+    """Token ids [n]: the conversations (of questions, which repeat their context, none) and every text on its own."""
     ids: list[int] = []
     for item in items:
-        ids += tokenizer.apply_chat_template(dialogue(item), return_dict=False)
+        if item.task != "qa":
+            ids += tokenizer.apply_chat_template(dialogue(item), return_dict=False)
     for text in texts_of(items):
         ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     return torch.tensor(ids)
@@ -160,7 +162,7 @@ def loss_on(model: Any, windows: Sequence[Tensor]) -> float:
 
 
 def _windows(ids: Tensor, length: int) -> list[Tensor]:
-    return [w for w in ids.split(length) if len(w) > 1]
+    return [w for w in torch.split(ids, length) if len(w) > 1]
 
 
 def _losses(model: Any, windows: Sequence[Tensor], counts: Tensor) -> Losses:
@@ -225,7 +227,7 @@ def train(
     model: Mapping[str, Any] = MODEL,
     vocabulary: int = 2000,
     window: int = 512,
-    batch: int = 2,
+    batch: int = 1,
     evaluations: int = 12,
     progress: Progress = lambda *_: None,
 ) -> Trained:

@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "in", "rain", "and", "it", "was", "big", "small", "why", "who"]
+# Enough text for second moments of full rank: gptq calibrates on it.
+CALIBRATION = (" ".join(WORDS[k * k % 7 * 3 % 16] + " " + WORDS[k * 5 % 16] for k in range(300)), "the cat sat " * 20)
 TEMPLATE = "{% for m in messages %}<u> {{ m['content'] }} </u>{% endfor %}{% if add_generation_prompt %} <a>{% endif %}"
 
 
@@ -68,6 +70,12 @@ def words() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def calibration() -> tuple[str, ...]:
+    """Texts in those words; `exports` calibrates gptq on them."""
+    return CALIBRATION
+
+
+@pytest.fixture(scope="session")
 def tokenizer_in() -> Callable[[Path], None]:
     """Saves the tiny tokenizer in a folder."""
     return save_tokenizer
@@ -99,7 +107,8 @@ def exports(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         key = precision + repr(sorted((spec or {}).items())) + repr(sorted(changes.items(), key=str))
         if key not in made:
             out = tmp_path_factory.mktemp("export") / "folder"
-            export_model(ExportSpec(str(checkpoints(**changes)), precision, **(spec or {})), out)
+            asked = ExportSpec(str(checkpoints(**changes)), precision, **(spec or {}))
+            export_model(asked, out, calibration=CALIBRATION if asked.method == "gptq" else ())
             made[key] = out
         return made[key]
 

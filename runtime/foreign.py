@@ -1,0 +1,255 @@
+"""Folders that other tools exported: what is known about them, and what is not.
+
+optimum's graphs and onnxruntime-genai's are read from their ONNX file and their configurations into the same
+:class:`export.manifest.Manifest` that our own folders carry, so that everything else treats them alike. What had to be
+inferred stands in ``notes``. Try: ``llama-onnx inspect FOLDER``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from export.manifest import FileEntry, KVLayout, Manifest, Quantisation
+from runtime.errors import SessionError
+from runtime.trust import check_graph
+
+GENAI_CONFIG = "genai_config.json"
+GRAPHS = ("model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx")
+"""File names that optimum has used, the present one first."""
+FUSED = (
+    "GroupQueryAttention",
+    "MultiHeadAttention",
+    "Attention",
+    "RotaryEmbedding",
+    "SimplifiedLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "RMSNormalization",
+    "MatMulNBits",
+    "GatherBlockQuantized",
+    "Softmax",
+    "MatMul",
+)
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_TYPES = {1: "fp32", 10: "fp16", 16: "bf16"}
+
+
+class ForeignFolderError(SessionError):
+    """An ONNX folder whose layout is not one that this runtime drives."""
+
+
+def describe(folder: Path) -> Manifest:
+    """A manifest for a folder that has none.
+
+    Raises:
+        ForeignFolderError: no graph, or inputs and outputs of a form that is not known.
+        UntrustedModelError: see :func:`runtime.trust.check_graph`.
+    """
+    genai = _json(folder / GENAI_CONFIG)
+    config = _json(folder / "config.json")
+    genai_model = _part(genai, "model")
+    name = _part(genai, "model", "decoder").get("filename")
+    name = name or next((n for n in GRAPHS if (folder / n).is_file()), None)
+    if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+        raise ForeignFolderError(
+            f"{folder} has neither manifest.json nor a graph under a known name ({', '.join(GRAPHS)}); "
+            f"pass the folder that an export wrote"
+        )
+    model = check_graph(folder / name)
+    graph = model.graph
+    counts = Counter(node.op_type for node in graph.node)
+    if counts["If"]:
+        raise ForeignFolderError(
+            f"{folder / name} is a merged graph (an If over two decoders), which this runtime does not drive; "
+            f"export again with optimum 1.14 or later, which writes one graph"
+        )
+    inputs = {i.name: i.type.tensor_type for i in graph.input}
+    outputs = {o.name: o.type.tensor_type for o in graph.output}
+    hint = _number(_part(genai, "model", "decoder"), "head_size") or _number(config, "head_dim")
+    if not hint and _number(config, "hidden_size") and _number(config, "num_attention_heads"):
+        hint = config["hidden_size"] // config["num_attention_heads"]
+    kv = _kv_layout(folder / name, inputs, outputs, counts, hint)
+    notes = ["no manifest: the weights' identity is not known, no hash was checked"]
+    maker = "onnxruntime-genai's builder" if genai else "optimum or another tool"
+    notes.append(f"made by {model.producer_name or 'an unnamed tool'}, laid out as {maker} does")
+    precision, quantisation = _precision(graph, kv.dtype, notes)
+    vocab = _dim(outputs["logits"], 2) or _number(config, "vocab_size") or _number(genai_model, "vocab_size")
+    if not vocab:
+        raise ForeignFolderError(f"{folder}: neither the graph nor config.json says how large the vocabulary is")
+    context = _number(config, "max_position_embeddings", "n_positions") or _number(genai_model, "context_length")
+    if not context:
+        context = 2048
+        notes.append("no configuration names the context length: 2,048 is assumed")
+    eos = _eos(folder, config, genai_model)
+    if not eos:
+        notes.append("no end-of-sequence token is named: generation ends at the length limit only")
+    attention = "unfused"
+    for operator in ("GroupQueryAttention", "Attention"):
+        if counts[operator]:
+            attention = operator
+    if counts["MultiHeadAttention"]:
+        notes.append("MultiHeadAttention: its padding rules are taken to be those of an unfused graph")
+    looked_up = _only_gathered(graph)
+    files = {
+        p.name: FileEntry(p.stat().st_size, "") for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."
+    }
+    return Manifest(
+        schema_version=0,
+        created_utc="",
+        spec={},
+        spec_digest="",
+        model_name=str(config.get("_name_or_path") or folder.resolve().name),
+        model_type=str(config.get("model_type") or genai_model.get("type") or "unknown"),
+        weights_sha256="",
+        weights_origin="unknown (a folder from elsewhere)",
+        source_key="",
+        parameters=sum(_elements(t) for t in graph.initializer if len(t.dims) > 1),
+        precision=precision,
+        activations=kv.dtype,
+        quantisation=quantisation,
+        target="ort" if attention == "GroupQueryAttention" else "plain",
+        attention=attention,
+        padding="right" if attention == "GroupQueryAttention" else "any",
+        decode_logits="last" if _dim(outputs["logits"], 1) == 1 else "all",
+        opset=next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
+        vocab_size=vocab,
+        context_length=context,
+        eos_token_ids=eos,
+        decode_graph=name,
+        scoring_graph=name,
+        data_file=next((e.value for t in graph.initializer for e in t.external_data if e.key == "location"), name),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        kv=kv,
+        fused_ops={op: counts[op] for op in FUSED if counts[op]},
+        node_count=len(graph.node),
+        decode_weight_bytes=sum(_nbytes(t) for t in graph.initializer if t.name not in looked_up),
+        weights=(),
+        versions={},
+        files=files,
+        notes=tuple(notes),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ForeignFolderError(f"{path} is not valid JSON ({str(e)[:80]}); copy it again") from None
+    if not isinstance(raw, dict):
+        raise ForeignFolderError(f"{path} is not a JSON object; copy it again")
+    return raw
+
+
+def _part(raw: dict[str, Any], *path: str) -> dict[str, Any]:
+    """A nested object, {} where it is absent or something else."""
+    for name in path:
+        inner = raw.get(name)
+        raw = inner if isinstance(inner, dict) else {}
+    return raw
+
+
+def _number(raw: dict[str, Any], *names: str) -> int:
+    for name in names:
+        value = raw.get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0
+
+
+def _dim(tensor: Any, axis: int) -> int:
+    """A static dimension, 0 when it is dynamic or absent."""
+    dims = tensor.shape.dim
+    return int(dims[axis].dim_value) if len(dims) > axis else 0
+
+
+def _kv_layout(
+    path: Path, inputs: dict[str, Any], outputs: dict[str, Any], counts: Counter[str], head_size: int
+) -> KVLayout:
+    past = {n: t for n, t in inputs.items() if _PAST.fullmatch(n)}
+    known = {"input_ids", "attention_mask", "position_ids", *past}
+    strange = sorted(set(inputs) - known)
+    if strange or "input_ids" not in inputs:
+        raise ForeignFolderError(
+            f"{path} has the inputs {', '.join(sorted(inputs))[:200]}; this runtime drives input_ids, attention_mask, "
+            f"position_ids and past_key_values.N.key/value"
+        )
+    layers = len(past) // 2
+    wanted = {f"{p}.{i}.{k}" for p in ("past_key_values", "present") for i in range(layers) for k in ("key", "value")}
+    lacking = sorted(wanted - set(inputs) - set(outputs))
+    if not past or lacking or "logits" not in outputs:
+        thing = lacking[0] if lacking else ("KV cache inputs" if not past else "logits")
+        raise ForeignFolderError(f"{path} lacks {thing}; export it with past (task text-generation-with-past)")
+    first = past["past_key_values.0.key"]
+    heads, size = _dim(first, 1), _dim(first, 3) or head_size
+    if len(first.shape.dim) != 4 or not heads or not size:
+        raise ForeignFolderError(
+            f"{path}: past_key_values.0.key is not [batch, heads, tokens, head size] with fixed heads and size"
+        )
+    if first.elem_type not in _TYPES:
+        raise ForeignFolderError(f"{path}: KV cache of ONNX type {first.elem_type}; fp32, fp16 and bf16 are known")
+    return KVLayout(layers, heads, size, _TYPES[first.elem_type], shared_buffer=counts["GroupQueryAttention"] > 0)
+
+
+def _precision(graph: Any, activations: str, notes: list[str]) -> tuple[str, Quantisation | None]:
+    """What most of the weights are stored as; quantised ones by their operators."""
+    packed = [{a.name: a for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
+    if packed:
+        bits = Counter(int(p["bits"].i) if "bits" in p else 4 for p in packed)
+        name = f"int{bits.most_common(1)[0][0]}"
+        if len(bits) > 1:
+            notes.append("MatMulNBits of " + ", ".join(f"{n} x {b} bits" for b, n in sorted(bits.items())))
+        first = packed[0]
+        level = int(first["accuracy_level"].i) if "accuracy_level" in first else 0
+        notes.append("the quantiser's method cannot be told from the graph")
+        return name, Quantisation(
+            name, "unknown", int(first["block_size"].i), level, "unknown", "unknown", "unknown", "unknown"
+        )
+    if any(node.op_type in ("DynamicQuantizeMatMul", "MatMulInteger", "DequantizeLinear") for node in graph.node):
+        notes.append("weights are quantised by other operators than MatMulNBits: called int8, not certain")
+        return "int8", Quantisation("int8", "unknown", 0, 0, "unknown", "unknown", "unknown", "unknown")
+    sizes: Counter[int] = Counter()
+    for tensor in graph.initializer:
+        if tensor.data_type in _TYPES and len(tensor.dims) > 1:
+            sizes[tensor.data_type] += _elements(tensor)
+    if not sizes:
+        notes.append("no float weights found: the precision is that of the KV cache")
+        return activations, None
+    if len(sizes) > 1:
+        notes.append("weights of several types: " + ", ".join(f"{_TYPES[t]} {n:,}" for t, n in sizes.most_common()))
+    return _TYPES[sizes.most_common(1)[0][0]], None
+
+
+def _elements(tensor: Any) -> int:
+    return math.prod(tensor.dims)
+
+
+def _nbytes(tensor: Any) -> int:
+    width = {1: 4, 6: 4, 7: 8, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}.get(tensor.data_type, 1)
+    return _elements(tensor) * width
+
+
+def _only_gathered(graph: Any) -> set[str]:
+    """Initialisers of which a decode step reads rows only: embeddings and rotary tables."""
+    readers: dict[str, set[str]] = {}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            table = node.op_type in ("GroupQueryAttention", "RotaryEmbedding") and i > 0
+            readers.setdefault(name, set()).add("Gather" if table else node.op_type)
+    return {name for name, ops in readers.items() if ops <= {"Gather", "GatherBlockQuantized"}}
+
+
+def _eos(folder: Path, config: dict[str, Any], genai_model: dict[str, Any]) -> tuple[int, ...]:
+    for raw in (_json(folder / "generation_config.json"), genai_model, config):
+        value = raw.get("eos_token_id")
+        values = value if isinstance(value, list) else [value]
+        if value is not None and all(isinstance(v, int) for v in values):
+            return tuple(values)
+    return ()

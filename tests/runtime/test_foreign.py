@@ -1,0 +1,194 @@
+"""Folders from elsewhere run here, and ours run elsewhere: the real packages, greedy tokens equal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from export.manifest import ManifestError, read_manifest
+from runtime.errors import SessionError
+from runtime.foreign import ForeignFolderError
+from runtime.generate import generate
+from runtime.loading import load, read_folder
+from runtime.trust import UntrustedModelError
+
+Folders = Callable[..., Path]
+PROMPT = [7, 19, 8, 12, 9]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def optimum_folder(checkpoints: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What optimum itself writes."""
+    from bench.peers.exports import optimum_export
+
+    out = tmp_path_factory.mktemp("optimum") / "plain"
+    optimum_export(checkpoints(), out, "plain")
+    return out
+
+
+@pytest.fixture
+def unsigned(exports: Folders, tmp_path: Path) -> Path:
+    """Our export without its manifest: as far as anyone can tell, a folder from elsewhere."""
+    folder = tmp_path / "unsigned"
+    shutil.copytree(exports(), folder)
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def _greedy(folder: Path) -> list[int]:
+    with load(folder, threads=1) as session:
+        return list(generate(session, [PROMPT], NEW).tokens[0])
+
+
+def test_optimums_folder_runs_here(optimum_folder: Path, exports: Folders) -> None:
+    manifest = read_folder(optimum_folder)
+    assert (manifest.attention, manifest.precision, manifest.decode_logits) == ("unfused", "fp32", "all")
+    assert (manifest.kv.layers, manifest.kv.kv_heads, manifest.kv.head_dim) == (2, 2, 16)
+    assert (manifest.vocab_size, manifest.context_length, manifest.eos_token_ids) == (331, 160, (2,))
+    assert any("identity is not known" in note for note in manifest.notes)
+    assert _greedy(optimum_folder) == _greedy(exports())
+
+
+def test_a_fused_folder_without_manifest_is_recognised(unsigned: Path, exports: Folders) -> None:
+    found, told = read_folder(unsigned), read_manifest(exports())
+    same = ("precision", "activations", "attention", "padding", "decode_logits", "kv", "node_count", "inputs", "opset")
+    for name in (*same, "vocab_size", "context_length", "eos_token_ids", "decode_weight_bytes", "parameters"):
+        if name not in ("decode_weight_bytes", "parameters"):
+            assert getattr(found, name) == getattr(told, name), name
+    # The small norm weights and rotary tables are counted a little differently; the matrices are not.
+    assert abs(found.decode_weight_bytes - told.decode_weight_bytes) < 0.01 * told.decode_weight_bytes
+    assert _greedy(unsigned) == _greedy(exports())
+
+
+def test_quantised_folder_without_manifest(exports: Folders, tmp_path: Path) -> None:
+    shutil.copytree(exports("int4", spec={"method": "rtn"}), tmp_path / "q")
+    (tmp_path / "q" / "manifest.json").unlink()
+    manifest = read_folder(tmp_path / "q")
+    assert manifest.quantisation is not None
+    assert (manifest.precision, manifest.activations) == ("int4", "fp32")
+    assert (manifest.quantisation.block_size, manifest.quantisation.accuracy_level) == (32, 4)
+    assert any("1 x 8 bits" in note for note in manifest.notes)  # the head
+
+
+def test_ours_runs_in_optimum(exports: Folders) -> None:
+    torch = pytest.importorskip("torch")
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    model = ORTModelForCausalLM.from_pretrained(exports(), use_io_binding=False)
+    ids = torch.tensor([PROMPT])
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert out[0, len(PROMPT) :].tolist() == _greedy(exports())
+    padded = torch.tensor([PROMPT, [0, 0, 0, *PROMPT[:2]]])
+    mask = torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
+    with pytest.raises(Exception, match="left_padded_batch_refused__pad_on_the_right"):
+        model.generate(input_ids=padded, attention_mask=mask, **options)
+
+
+def test_ours_runs_in_genai(exports: Folders) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    model = og.Model(str(exports()))
+    settings = og.GeneratorParams(model)
+    settings.set_search_options(max_length=len(PROMPT) + NEW, do_sample=False)
+    generator = og.Generator(model, settings)
+    generator.append_tokens(np.array([PROMPT], np.int32))
+    tokens = []
+    while not generator.is_done() and len(tokens) < NEW:
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    assert len(tokens) > 8
+    assert tokens == _greedy(exports())[: len(tokens)]
+
+
+def test_genais_own_layout_runs_here(unsigned: Path, exports: Folders) -> None:
+    """Its graph leaves the head size open and gives all logits; its configuration names graph and context."""
+    model = onnx.load(unsigned / "model_scoring.onnx", load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past", "present")):
+            value.type.tensor_type.shape.dim[3].dim_param = "kv_cache_dim"
+    for name in ("model.onnx", "model_scoring.onnx", "config.json", "generation_config.json"):
+        (unsigned / name).unlink()
+    onnx.save(model, unsigned / "decoder.onnx")
+    config = json.loads((unsigned / "genai_config.json").read_text())
+    config["model"]["decoder"]["filename"] = "decoder.onnx"
+    (unsigned / "genai_config.json").write_text(json.dumps(config))
+    manifest = read_folder(unsigned)
+    assert (manifest.kv.head_dim, manifest.context_length, manifest.decode_logits) == (16, 160, "all")
+    assert manifest.eos_token_ids == (2,)
+    assert _greedy(unsigned) == _greedy(exports())
+
+
+@pytest.mark.parametrize("what", ["no graph", "merged", "no past", "other names", "strange input", "bad config"])
+def test_unknown_layouts_are_refused_by_name(what: str, unsigned: Path) -> None:
+    path = unsigned / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    named = {
+        "no graph": "manifest.json nor a graph",
+        "merged": "merged",
+        "no past": "KV cache",
+        "other names": "past_0",
+        "strange input": "token_type_ids",
+        "bad config": "config.json",
+    }[what]
+    if what == "no graph":
+        path.rename(unsigned / "other.onnx")
+    elif what == "merged":
+        empty = helper.make_graph([], "branch", [], [])
+        node = helper.make_node("If", ["input_ids"], [], then_branch=empty, else_branch=empty)
+        model.graph.node.append(node)
+    elif what == "no past":
+        kept = [i for i in model.graph.input if not i.name.startswith("past")]
+        del model.graph.input[:]
+        model.graph.input.extend(kept)
+    elif what == "other names":
+        next(i for i in model.graph.input if i.name == "past_key_values.0.key").name = "past_0"
+    elif what == "strange input":
+        model.graph.input.append(helper.make_tensor_value_info("token_type_ids", 7, [1, 1]))
+    else:
+        (unsigned / "genai_config.json").unlink()
+        (unsigned / "config.json").write_text("[1, 2")
+    if what not in ("no graph", "bad config"):
+        onnx.save(model, path)
+    with pytest.raises(SessionError, match=named):
+        read_folder(unsigned)
+
+
+def test_what_may_not_be_trusted_is_refused_before_it_is_opened(exports: Folders, tmp_path: Path) -> None:
+    folder = tmp_path / "evil"
+    shutil.copytree(exports(), folder)
+    (folder / "custom_ops.so").write_bytes(b"\x7fELF")
+    with pytest.raises(UntrustedModelError, match=r"custom_ops\.so"):
+        load(folder)
+    (folder / "custom_ops.so").unlink()
+    (folder / "manifest.json").unlink()
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model.graph.node[0].domain = "evil.corp"
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(UntrustedModelError, match=r"evil\.corp"):
+        load(folder)
+
+
+def test_a_manifest_cannot_point_at_a_graph_that_has_no_hash(exports: Folders, tmp_path: Path) -> None:
+    folder = tmp_path / "swapped"
+    shutil.copytree(exports(), folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["decode_graph"] = "other.onnx"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copy(folder / "model.onnx", folder / "other.onnx")
+    with pytest.raises(ManifestError, match="decode_graph"):
+        load(folder)
+
+
+def test_no_folder() -> None:
+    with pytest.raises(ManifestError, match="no exported folder"):
+        read_folder("/nonexistent/folder")
+    assert issubclass(ForeignFolderError, SessionError)
