@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--activations", help="type of activations and KV cache: fp32, fp16 or bf16 (default fp32)")
     weights.add_argument("--lm-head", help="float, int8 or int4 (default: int4 int8, else float)")
     weights.add_argument("--embedding", help="float or int8 (default float)")
+    export.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin of a maker that you trust")
     export.add_argument("--force", action="store_true", help="replace another export of ours at OUT")
 
     random_model = add("random-model", _random_model, "write a checkpoint of a real LLaMA's shape with random weights")
@@ -148,7 +149,13 @@ def _export(args: argparse.Namespace) -> int:
         calibration = load_shipped().calibration()
     with _bytes_bar("weights") as progress:
         manifest, written = export_model(
-            spec, args.out, force=args.force, calibration=calibration, status=_status, progress=progress
+            spec,
+            args.out,
+            force=args.force,
+            calibration=calibration,
+            allow_pickle=args.allow_pickle,
+            status=_status,
+            progress=progress,
         )
     if args.json:
         _print_json({"folder": str(args.out), "written": written, "manifest": asdict(manifest)})

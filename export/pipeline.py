@@ -140,6 +140,7 @@ def export_model(
     force: bool = False,
     source: Source | None = None,
     calibration: Sequence[str] = (),
+    allow_pickle: bool = False,
     status: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> tuple[Manifest, bool]:
@@ -151,6 +152,7 @@ def export_model(
         force: replace another export of ours (never anything else).
         source: a checkpoint that was resolved before; by default ``spec.model`` is resolved.
         calibration: texts whose activations ``gptq`` is calibrated on.
+        allow_pickle: see :func:`export.source.resolve`.
         status: told what is being done.
         progress: told (bytes written, bytes in all).
 
@@ -162,7 +164,7 @@ def export_model(
     """
     out = out.expanduser()
     existing = _check_destination(out, spec, force)
-    source = source or resolve(spec.model, spec.revision, status)
+    source = source or resolve(spec.model, spec.revision, status, allow_pickle)
     if existing is not None:
         if existing.source_key == source.content_key:
             return existing, False

@@ -52,8 +52,13 @@ class Source:
         return hashlib.sha256("|".join(facts).encode()).hexdigest()
 
 
-def resolve(model: str, revision: str | None = None, status: Status = lambda _: None) -> Source:
+def resolve(
+    model: str, revision: str | None = None, status: Status = lambda _: None, allow_pickle: bool = False
+) -> Source:
     """Find or fetch a checkpoint.
+
+    ``allow_pickle`` lets a local folder's ``pytorch_model*.bin`` be read (by PyTorch's restricted unpickler) and
+    converted once into the cache; code of the checkpoint is never run.
 
     Raises:
         ModelNotFoundError: no such folder, file or hub id; or the hub cannot be reached.
@@ -66,7 +71,7 @@ def resolve(model: str, revision: str | None = None, status: Status = lambda _: 
         return Source(demo_model(status), "SmolLM2-135M-Instruct", ORIGIN)
     path = Path(model).expanduser()
     if path.is_dir():
-        return _local(path)
+        return _local(path, status, allow_pickle)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelNotFoundError(f"{path} is a file, but not a .gguf; pass the checkpoint's folder")
@@ -79,7 +84,7 @@ def resolve(model: str, revision: str | None = None, status: Status = lambda _: 
     return _from_hub(model, revision, status)
 
 
-def _local(folder: Path) -> Source:
+def _local(folder: Path, status: Status, allow_pickle: bool) -> Source:
     config = folder / "config.json"
     if not config.is_file():
         raise BrokenCheckpointError(f"{folder} has no config.json; pass a transformers checkpoint folder")
@@ -88,6 +93,14 @@ def _local(folder: Path) -> Source:
         origin = str(raw.get("llama_onnx_origin", "local folder"))
     except (ValueError, AttributeError):
         raise BrokenCheckpointError(f"{config} is not a JSON object; copy or download it again") from None
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        if not allow_pickle:
+            raise BrokenCheckpointError(
+                f"{folder} holds pickled weights only ({pickles[0].name}), and a pickle can run code when it is read; "
+                f"save the model with safe_serialization=True, or pass --allow-pickle if you trust its maker"
+            )
+        return Source(unpickled_checkpoint(folder, pickles, status), folder.resolve().name, f"{origin}, unpickled")
     return Source(folder, folder.resolve().name, origin)
 
 
@@ -121,6 +134,46 @@ def _from_hub(model: str, revision: str | None, status: Status) -> Source:
             f"or 'demo' for the built-in demo model"
         ) from None
     return Source(Path(folder), model, f"hub {model}" + (f" at {revision}" if revision else ""))
+
+
+def unpickled_checkpoint(folder: Path, pickles: list[Path], status: Status) -> Path:
+    """Convert pickled weights to a safetensors folder in the cache, once per content; returns the folder.
+
+    Raises:
+        BrokenCheckpointError: not a state dict, or it holds more than tensors.
+    """
+    import shutil
+
+    import torch
+    from safetensors.torch import save_file
+
+    digest = hashlib.sha256("".join(sha256_of(p) for p in pickles).encode()).hexdigest()[:16]
+    target = cache_dir() / "unpickled" / digest
+    if (target / "config.json").is_file():
+        return target
+    with publish(target, shared=True) as work:
+        where: dict[str, str] = {}
+        total = 0
+        for k, path in enumerate(pickles):
+            status(f"reading {path.name}")
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as e:  # whatever a damaged or hostile pickle raises
+                first = (str(e).splitlines() or [type(e).__name__])[0][:160]
+                raise BrokenCheckpointError(f"{path} cannot be read without running code from it ({first})") from None
+            if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+                raise BrokenCheckpointError(f"{path} is not a dictionary of tensors; save the model again")
+            name = f"model-{k + 1:05d}-of-{len(pickles):05d}.safetensors"
+            tensors = {n: t.clone().contiguous() for n, t in state.items() if n not in where}
+            save_file(tensors, work / name, metadata={"format": "pt"})
+            where |= dict.fromkeys(tensors, name)
+            total += sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (work / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        for file in folder.iterdir():
+            if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, work / file.name)
+    return target
 
 
 def gguf_checkpoint(path: Path, status: Status = lambda _: None) -> Path:

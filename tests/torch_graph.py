@@ -190,7 +190,7 @@ class TorchGraph:
 
 
 class TorchGraphSession:
-    """prefill, step and score of an exported folder, as :class:`runtime.session.Session`; ``last`` keeps the outputs."""
+    """prefill, step and score of an exported folder, as any session; ``last`` holds the last run's outputs."""
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder)

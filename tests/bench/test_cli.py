@@ -92,7 +92,7 @@ def test_a_defect_of_ours_is_not_dressed_up(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("export.manifest.read_manifest", broken)
+    monkeypatch.setattr("runtime.loading.read_folder", broken)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", str(exports())])
 

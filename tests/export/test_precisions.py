@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.calibrate import hessians_of
 from export.check import check_graph
 from export.convert import convert
-from export.errors import ExportError, GraphCheckError, UnsupportedModelError
+from export.errors import BrokenCheckpointError, ExportError, GraphCheckError, UnsupportedModelError
 from export.manifest import Manifest, Weight, read_manifest
 from export.pipeline import export_model, load_config
 from export.quantize import Packed, dequantize, pack, quantize
@@ -38,13 +39,7 @@ STEPS = 8
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "uint8": torch.uint8}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Reproducible second moments, and no threads that wait for each other over tiny matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe(precision: str, method: str, zeros: str, **fields: Any) -> dict[str, Any]:
@@ -357,9 +352,7 @@ def test_a_policy_that_leaves_nothing_to_quantise_is_refused(checkpoints: Folder
     assert manifest.quantisation is not None
     assert manifest.quantisation.keep_float == "qkv,first:2,last:1"
     quantised = {w.name.removesuffix(".codes") for w in manifest.weights if w.transform == "codes"}
-    assert quantised == {
-        f"model.layers.2.{p}_proj.weight" for p in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
-    }
+    assert quantised == {f"model.layers.2.{p}_proj.weight" for p in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
 
 
 @pytest.mark.parametrize("zeros", ["integer", "float"])
@@ -410,13 +403,14 @@ def test_int4_with_fp16_activations_stays_near(
         assert 1e-6 < max(distances(ours, theirs)) < 1e-2
 
 
-def test_gptq_says_what_it_lacks(checkpoints: Folders, calibration: Sequence[str], tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.parametrize("texts", [(), ("",), ("  ", "\n")])
+def test_gptq_without_text_is_refused(texts: Sequence[str], checkpoints: Folders, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="needs text"):
+        export_model(ExportSpec(str(checkpoints()), "int4", method="gptq"), tmp_path / "out", calibration=texts)
+    assert list(tmp_path.iterdir()) == []
 
-    spec = ExportSpec(str(checkpoints()), "int4", method="gptq")
-    for texts in ((), ("",), ("  ", "\n")):
-        with pytest.raises(ExportError, match="needs text"):
-            export_model(spec, tmp_path / "out", calibration=texts)
+
+def test_gptq_without_tokenizer_is_refused(checkpoints: Folders, calibration: Sequence[str], tmp_path: Path) -> None:
     bare = shutil.copytree(checkpoints(), tmp_path / "bare")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (bare / name).unlink(missing_ok=True)
@@ -583,6 +577,23 @@ def test_bf16_data_is_the_checkpoint_rounded(target: str, checkpoints: Folders, 
         same_bits(stored(folder, manifest, weight), want.t() if "transpose" in weight.transform else want)
         seen.update(weight.sources)
     assert seen == set(tensors)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("rows", [{"k": 16}, {"k": 16, "v": 48}])
+def test_joined_weights_of_other_shapes_are_refused(
+    precision: str, rows: dict[str, int], checkpoints: Folders, tmp_path: Path
+) -> None:
+    """q, k and v are stored as one weight: too few rows of one must not be made up for by another's."""
+    broken = shutil.copytree(checkpoints(), tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    for part, n in rows.items():
+        name = f"model.layers.0.self_attn.{part}_proj.weight"
+        tensors[name] = tensors[name].repeat(2, 1)[:n].clone()
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BrokenCheckpointError, match=r"config\.json"):
+        export_model(ExportSpec(str(broken), precision), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_packing_of_an_odd_row_of_zero_points_is_read_right(checkpoints: Folders, exports: Folders) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -174,3 +175,30 @@ def test_demo_model_of_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(demo_model, "_download", other)
     with pytest.raises(DemoModelError, match="not the pinned"):
         demo_model.demo_model()
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("evil-code-ran",)
+
+
+def test_pickled_weights(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    monkeypatch.setenv("LLAMA_ONNX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pickled"
+    shutil.copytree(checkpoints(), folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BrokenCheckpointError, match="--allow-pickle"):
+        export_model(ExportSpec(str(folder)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    trusted, _ = export_model(ExportSpec(str(folder)), tmp_path / "out", allow_pickle=True)
+    plain, _ = export_model(ExportSpec(str(checkpoints())), tmp_path / "other")
+    assert trusted.weights_sha256 == plain.weights_sha256
+    torch.save({"x": _Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(BrokenCheckpointError, match="without running code"):
+        export_model(ExportSpec(str(folder)), tmp_path / "out2", allow_pickle=True)
+    assert not (tmp_path / "evil-code-ran").exists()

@@ -1,0 +1,306 @@
+"""Streamed weights against a plain in-memory export of the real model, and what streaming promises about memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+import export.weights
+from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
+from export.manifest import read_manifest
+from export.pipeline import export_model
+from export.spec import ExportSpec
+from export.weights import Checkpoint
+
+Folders = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("one_thread")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "biased-tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+}
+ROPE = ("model.rope_cos", "model.rope_sin")
+Sources = tuple[str, ...]
+
+
+def traced(folder: Path, target: str, last_logits: bool) -> onnx.ModelProto:
+    """torch.onnx.export of the loaded model, weights in the file, markers for linear layers still in it."""
+    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = AutoConfig.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    half = config.hidden_size // config.num_attention_heads // 2
+    everywhere = torch.arange(config.max_position_embeddings)[None]
+    for name, table in zip(
+        ("rope_cos", "rope_sin"), LlamaRotaryEmbedding(config)(torch.zeros(1), everywhere), strict=True
+    ):
+        model.model.register_buffer(name, table[0, :, :half].contiguous())
+    onnx_config = FusedLlamaOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
+    onnx_config.last_logits = last_logits
+    onnx_config.attention = "Attention" if target == "tensorrt" else "GroupQueryAttention"
+    past = torch.zeros(1, config.num_key_value_heads, 1, 2 * half)
+    inputs = {
+        "input_ids": torch.zeros((1, 2), dtype=torch.int64),
+        "attention_mask": torch.ones((1, 3), dtype=torch.int64),
+        "past_key_values": [(past, past.clone()) for _ in range(config.num_hidden_layers)],
+    }
+    if target == "tensorrt":
+        inputs["position_ids"] = torch.ones((1, 2), dtype=torch.int64)
+    file = folder.parent / "in-memory.onnx"
+    with onnx_config.patch_model_for_export(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (),
+            file,
+            kwargs=inputs,
+            input_names=list(onnx_config.inputs),
+            output_names=list(onnx_config.outputs),
+            dynamic_axes={**onnx_config.inputs, **onnx_config.outputs},
+            opset_version=18,
+            export_params=True,
+            do_constant_folding=False,
+            custom_opsets={MARKER_DOMAIN: 1, **({MS: 1} if target == "ort" else {})},
+            dynamo=False,
+        )
+    return onnx.load(file)
+
+
+def lowered(model: onnx.ModelProto, target: str) -> tuple[onnx.ModelProto, dict[Sources, NDArray[Any]]]:
+    """Markers -> MatMul (and Add) over numpy arrays. Also: every initialiser as it is stored, by its sources."""
+    tensors = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    read: dict[Sources, NDArray[Any]] = {}
+    nodes, made = [], {}
+    for k, node in enumerate(model.graph.node):
+        if node.domain != MARKER_DOMAIN:
+            nodes.append(node)
+            for name in node.input:
+                if name in tensors:
+                    made[name] = tensors[name]
+                    read[() if name in ROPE else (name,)] = tensors[name]
+            continue
+        n = node.attribute[0].i
+        weights, biases = tuple(node.input[1 : 1 + n]), tuple(node.input[1 + n :])
+        made[f"w{k}"] = np.ascontiguousarray(np.concatenate([tensors[w] for w in weights]).T)
+        read[weights, "transposed"] = made[f"w{k}"]  # type: ignore[index]
+        nodes.append(helper.make_node("MatMul", [node.input[0], f"w{k}"], [f"p{k}" if biases else node.output[0]]))
+        if biases:
+            made[f"b{k}"] = np.concatenate([tensors[b] for b in biases])
+            read[biases] = made[f"b{k}"]
+            nodes.append(helper.make_node("Add", [f"p{k}", f"b{k}"], [node.output[0]]))
+    for name in ROPE:
+        read[(name,)] = tensors[name]
+    read.pop((), None)
+    del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:], model.opset_import[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in made.items())
+    opsets = {"": 23} if target == "tensorrt" else {"": 18, MS: 1}
+    model.opset_import.extend(helper.make_opsetid(d, v) for d, v in opsets.items())
+    model.ir_version = 11 if target == "tensorrt" else 8
+    return model, read
+
+
+def opened(graph: str | bytes) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def outputs(session: Any, rows: Sequence[Sequence[int]], steps: int) -> Iterator[NDArray[Any]]:
+    """Logits and cache of a right-padded batch's first run and of ``steps`` single tokens."""
+    names = [i.name for i in session.get_inputs()]
+    width, reserve = max(map(len, rows)), steps
+    lengths = np.array([len(r) for r in rows])
+    shared = "position_ids" not in names
+    ids = np.array([[*r, *[0] * (width - len(r))] for r in rows], np.int64)
+    mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    shape = next(i.shape for i in session.get_inputs() if i.name.startswith("past"))
+    empty = np.zeros((len(rows), shape[1], width + reserve if shared else 0, shape[3]), np.float32)
+    past = {n: empty for n in names if n.startswith("past")}
+    rng = np.random.default_rng(3)
+    for _ in range(steps + 1):
+        feed = {"input_ids": ids, "attention_mask": mask, **({} if shared else {"position_ids": positions})}
+        found = dict(zip((o.name for o in session.get_outputs()), session.run(None, {**feed, **past}), strict=True))
+        yield from found.values()
+        past = {n.replace("present", "past_key_values"): v for n, v in found.items() if n != "logits"}
+        ids, positions = rng.integers(0, 331, (len(rows), 1)), lengths[:, None]
+        lengths = lengths + 1
+        one = np.ones((len(rows), 1), np.int64)
+        mask = (
+            (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64) if shared else np.concatenate([mask, one], 1)
+        )
+
+
+@pytest.mark.parametrize("target", ["ort", "tensorrt"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_streamed_export_is_the_in_memory_export(
+    name: str, target: str, checkpoints: Folders, exports: Folders
+) -> None:
+    folder = exports(spec={"target": target}, **VARIANTS[name])
+    manifest = read_manifest(folder)
+    data = (folder / manifest.data_file).read_bytes()
+    rng = np.random.default_rng(2)
+    rows = [rng.integers(0, 331, n).tolist() for n in (19, 3, 11)]
+    for file, last in ((manifest.decode_graph, True), (manifest.scoring_graph, False)):
+        model, wanted = lowered(traced(checkpoints(**VARIANTS[name]), target, last), target)
+        have: dict[Any, NDArray[Any]] = {}
+        for w in manifest.weights:
+            key: Any = w.sources or (w.name,)
+            key = (key, "transposed") if "transpose" in w.transform else key
+            assert key not in have, "stored twice"
+            have[key] = np.frombuffer(data, np.float32, int(np.prod(w.shape)), w.offset).reshape(w.shape)
+        if "tie_word_embeddings" in VARIANTS[name]:
+            # The exporter may call the shared tensor by either of its names.
+            wanted = {_tied(k): v for k, v in wanted.items()}
+        assert set(have) == set(wanted)
+        for key, tensor in wanted.items():
+            assert have[key].shape == tensor.shape
+            assert have[key].tobytes() == tensor.tobytes(), key
+        ours, theirs = opened(str(folder / file)), opened(model.SerializeToString())
+        for a, b in zip(outputs(ours, rows, 4), outputs(theirs, rows, 4), strict=True):
+            assert np.abs(b).max() > 0.1
+            assert a.shape == b.shape
+            assert a.tobytes() == b.tobytes()
+
+
+def _tied(key: Any) -> Any:
+    if isinstance(key, tuple):
+        return tuple(_tied(k) for k in key)
+    return key.replace("lm_head.weight", "model.embed_tokens.weight")
+
+
+@pytest.fixture
+def live_bytes() -> Iterator[Callable[[], int]]:
+    """Bytes of every tensor that Python holds and that is younger than the test, each storage once."""
+
+    def count() -> int:
+        storages = {}
+        for thing in gc.get_objects():
+            if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    gc.collect()
+    gc.freeze()  # what is there already is not looked through at each call
+    yield count
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    ("precision", "fields"),
+    [("fp32", {}), ("fp16", {}), ("int4", {"method": "rtn", "lm_head": "int8"}), ("fp32", {"target": "tensorrt"})],
+)
+def test_one_weight_is_in_memory_at_a_time(
+    precision: str,
+    fields: dict[str, str],
+    checkpoints: Folders,
+    live_bytes: Callable[[], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive: dict[str, weakref.ref[Tensor]] = {}
+    order: list[tuple[str, frozenset[str]]] = []
+    held: list[int] = []
+    own = Checkpoint.read
+
+    def read(self: Checkpoint, name: str) -> Tensor:
+        others = frozenset(n for n, ref in alive.items() if ref() is not None)
+        order.append((name, others))
+        # Besides the sources that this one is joined with: what is made of weights that are written already?
+        held.append(live_bytes() - sum(alive[n]().nbytes for n in others))  # type: ignore[union-attr]
+        tensor = own(self, name)
+        alive[name] = weakref.ref(tensor)
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    source = checkpoints()
+    manifest, _ = export_model(ExportSpec(str(source), precision, **fields), tmp_path / "out")
+    together = {w.sources for w in manifest.weights}
+    assert {name for name, _ in order} == {s for sources in together for s in sources}
+    strangers = [(n, set(others)) for n, others in order if not any({n, *others} <= set(t) for t in together)]
+    assert strangers == []
+    # Transposed or joined copies, codes and scales: nothing of a weight outlives its writing. 1 kB of small constants.
+    assert max(held) - held[0] < 1000, [h - held[0] for h in held]
+    assert all(ref() is None for ref in alive.values())
+
+
+def test_a_weight_that_is_kept_would_be_noticed(
+    checkpoints: Folders, live_bytes: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measurement of the test above sees tensors that are held anywhere."""
+    kept: list[Tensor] = []
+    own = export.weights.make_initialiser
+
+    def make(*arguments: Any) -> Tensor:
+        kept.append(own(*arguments))
+        return kept[-1]
+
+    monkeypatch.setattr(export.weights, "make_initialiser", make)
+    before = live_bytes()
+    export_model(ExportSpec(str(checkpoints())), tmp_path / "out")
+    assert len(kept) > 10
+    assert live_bytes() - before >= sum(t.nbytes for t in kept)
+
+
+@pytest.mark.parametrize(
+    ("precision", "fields"), [("fp32", {}), ("fp16", {}), ("int4", {}), ("int8", {"keep_float": "qkv"})]
+)
+def test_shards_change_no_byte(precision: str, fields: dict[str, str], exports: Folders, checkpoints: Folders) -> None:
+    assert len(list(checkpoints(shards="60KB").glob("*.safetensors"))) > 3
+    whole, sharded = exports(precision, spec=fields), exports(precision, spec=fields, shards="60KB")
+    for name in ("model.onnx.data", "model.onnx", "model_scoring.onnx"):
+        assert (whole / name).read_bytes() == (sharded / name).read_bytes()
+    assert read_manifest(whole).weights == read_manifest(sharded).weights
+
+
+def test_files_that_the_index_does_not_name_are_not_read(
+    checkpoints: Folders, exports: Folders, tmp_path: Path
+) -> None:
+    """A consolidated copy beside the shards, as some hubs have it, is not mixed in."""
+    import shutil
+
+    folder = shutil.copytree(checkpoints(shards="60KB"), tmp_path / "checkpoint")
+    shutil.copyfile(checkpoints(seed=1) / "model.safetensors", folder / "consolidated.safetensors")
+    manifest, _ = export_model(ExportSpec(str(folder)), tmp_path / "out")
+    assert manifest.files["model.onnx.data"] == read_manifest(exports()).files["model.onnx.data"]
+
+
+def test_the_patched_model_is_whole_again(checkpoints: Folders) -> None:
+    """What the oracle above borrows is given back: the model computes after the block what it did before."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(checkpoints(), attn_implementation="eager").eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        before = model(ids).logits.clone()
+        config = FusedLlamaOnnxConfig(
+            copy.deepcopy(model.config), task="text-generation", use_past=True, use_past_in_inputs=True
+        )
+        with config.patch_model_for_export(model):
+            pass
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_in_memory_oracle_has_no_external_data(checkpoints: Folders) -> None:
+    """Else equality with the streamed file would be equality with itself."""
+    model = traced(checkpoints(), "ort", True)
+    assert all(t.data_location == TensorProto.DEFAULT for t in model.graph.initializer)
