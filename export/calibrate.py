@@ -48,10 +48,12 @@ def hessians_of(
         )
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):
+    except Exception:  # transformers raises whatever its converters stumble over
         raise ExportError(f"{folder} has no tokenizer, which gptq needs to calibrate; choose --method hqq") from None
     status("calibrating")
     ids = tokenizer("\n\n".join(texts))["input_ids"]
+    if not ids:
+        raise ExportError("gptq needs text to calibrate on, and this is blank; choose --method hqq")
     window = min(WINDOW, config.max_position_embeddings)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     moments: dict[str, Tensor] = {}

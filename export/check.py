@@ -38,12 +38,17 @@ NODE_BUDGET = {"GroupQueryAttention": (11, 20), "Attention": (26, 40)}
 def expected_counts(config: PretrainedConfig, spec: ExportSpec) -> dict[str, int]:
     """Operators that a LLaMA of this configuration must have in that form, by operator type."""
     layers = config.num_hidden_layers
-    names = [
-        f"model.layers.{i}.x.{part}_proj.weight" for i in range(layers) for part in ("qkv", "o", "gate", "up", "down")
+    heads = config.num_attention_heads * head_dim_of(config)
+    columns = {"o": heads, "down": config.intermediate_size}
+    linear = [
+        (f"model.layers.{i}.x.{part}_proj.weight", columns.get(part, config.hidden_size))
+        for i in range(layers)
+        for part in ("qkv", "o", "gate", "up", "down")
     ]
-    bits = [spec.bits_of(name, layers) for name in (*names, "lm_head.weight")]
-    quantised = sum(b is not None for b in bits)
-    offsets = sum(b is not None and spec.float_zero(b) for b in bits)
+    linear.append(("lm_head.weight", config.hidden_size))
+    bits = [(spec.bits_of(name, layers), k) for name, k in linear]
+    quantised = sum(b is not None for b, _ in bits)
+    offsets = sum(b is not None and spec.float_zero(b) and k % spec.block == 0 for b, k in bits)
     counts = {"MatMul": len(bits) - quantised + offsets, "MatMulNBits": quantised}
     if spec.embedding != "float":
         counts["GatherBlockQuantized"] = 1
@@ -79,12 +84,9 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSp
     biases = 2 * config.num_hidden_layers * bool(getattr(config, "attention_bias", False))
     biases += 3 * config.num_hidden_layers * bool(getattr(config, "mlp_bias", False))
     per_layer, fixed = NODE_BUDGET[spec.attention]
-    budget = (
-        (per_layer + 18 * (spec.zero_points == "float")) * config.num_hidden_layers
-        + fixed
-        + biases
-        + (spec.float_type == "bf16")
-    )
+    per_layer += 18 * (spec.zero_points == "float")
+    fixed += 4 * (spec.lm_head == "int4") + (spec.float_type == "bf16")
+    budget = per_layer * config.num_hidden_layers + fixed + biases
     if len(model.graph.node) > budget:
         wrong.append(f"{len(model.graph.node)} nodes where {budget} are enough")
     scale = head_dim_of(config) ** -0.5

@@ -192,7 +192,7 @@ def _fused(
 ) -> Manifest:
     status("tracing the graph")
     conversion = convert(config, spec, DATA_FILE)
-    match_names(conversion.recipes, checkpoint, config.tie_word_embeddings)
+    match_names(conversion.recipes, checkpoint, config.tie_word_embeddings, conversion.shapes)
     _check_disk(out, conversion.data_bytes + (64 << 20))
     counts = check_graph(conversion.decode, config, spec)
     check_graph(conversion.scoring, config, spec)

@@ -71,8 +71,12 @@ class Checkpoint:
         return tensor
 
 
-def match_names(recipes: Iterable[WeightRecipe], checkpoint: Checkpoint, tied: bool) -> dict[str, str]:
+def match_names(
+    recipes: Iterable[WeightRecipe], checkpoint: Checkpoint, tied: bool, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, str]:
     """Map each source of the recipes to a checkpoint tensor and check that nothing is missing, extra or misshapen.
+
+    ``shapes`` is what the configuration demands of each source.
 
     Raises:
         BrokenCheckpointError: names the tensors concerned.
@@ -96,18 +100,13 @@ def match_names(recipes: Iterable[WeightRecipe], checkpoint: Checkpoint, tied: b
             f"{checkpoint.folder} has tensors that a LLaMA of this config does not use: {shown}; "
             f"does config.json belong to these weights?"
         )
-    for recipe in recipes:
-        if recipe.transform in ("copy", "transpose") or (recipe.transform == "codes" and len(recipe.sources) == 1):
-            (source,) = recipe.sources
-            want = recipe.shape if recipe.transform == "copy" else recipe.shape[::-1]
-            if recipe.transform == "codes":
-                want = (recipe.shape[0], recipe.columns)
-            have = checkpoint.shapes[mapping[source]]
-            if have != want:
-                raise BrokenCheckpointError(
-                    f"{checkpoint.folder}: {source} has shape {list(have)}, config.json demands {list(want)}; "
-                    f"does config.json belong to these weights?"
-                )
+    for source in sorted(wanted):
+        have = checkpoint.shapes[mapping[source]]
+        if have != shapes[source]:
+            raise BrokenCheckpointError(
+                f"{checkpoint.folder}: {source} has shape {list(have)}, config.json demands {list(shapes[source])}; "
+                f"does config.json belong to these weights?"
+            )
     return mapping
 
 
@@ -115,10 +114,14 @@ Quantiser = Callable[[WeightRecipe, Tensor], Packed]
 """A recipe (its sources, bits) and its float weight ``[rows, columns]`` -> the packed weight."""
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Rows side by side; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
+
+
 def make_initialiser(recipe: WeightRecipe, sources: list[Tensor]) -> Tensor:
     """Apply a recipe: cast, join, transpose. The cast comes first, so that fp16 halves the working memory."""
-    parts = [s.to(TORCH_DTYPE[recipe.dtype]) for s in sources]
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
+    joined = _joined([s.to(TORCH_DTYPE[recipe.dtype]) for s in sources])
     if recipe.transform in ("transpose", "concat_transpose"):
         joined = joined.t()
     if tuple(joined.shape) != recipe.shape:
@@ -156,50 +159,68 @@ def write_data(
         SHA-256 (hex) of the file, and the identity of the weights: SHA-256 over name, type, shape and content of
         every checkpoint tensor, the same however the checkpoint is sharded.
     """
-    mapping = match_names(conversion.recipes, checkpoint, tied)
+    mapping = match_names(conversion.recipes, checkpoint, tied, conversion.shapes)
+    maker = _Maker(conversion, checkpoint, mapping, quantiser)
     file_hash = hashlib.sha256()
-    packed: tuple[tuple[str, ...], Packed] | None = None
-    contents: dict[str, str] = {}
     position = 0
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+    def write(block: memoryview) -> None:
+        for start in range(0, len(block), _PIECE):
+            piece = block[start : start + _PIECE]
+            _write(fd, piece)
+            file_hash.update(piece)
+            if progress:
+                progress(len(piece))
+
     try:
         for recipe in conversion.recipes:
-            if recipe.transform == "rope":
-                data = conversion.rope[recipe.name].to(TORCH_DTYPE[recipe.dtype]).contiguous()
-            elif recipe.transform in ("scales", "zero_points", "offsets"):
-                assert packed is not None  # the codes came just before
-                assert packed[0] == recipe.sources
-                data = _part(recipe, packed[1])
-            else:
-                packed = None  # freed before the next weight is read
-                sources = [checkpoint.read(mapping[s]) for s in recipe.sources]
-                for name, tensor in zip(recipe.sources, sources, strict=True):
-                    if mapping[name] not in contents:
-                        contents[mapping[name]] = tensor_identity(mapping[name], tensor)
-                if recipe.transform == "codes":
-                    assert quantiser is not None
-                    joined = sources[0] if len(sources) == 1 else torch.cat(sources)
-                    packed = (recipe.sources, quantiser(recipe, joined))
-                    del joined
-                    data = _part(recipe, packed[1])
-                else:
-                    data = make_initialiser(recipe, sources)
-                del sources
-            raw = _bytes_of(data)
-            padding = memoryview(bytes(recipe.offset - position))
-            for block in (padding, raw):
-                for start in range(0, len(block), _PIECE):
-                    piece = block[start : start + _PIECE]
-                    _write(fd, piece)
-                    file_hash.update(piece)
-                    if progress:
-                        progress(len(piece))
+            write(memoryview(bytes(recipe.offset - position)))
+            # Nothing here may keep the initialiser alive while the next one is made.
+            write(_bytes_of(maker.make(recipe)))
             position = recipe.offset + recipe.nbytes
         os.fsync(fd)
     finally:
         os.close(fd)
+    contents = maker.contents
     identity = hashlib.sha256("\n".join(contents[n] for n in sorted(contents)).encode()).hexdigest()
     return file_hash.hexdigest(), identity
+
+
+class _Maker:
+    """Makes initialisers in file order; ``contents`` collects the identity of each checkpoint tensor read."""
+
+    def __init__(
+        self, conversion: Conversion, checkpoint: Checkpoint, mapping: dict[str, str], quantiser: Quantiser | None
+    ) -> None:
+        self._conversion, self._checkpoint = conversion, checkpoint
+        self._mapping, self._quantiser = mapping, quantiser
+        self._packed: Packed | None = None
+        self.contents: dict[str, str] = {}
+
+    def make(self, recipe: WeightRecipe) -> Tensor:
+        """One initialiser, in the shape and type that the graph declares."""
+        if recipe.transform == "rope":
+            return self._conversion.rope[recipe.name].to(TORCH_DTYPE[recipe.dtype]).contiguous()
+        if recipe.transform in ("scales", "zero_points", "offsets"):
+            assert self._packed is not None  # the codes came just before
+            return _part(recipe, self._packed)
+        self._packed = None  # freed before the next weight is read
+        if recipe.transform == "codes":
+            assert self._quantiser is not None
+            self._packed = self._quantiser(recipe, _joined(self._read(recipe)))
+            return _part(recipe, self._packed)
+        return make_initialiser(recipe, self._read(recipe))
+
+    def _read(self, recipe: WeightRecipe) -> list[Tensor]:
+        sources = []
+        for source in recipe.sources:
+            name = self._mapping[source]
+            tensor = self._checkpoint.read(name)
+            if name not in self.contents:
+                self.contents[name] = tensor_identity(name, tensor)
+            sources.append(tensor)
+        return sources
 
 
 def _part(recipe: WeightRecipe, packed: Packed) -> Tensor:

@@ -58,7 +58,7 @@ def test_prefill_and_decode_equal_pytorch(
     vocabulary = changes.get("vocab_size", 331)
     rows = [rng.integers(0, vocabulary, n).tolist() for n in (97, 5, 41)]
     folder = exports(spec={"target": target}, **changes)
-    with load(folder, threads=1) as ours, TorchSession(checkpoints(**changes), attention="eager") as theirs:
+    with load(folder, threads=1) as ours, TorchSession(checkpoints(**changes), attention="eager", threads=1) as theirs:
         for prompts in ([rows[0]], rows):
             close(ours.prefill(prompts, STEPS), theirs.prefill(prompts, STEPS))
             for _ in range(STEPS):
@@ -77,7 +77,10 @@ def test_dynamic_rope_is_refused_beyond_its_original_context(exports: Callable[.
 @pytest.mark.parametrize("target", ["ort", "tensorrt"])
 def test_fp16_stays_close(target: str, checkpoints: Callable[..., Path], exports: Callable[..., Path]) -> None:
     row = np.random.default_rng(2).integers(0, 331, 60).tolist()
-    with load(exports("fp16", spec={"target": target}), threads=1) as ours, TorchSession(checkpoints()) as theirs:
+    with (
+        load(exports("fp16", spec={"target": target}), threads=1) as ours,
+        TorchSession(checkpoints(), threads=1) as theirs,
+    ):
         assert ours.info.precision == "fp16"
         exact = theirs.score(row)
         difference = np.abs(ours.score(row) - exact).max() / np.abs(exact).max()

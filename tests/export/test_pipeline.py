@@ -220,6 +220,9 @@ def test_broken_manifests(exports: Exports, tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="lacks kv"):
         read_manifest(folder)
     rewrite(files={"../escape": {"size": 1, "sha256": "x"}})
+    with pytest.raises(ManifestError, match="not among the files"):
+        read_manifest(folder)
+    rewrite(files=raw["files"] | {"../escape": {"size": 1, "sha256": "x"}})
     with pytest.raises(ManifestError, match="not a plain file name"):
         verify_files(folder, read_manifest(folder))
     (folder / "manifest.json").write_text("{")
@@ -230,21 +233,23 @@ def test_broken_manifests(exports: Exports, tmp_path: Path) -> None:
 def test_check_finds_what_is_not_fused(checkpoints: Checkpoints) -> None:
     config = load_config(resolve(str(checkpoints())))
 
+    spec = ExportSpec("x")
+
     def fresh() -> onnx.ModelProto:
-        return convert(config, "fp32", "data").decode
+        return convert(config, spec, "data").decode
 
     def find(model: onnx.ModelProto, op: str) -> onnx.NodeProto:
         return next(n for n in model.graph.node if n.op_type == op)
 
-    check_graph(fresh(), config)
+    check_graph(fresh(), config, spec)
     lost = fresh()
     lost.graph.node.remove(find(lost, "GroupQueryAttention"))
     with pytest.raises(GraphCheckError, match="1 GroupQueryAttention where the config demands 2"):
-        check_graph(lost, config)
+        check_graph(lost, config, spec)
     softmax = fresh()
     softmax.graph.node.append(helper.make_node("Softmax", ["x"], ["y"]))
     with pytest.raises(GraphCheckError, match="1 Softmax left over"):
-        check_graph(softmax, config)
+        check_graph(softmax, config, spec)
     for op, name, value, words in (
         ("GroupQueryAttention", "rotary_interleaved", 1, "rotary_interleaved is 1"),
         ("GroupQueryAttention", "scale", 0.26, "scale is"),
@@ -255,7 +260,7 @@ def test_check_finds_what_is_not_fused(checkpoints: Checkpoints) -> None:
         node.attribute.remove(next(a for a in node.attribute if a.name == name))
         node.attribute.append(helper.make_attribute(name, value))
         with pytest.raises(GraphCheckError, match=words):
-            check_graph(model, config)
+            check_graph(model, config, spec)
 
 
 @pytest.mark.slow

@@ -325,7 +325,7 @@ def test_the_real_shapes_equal_pytorch(name: str, tmp_path: Path) -> None:
         manifest, _ = export_model(ExportSpec(str(model), "fp16"), out)
         assert manifest.kv.head_dim == 128
         assert manifest.parameters == sum(int(np.prod(s)) for _, s in tensor_shapes(config_of(name, 1)))
-        with load(out, verify=False, threads=1) as session:
+        with load(out, verify=False, threads=1, huge_pages=False) as session:
             ours = logits(session)
         shutil.rmtree(out)
         with TorchSession(model, attention="eager", threads=1) as session:

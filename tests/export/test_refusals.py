@@ -42,7 +42,7 @@ def test_not_llama_like(tmp_path: Path) -> None:
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=64, n_positions=32))
     model.save_pretrained(tmp_path / "gpt2")
-    refuse(tmp_path / "gpt2", tmp_path / "out", UnsupportedModelError, "'gpt2'", "not LLaMA-like")
+    refuse(tmp_path / "gpt2", tmp_path / "out", UnsupportedModelError, "'gpt2'", "--target plain")
 
 
 def test_truncated_safetensors(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -70,7 +70,17 @@ def test_config_of_another_checkpoint(checkpoints: Checkpoints, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "factor": 2.0,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                }
+            },
+            "'longrope'",
+        ),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"head_dim": 24}, "24"),
         ({"pretraining_tp": 2}, "pretraining_tp"),

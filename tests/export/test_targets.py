@@ -38,7 +38,7 @@ def test_left_and_right_padded_batches_give_what_each_row_gives_alone(exports: F
     folder = exports(spec=TENSORRT)
     rows = [np.random.default_rng(k).integers(3, 331, n) for k, n in enumerate((23, 4, 11))]
     width = 23
-    with TorchSession(checkpoints(), attention="eager") as theirs:
+    with TorchSession(checkpoints(), attention="eager", threads=1) as theirs:
         alone = [theirs.score(r.tolist()).copy() for r in rows]
     for left in (False, True):
         ids, mask, positions = (np.zeros((3, width), np.int64) for _ in range(3))
@@ -173,7 +173,7 @@ def test_plain_export_equals_pytorch(name: str, decoders: Callable[[str], tuple[
     checkpoint, folder = decoders(name)
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, 331, n).tolist() for n in (97, 5, 41)]
-    with load(folder, threads=1) as ours, TorchSession(checkpoint, attention="eager") as theirs:
+    with load(folder, threads=1) as ours, TorchSession(checkpoint, attention="eager", threads=1) as theirs:
         for prompts in ([rows[0]], rows):
             pairs = [(ours.prefill(prompts, 32).copy(), theirs.prefill(prompts, 32))]
             for _ in range(32):
