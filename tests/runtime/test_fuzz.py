@@ -99,7 +99,7 @@ def small_manifest() -> Manifest:
         parameters=16,
         precision="int4",
         activations="fp32",
-        quantisation=Quantisation("int4", "rtn", 32, 4, "integer", "int8", "float"),
+        quantisation=Quantisation("int4", "rtn", 32, 4, "integer", "none", "int8", "float"),
         target="ort",
         attention="GroupQueryAttention",
         padding="right",
