@@ -45,7 +45,9 @@ STEPS = 32
 
 def close(ours: Any, theirs: Any) -> None:
     scale = np.abs(theirs).max()
-    np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=3e-6)
+    # Against the same model in float64 each side is up to 3e-6 off on these weights; an epsilon of 2e-6 for 1e-6
+    # gives 1e-4.
+    np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", ["ort", "tensorrt"])

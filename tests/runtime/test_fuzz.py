@@ -119,7 +119,7 @@ def small_manifest() -> Manifest:
         decode_weight_bytes=64,
         weights=(Weight("w", ("a", "b"), "concat", (4, 4), "fp32", 0, 64),),
         versions={"onnx": "1.20"},
-        files={"model.onnx": FileEntry(10, digest)},
+        files={name: FileEntry(10, digest) for name in ("model.onnx", "model_scoring.onnx", "model.onnx.data")},
     )
 
 
