@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", default="demo", help="'demo' or a checkpoint folder")
     parser.add_argument("--once", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="*", help=f"rows, of: {'; '.join((*OURS, *PEERS))}")
-    parser.add_argument("--windows", type=int, default=12, help="windows of 256 tokens that are scored")
+    parser.add_argument("--windows", type=int, default=40, help="windows of 256 tokens that are scored")
     parser.add_argument("--rounds", type=int, default=6, help="decode rounds")
     parser.add_argument("--genai-python", type=Path, help="python of an environment with onnxruntime-genai")
     parser.add_argument("--keep", type=Path, help="keep the exports in this folder")

@@ -8,10 +8,12 @@ the next.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from onnx import TensorProto
 
 from export.manifest import KVLayout
 
@@ -57,6 +59,16 @@ class SharedCache:
         for name, value in self._values.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
+
+    def bind_row(self, binding: Any, row: int) -> None:
+        """The same for one row alone, a batch of 1 inside the same memory."""
+        for name, value in self._values.items():
+            shape = [1, *value.shape()[1:]]
+            kind = value.element_type()
+            at = value.data_ptr() + row * math.prod(shape) * (4 if kind == TensorProto.FLOAT else 2)
+            device = value.device_name()
+            binding.bind_input(f"past_key_values.{name}", device, 0, kind, shape, at)
+            binding.bind_output(f"present.{name}", device, 0, kind, shape, at)
 
     def taken(self, _binding: Any) -> None:
         """After a run: nothing to do, the present is where the past was."""

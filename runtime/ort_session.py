@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from runtime.providers import Provider, provider_list, require, require_active
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
 
 _HUGE_PAGES_FROM = 64 << 20
+_ROW_TOKENS = 16
+"""Shortest prompt of a CPU batch whose rows are prefilled one by one."""
 
 
 class OrtSession:
@@ -122,10 +125,10 @@ class OrtSession:
         if self._closed:
             raise SessionError("the session is closed; open a new one")
 
-    def _bound(self, buffers: dict[str, NDArray[Any]], cache: SharedCache | GrowingCache, session: Any) -> Any:
+    def _bound(self, buffers: dict[str, NDArray[Any]], bind_cache: Callable[[Any], None], session: Any) -> Any:
         """A binding with the KV cache and host inputs bound; logits follow in :meth:`_bind_logits`."""
         binding = session.io_binding()
-        cache.bind(binding)
+        bind_cache(binding)
         for name, array in buffers.items():
             if name in self.manifest.inputs:
                 self._bind_input(binding, name, array)
@@ -157,13 +160,10 @@ class OrtSession:
             self._cache = None  # freed before the next one is allocated
             self._cache = self._new_cache(len(ids), tokens)
         padded, mask = right_pad(ids)
-        positions = _positions(mask)
-        buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
-        binding = self._bound(buffers, self._cache, self._decode)
-        last_only = self.manifest.decode_logits == "last"
-        logits = self._bind_logits(binding, 1 if last_only else padded.shape[1], len(ids))
-        self._decode.run_with_iobinding(binding)
-        self._cache.taken(binding)
+        if self._one_by_one(lengths):
+            last = self._prefill_rows(padded, lengths)
+        else:
+            last = self._prefill_batch(padded, mask, lengths)
 
         self._batch = len(ids)
         self._lengths = np.asarray(lengths, np.int64)
@@ -171,14 +171,51 @@ class OrtSession:
         self._ids = np.zeros((self._batch, 1), np.int64)
         if self.manifest.kv.shared_buffer:
             self._mask = np.ones(self._batch * tokens, np.int64)
-            self._step_binding = self._bound({"input_ids": self._ids}, self._cache, self._decode)
+            self._step_binding = self._bound({"input_ids": self._ids}, self._cache.bind, self._decode)
             self._step_logits = self._bind_logits(self._step_binding, 1, self._batch)
         else:
             # New tokens stand behind each row's padding in the cache; the mask keeps it out.
             self._mask = np.ones((self._batch, tokens), np.int64)
             self._mask[:, : mask.shape[1]] = mask
             self._width = mask.shape[1]
-        return _fp32(logits[:, 0] if last_only else logits[np.arange(len(ids)), self._lengths - 1])
+        return last
+
+    def _one_by_one(self, lengths: Sequence[int]) -> bool:
+        """Whether rows are prefilled one after another.
+
+        On the CPU one row keeps both cores busy, a batch only outgrows the caches and computes its padding; below
+        :data:`_ROW_TOKENS` reading the weights is what takes the time, and a batch reads them once.
+        """
+        return (
+            len(lengths) > 1
+            and self._provider.device == "cpu"
+            and self.manifest.kv.shared_buffer
+            and min(lengths) >= _ROW_TOKENS
+        )
+
+    def _prefill_batch(self, padded: NDArray[np.int64], mask: NDArray[np.int64], lengths: Sequence[int]) -> Logits:
+        assert self._cache is not None
+        buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": _positions(mask)}
+        binding = self._bound(buffers, self._cache.bind, self._decode)
+        last_only = self.manifest.decode_logits == "last"
+        logits = self._bind_logits(binding, 1 if last_only else padded.shape[1], len(padded))
+        self._decode.run_with_iobinding(binding)
+        self._cache.taken(binding)
+        return _fp32(logits[:, 0] if last_only else logits[np.arange(len(padded)), np.asarray(lengths) - 1])
+
+    def _prefill_rows(self, padded: NDArray[np.int64], lengths: Sequence[int]) -> Logits:
+        """Each row alone, into its place in the shared cache."""
+        assert isinstance(self._cache, SharedCache)
+        last_only = self.manifest.decode_logits == "last"
+        out = np.empty((len(padded), self.manifest.vocab_size), np.float32)
+        for row, length in enumerate(lengths):
+            ids, mask = padded[row : row + 1, :length].copy(), np.ones((1, length), np.int64)
+            buffers = {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask)}
+            binding = self._bound(buffers, partial(self._cache.bind_row, row=row), self._decode)
+            logits = self._bind_logits(binding, 1 if last_only else length, 1)
+            self._decode.run_with_iobinding(binding)
+            out[row] = logits[0, -1]
+        return out
 
     def step(self, ids: Sequence[int]) -> Logits:
         """Append one token per row; see :meth:`runtime.session.Session.step`."""
@@ -207,7 +244,7 @@ class OrtSession:
         mask = np.ascontiguousarray(self._mask[:, : self._width])
         positions = self._lengths[:, None] - 1
         buffers = {"input_ids": self._ids, "attention_mask": mask, "position_ids": positions}
-        binding = self._bound(buffers, self._cache, self._decode)
+        binding = self._bound(buffers, self._cache.bind, self._decode)
         logits = self._bind_logits(binding, 1, self._batch)
         self._decode.run_with_iobinding(binding)
         self._cache.taken(binding)
@@ -226,7 +263,7 @@ class OrtSession:
         padded, mask = right_pad([ids])
         positions = _positions(mask)
         buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
-        binding = self._bound(buffers, cache, self._scoring)
+        binding = self._bound(buffers, cache.bind, self._scoring)
         logits = self._bind_logits(binding, len(ids), 1)
         self._scoring.run_with_iobinding(binding)
         return _fp32(logits[0])

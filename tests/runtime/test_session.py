@@ -71,9 +71,10 @@ def test_closed_twice_and_used_after(either: Session) -> None:
         either.score([1])
 
 
-def test_uneven_rows_give_what_each_gives_alone(either: Session) -> None:
+@pytest.mark.parametrize("lengths", [(70, 3, 33, 1), (70, 16, 33, 25)], ids=["one batch", "row by row"])
+def test_uneven_rows_give_what_each_gives_alone(lengths: tuple[int, ...], either: Session) -> None:
     rng = np.random.default_rng(0)
-    rows = [rng.integers(0, 331, n).tolist() for n in (70, 3, 33, 1)]
+    rows = [rng.integers(0, 331, n).tolist() for n in lengths]
     steps = rng.integers(0, 331, (20, 4))
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
         together = [either.prefill([rows[i] for i in order], reserve=20).copy()]
@@ -83,6 +84,14 @@ def test_uneven_rows_give_what_each_gives_alone(either: Session) -> None:
             alone += [either.step([int(step[i])])[0].copy() for step in steps]
             for a, b in zip(together, alone, strict=True):
                 np.testing.assert_allclose(a[place], b, rtol=0, atol=2e-5)
+
+
+def test_long_rows_are_prefilled_alone_to_the_last_bit(session: Any) -> None:
+    rng = np.random.default_rng(4)
+    rows = [rng.integers(0, 331, n).tolist() for n in (20, 61, 16)]
+    together = session.prefill(rows).copy()
+    for row, logits in zip(rows, together, strict=True):
+        np.testing.assert_array_equal(session.prefill([row])[0], logits)
 
 
 def test_steps_equal_one_scoring_pass(session: Any) -> None:
