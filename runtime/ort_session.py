@@ -21,7 +21,7 @@ from runtime.errors import SessionError
 from runtime.huge_pages import collapse
 from runtime.kv_cache import GrowingCache, SharedCache
 from runtime.providers import Provider, provider_list, require, require_active
-from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
+from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, right_pad
 
 _HUGE_PAGES_FROM = 64 << 20
 
@@ -147,15 +147,21 @@ class OrtSession:
             return SharedCache(self.manifest.kv, batch, tokens, self.manifest.context_length, self._provider.device)
         return GrowingCache(self.manifest.kv, batch, self._provider.device)
 
+    def _cache_for(self, batch: int, tokens: int) -> SharedCache | GrowingCache:
+        """The buffers of the batch before where they fit, else new ones."""
+        if isinstance(self._cache, SharedCache) and self._cache.holds(batch, tokens):
+            self._cache.restore()
+            return self._cache
+        self._cache = None  # freed before the next one is allocated
+        return self._new_cache(batch, tokens)
+
     def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
         """Start a batch; see :meth:`runtime.session.Session.prefill`."""
         self._require_open()
         lengths = check_prompts(ids, reserve, self.info)
         self._reset()
         tokens = max(lengths) + reserve
-        if not (isinstance(self._cache, SharedCache) and self._cache.holds(len(ids), tokens)):
-            self._cache = None  # freed before the next one is allocated
-            self._cache = self._new_cache(len(ids), tokens)
+        self._cache = self._cache_for(len(ids), tokens)
         padded, mask = right_pad(ids)
         positions = _positions(mask)
         buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
@@ -170,9 +176,7 @@ class OrtSession:
         self._end = tokens
         self._ids = np.zeros((self._batch, 1), np.int64)
         if self.manifest.kv.shared_buffer:
-            self._mask = np.ones(self._batch * tokens, np.int64)
-            self._step_binding = self._bound({"input_ids": self._ids}, self._cache, self._decode)
-            self._step_logits = self._bind_logits(self._step_binding, 1, self._batch)
+            self._bind_steps()
         else:
             # New tokens stand behind each row's padding in the cache; the mask keeps it out.
             self._mask = np.ones((self._batch, tokens), np.int64)
@@ -212,6 +216,26 @@ class OrtSession:
         self._decode.run_with_iobinding(binding)
         self._cache.taken(binding)
         return _fp32(logits[:, 0])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only; see :meth:`runtime.session.Compacting.keep`."""
+        self._require_open()
+        check_rows(rows, self._batch)
+        assert self._cache is not None
+        self._cache.keep(rows, int(self._lengths.max()))
+        self._batch, self._lengths = len(rows), self._lengths[list(rows)]
+        self._ids = np.zeros((self._batch, 1), np.int64)
+        if self.manifest.kv.shared_buffer:
+            self._bind_steps()
+        else:
+            self._mask = self._mask[list(rows)]
+
+    def _bind_steps(self) -> None:
+        """Bind once what every step of this batch uses."""
+        assert self._cache is not None
+        self._mask = np.ones(self._batch * self._end, np.int64)
+        self._step_binding = self._bound({"input_ids": self._ids}, self._cache, self._decode)
+        self._step_logits = self._bind_logits(self._step_binding, 1, self._batch)
 
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits at all positions, from the scoring graph (opened on first use)."""

@@ -78,6 +78,28 @@ class Session(Protocol):
         """Free the model; closing twice is allowed."""
 
 
+class Compacting(Protocol):
+    """A session that can shrink its batch; :func:`runtime.generate.stream` asks for the method by its name."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, renumbered from 0; the others leave the KV cache.
+
+        Args:
+            rows: places in the present batch, ascending.
+
+        Raises:
+            SessionError: no batch is open, no row, a row that is not there, or not ascending.
+        """
+
+
+def check_rows(rows: Sequence[int], batch: int) -> None:
+    """Refuse rows that a batch cannot be cut down to."""
+    if batch == 0:
+        raise SessionError("no batch is open; call prefill first")
+    if not rows or rows[0] < 0 or rows[-1] >= batch or any(b <= a for a, b in zip(rows, rows[1:], strict=False)):
+        raise SessionError(f"cannot keep the rows {list(rows)} of a batch of {batch}; give some, ascending")
+
+
 def check_prompts(ids: Ids, reserve: int, info: SessionInfo) -> list[int]:
     """Refuse what cannot run before anything runs; returns the rows' lengths.
 

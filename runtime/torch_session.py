@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from runtime.errors import SessionError
-from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
+from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, right_pad
 
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -132,6 +132,14 @@ class TorchSession:
         self._lengths = self._lengths + 1
         self._used += 1
         return _fp32(logits)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only; see :meth:`runtime.session.Compacting.keep`."""
+        self._require_open()
+        check_rows(rows, self._batch)
+        index = torch.tensor(rows, device=self._device)
+        self._past.batch_select_indices(index)
+        self._mask, self._lengths, self._batch = self._mask[index], self._lengths[index], len(rows)
 
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits at all positions of one sequence."""
