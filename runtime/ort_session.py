@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,29 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from export.manifest import Manifest
-from runtime.errors import SessionError
+from runtime.device_decode import DeviceDecoder
+from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.huge_pages import collapse
 from runtime.kv_cache import GrowingCache, SharedCache
-from runtime.providers import Provider, provider_list, require, require_active
+from runtime.pipeline import PipelineMixin
+from runtime.provider_options import DEFAULTS, as_text
+from runtime.providers import (
+    PROVIDERS,
+    Provider,
+    attach,
+    placement,
+    provider_list,
+    require,
+    require_active,
+    require_placed,
+    stray_operators,
+)
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, right_pad
 
 _HUGE_PAGES_FROM = 64 << 20
 
 
-class OrtSession:
+class OrtSession(PipelineMixin):
     """One exported folder, ready to run; see :class:`runtime.session.Session`.
 
     Args:
@@ -36,6 +49,10 @@ class OrtSession:
         threads: intra-op threads on the CPU; None takes every core this process may use.
         huge_pages: on the CPU, move the packed weights into 2 MiB pages (:mod:`runtime.huge_pages`); opening takes
             longer by about 2.5 s per GB, each decode step is shorter.
+        provider_options: options of the execution provider by ONNX Runtime's names, over the defaults.
+        allow_fallback: a provider that does not load or take every node is a line in ``info.details``, no error.
+        cuda_graph: on CUDA, capture a greedy decode step as a CUDA graph.
+        argmax_on_device: choose greedy tokens where the logits are; None does so on a GPU.
 
     Raises:
         ProviderUnavailableError: the provider is not installed, did not load, or lacks an operator.
@@ -48,10 +65,27 @@ class OrtSession:
         provider: str = "cpu",
         threads: int | None = None,
         huge_pages: bool = True,
+        provider_options: Mapping[str, str] | None = None,
+        allow_fallback: bool = False,
+        cuda_graph: bool = True,
+        argmax_on_device: bool | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._provider: Provider = require(provider, manifest)
+        self._allow_fallback, self._fallbacks = allow_fallback, dict[str, str]()
+        try:
+            self._provider: Provider = require(provider, manifest)
+        except ProviderUnavailableError as e:
+            if not allow_fallback:
+                raise
+            self._fall_back(str(e))
+        wants_device = self._provider.device == "cuda" if argmax_on_device is None else argmax_on_device
+        last_only = manifest.kv.shared_buffer and manifest.decode_logits == "last"
+        self.argmax_on_device = wants_device and last_only
+        self._cuda_graph = cuda_graph and self._provider.name == "cuda" and self.argmax_on_device
+        if self._cuda_graph:
+            provider_options = {"enable_cuda_graph": "1", **(provider_options or {})}
+        self._options = {} if self._fallbacks else as_text(DEFAULTS[provider], provider_options)
         self._threads = threads or len(os.sched_getaffinity(0))
         started = time.perf_counter()
         self._decode = self._open(manifest.decode_graph)
@@ -61,7 +95,9 @@ class OrtSession:
         self.load_s = time.perf_counter() - started
         self._scoring: Any = None
         kinds = {o.name: o.type for o in self._decode.get_outputs()}
-        self._logits_dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[kinds["logits"]]
+        # numpy has no bfloat16: such logits stay on the device and only greedy tokens come off it.
+        self._logits_dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}.get(kinds["logits"])
+        self._device: DeviceDecoder | None = None
         self._cache: SharedCache | GrowingCache | None = None
         self._closed = False
         self._reset()
@@ -73,16 +109,27 @@ class OrtSession:
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
+        attach(options, self._provider, self._options)
         try:
             session = ort.InferenceSession(
-                str(self.folder / graph), sess_options=options, providers=provider_list(self._provider)
+                str(self.folder / graph), sess_options=options, providers=provider_list(self._provider, self._options)
             )
         except Exception as e:  # onnxruntime raises its own C++-bound classes
             first = str(e).splitlines()[0][:300]
             raise SessionError(f"onnxruntime {ort.__version__} cannot open {self.folder / graph}: {first}") from None
         session.disable_fallback()
-        require_active(session, self._provider)
+        self._where = placement(session)
+        if line := require_active(session, self._provider, self._allow_fallback):
+            self._fall_back(line)
+        strays = stray_operators(session, self._provider)
+        if line := require_placed(self._where, self._provider, strays, self._allow_fallback):
+            self._fallbacks["partly_elsewhere"] = line
         return session
+
+    def _fall_back(self, why: str) -> None:
+        """Go on on the CPU, and say so in the record."""
+        self._provider = PROVIDERS["cpu"]
+        self._fallbacks["fallback"] = why
 
     @property
     def info(self) -> SessionInfo:
@@ -98,8 +145,18 @@ class OrtSession:
                 "execution_provider": self._provider.ort_name,
                 "intra_op_threads": self._threads,
                 "graph_optimization": "all",
+                "greedy_token": "argmax on the device" if self.argmax_on_device else "argmax on the host",
+                **({"cuda_graph": self._cuda_graph} if self._provider.name == "cuda" else {}),
                 "huge_pages_mb": self._huge_bytes >> 20,
-                "attention": self.manifest.attention,
+                "attention": ", ".join(f"{op} on {ep}" for ep, op in self._where.attention.items())
+                or self.manifest.attention,
+                "nodes": self._where.describe(),
+                **(
+                    {"provider_options": " ".join(f"{k}={v}" for k, v in self._options.items())}
+                    if self._options
+                    else {}
+                ),
+                **self._fallbacks,
                 "kv_cache": (
                     "preallocated, past and present share memory"
                     if self.manifest.kv.shared_buffer
@@ -162,6 +219,7 @@ class OrtSession:
         self._reset()
         tokens = max(lengths) + reserve
         self._cache = self._cache_for(len(ids), tokens)
+        self._device = None
         padded, mask = right_pad(ids)
         positions = _positions(mask)
         buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
@@ -217,6 +275,38 @@ class OrtSession:
         self._cache.taken(binding)
         return _fp32(logits[:, 0])
 
+    def prefill_argmax(self, ids: Ids, reserve: int = 1) -> NDArray[np.int64]:
+        """Start a batch and return its first greedy tokens ``[batch]``; logits stay on the device.
+
+        Raises: as :meth:`prefill`.
+        """
+        self._require_open()
+        lengths = check_prompts(ids, reserve, self.info)
+        self._reset()
+        self._cache = cache = self._cache_for(len(ids), max(lengths) + reserve)
+        assert isinstance(cache, SharedCache)
+        before = self._device
+        if before is None or before.kv is not cache or before.batch != len(ids):
+            # Freed first; then a graph is captured for the new addresses.
+            self._device = before = None
+            self._device = self._device_decoder(cache)
+        tokens = self._device.prefill(ids)
+        self._batch, self._lengths, self._end = len(ids), np.asarray(lengths, np.int64), max(lengths) + reserve
+        return tokens
+
+    def step_argmax(self) -> NDArray[np.int64]:
+        """Append the tokens that came last and return the next ones; after :meth:`prefill_argmax` only."""
+        self._require_open()
+        longest = int(self._lengths.max()) if self._batch else 0
+        check_step(range(self._batch), self._batch, longest, self._end)
+        if self._device is None:
+            raise SessionError("the batch was started with logits on the host; go on with step()")
+        self._lengths += 1
+        return self._device.step()
+
+    def _device_decoder(self, cache: SharedCache) -> DeviceDecoder:
+        return DeviceDecoder(self._decode, self.manifest.inputs, cache, self._provider.device, self._cuda_graph)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only; see :meth:`runtime.session.Compacting.keep`."""
         self._require_open()
@@ -224,6 +314,10 @@ class OrtSession:
         assert self._cache is not None
         self._cache.keep(rows, int(self._lengths.max()))
         self._batch, self._lengths = len(rows), self._lengths[list(rows)]
+        if self._device is not None:
+            assert isinstance(self._cache, SharedCache)
+            self._device = self._device.keep(rows, self._cache, self._cuda_graph)
+            return
         self._ids = np.zeros((self._batch, 1), np.int64)
         if self.manifest.kv.shared_buffer:
             self._bind_steps()
@@ -259,7 +353,7 @@ class OrtSession:
         """Free everything; closing twice is allowed."""
         self._closed = True
         self._reset()
-        self._cache = self._decode = self._scoring = self._step_binding = None
+        self._cache = self._decode = self._scoring = self._step_binding = self._device = None
 
     def __enter__(self) -> OrtSession:
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -96,7 +97,7 @@ def check_rows(rows: Sequence[int], batch: int) -> None:
     """Refuse rows that a batch cannot be cut down to."""
     if batch == 0:
         raise SessionError("no batch is open; call prefill first")
-    if not rows or rows[0] < 0 or rows[-1] >= batch or any(b <= a for a, b in zip(rows, rows[1:], strict=False)):
+    if not rows or rows[0] < 0 or rows[-1] >= batch or any(b <= a for a, b in pairwise(rows)):
         raise SessionError(f"cannot keep the rows {list(rows)} of a batch of {batch}; give some, ascending")
 
 
