@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -37,6 +38,29 @@ from runtime.providers import (
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, right_pad
 
 _HUGE_PAGES_FROM = 64 << 20
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _all_or_nothing(
+    method: Callable[Concatenate[OrtSession, P], R],
+) -> Callable[Concatenate[OrtSession, P], R]:
+    """What is interrupted (Ctrl-C, out of memory) leaves no batch behind, rather than half a one."""
+
+    @wraps(method)
+    def run(self: OrtSession, *args: P.args, **options: P.kwargs) -> R:
+        try:
+            return method(self, *args, **options)
+        except SessionError:  # refused before anything ran
+            raise
+        except BaseException:
+            self._reset()
+            self._cache = self._device = None
+            raise
+
+    return run
 
 
 class OrtSession(PipelineMixin):
@@ -212,6 +236,7 @@ class OrtSession(PipelineMixin):
         self._cache = None  # freed before the next one is allocated
         return self._new_cache(batch, tokens)
 
+    @_all_or_nothing
     def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
         """Start a batch; see :meth:`runtime.session.Session.prefill`."""
         self._require_open()
@@ -242,6 +267,7 @@ class OrtSession(PipelineMixin):
             self._width = mask.shape[1]
         return _fp32(logits[:, 0] if last_only else logits[np.arange(len(ids)), self._lengths - 1])
 
+    @_all_or_nothing
     def step(self, ids: Sequence[int]) -> Logits:
         """Append one token per row; see :meth:`runtime.session.Session.step`."""
         self._require_open()
@@ -275,6 +301,7 @@ class OrtSession(PipelineMixin):
         self._cache.taken(binding)
         return _fp32(logits[:, 0])
 
+    @_all_or_nothing
     def prefill_argmax(self, ids: Ids, reserve: int = 1) -> NDArray[np.int64]:
         """Start a batch and return its first greedy tokens ``[batch]``; logits stay on the device.
 
@@ -294,6 +321,7 @@ class OrtSession(PipelineMixin):
         self._batch, self._lengths, self._end = len(ids), np.asarray(lengths, np.int64), max(lengths) + reserve
         return tokens
 
+    @_all_or_nothing
     def step_argmax(self) -> NDArray[np.int64]:
         """Append the tokens that came last and return the next ones; after :meth:`prefill_argmax` only."""
         self._require_open()
@@ -307,6 +335,7 @@ class OrtSession(PipelineMixin):
     def _device_decoder(self, cache: SharedCache) -> DeviceDecoder:
         return DeviceDecoder(self._decode, self.manifest.inputs, cache, self._provider.device, self._cuda_graph)
 
+    @_all_or_nothing
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only; see :meth:`runtime.session.Compacting.keep`."""
         self._require_open()
@@ -331,6 +360,7 @@ class OrtSession(PipelineMixin):
         self._step_binding = self._bound({"input_ids": self._ids}, self._cache, self._decode)
         self._step_logits = self._bind_logits(self._step_binding, 1, self._batch)
 
+    @_all_or_nothing
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits at all positions, from the scoring graph (opened on first use)."""
         self._require_open()

@@ -150,7 +150,7 @@ def test_the_plugin_is_found_by_its_files(monkeypatch: pytest.MonkeyPatch, tmp_p
         providers.require("tensorrt-rtx", None)
     monkeypatch.setattr(providers.importlib.metadata, "distributions", lambda: [fake])
     assert providers.plugin_library(rtx.plugin) == library
-    with pytest.raises(ProviderUnavailableError, match="does not load.*cu13 1.0"):
+    with pytest.raises(ProviderUnavailableError, match=r"does not load.*cu13 1\.0"):
         providers.require("tensorrt-rtx", None)
 
 
