@@ -39,6 +39,7 @@ def run(args: argparse.Namespace, err: Console) -> int:
     Raises:
         SessionError: bad input; nothing was printed.
     """
+    from export.cache import cache_dir
     from runtime.errors import SessionError
     from runtime.generate import EOS, LENGTH, STOP_ID, STOP_STRING, stream
     from runtime.loading import load
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace, err: Console) -> int:
         provider_options=options,
         allow_fallback=args.allow_fallback,
         cuda_graph=not args.no_cuda_graph,
+        engine_home=cache_dir(),
     ) as session:
         eos = () if args.ignore_eos else session.manifest.eos_token_ids
         info = session.info

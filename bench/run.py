@@ -254,8 +254,8 @@ class Run:
         if label == self.candidate:
             from runtime.loading import load
 
-            folder = self.folder
-            return lambda: load(folder, self.provider, self.threads, verify=False)
+            folder, more = self.folder, {**self._engines()}
+            return lambda: load(folder, self.provider, self.threads, verify=False, **more)
         if label == self.baseline:
             from runtime.torch_session import TorchSession
 
@@ -276,6 +276,16 @@ class Run:
 
         plain = self._plain()
         return lambda: OptimumSession(plain, self.threads)
+
+    def _engines(self) -> dict[str, Any]:
+        """What TensorRT needs to know before it opens a graph: the run's shapes, and where engines are kept."""
+        if not self.provider.startswith("tensorrt"):
+            return {}
+        from runtime.tensorrt import Shapes
+
+        p, context = self.profile, self.manifest.context_length
+        shapes = Shapes.of_workload(p.batch_sizes, (*p.prompt_lengths, p.window), p.new_tokens, context)
+        return {"shapes": shapes, "engine_home": cache_dir()}
 
     def session(self, label: str) -> Session:
         """The loaded side; loaded on first use and kept."""

@@ -13,6 +13,7 @@ from export.manifest import MANIFEST_NAME, Manifest, ManifestError, read_manifes
 
 if TYPE_CHECKING:
     from runtime.ort_session import OrtSession
+    from runtime.tensorrt import Shapes
 
 
 def read_folder(folder: str | Path, verify: bool = True, progress: Callable[[int], None] | None = None) -> Manifest:
@@ -54,6 +55,8 @@ def load(
     allow_fallback: bool = False,
     cuda_graph: bool = True,
     argmax_on_device: bool | None = None,
+    shapes: Shapes | None = None,
+    engine_home: Path | None = None,
 ) -> OrtSession:
     """Open an exported folder on ONNX Runtime.
 
@@ -64,7 +67,7 @@ def load(
         verify: compare every file's SHA-256 with the manifest (under a second per GB).
         huge_pages: see :class:`runtime.ort_session.OrtSession`.
         progress: called with the bytes of each chunk hashed.
-        provider_options, allow_fallback, cuda_graph, argmax_on_device: see :class:`runtime.ort_session.OrtSession`.
+        provider_options, allow_fallback, cuda_graph, argmax_on_device, shapes, engine_home: see :class:`runtime.ort_session.OrtSession`.
 
     Raises:
         ManifestError: not an export, or not the files that it was published with.
@@ -75,5 +78,15 @@ def load(
     path = Path(folder).expanduser()
     manifest = read_folder(path, verify, progress)
     return OrtSession(
-        path, manifest, provider, threads, huge_pages, provider_options, allow_fallback, cuda_graph, argmax_on_device
+        path,
+        manifest,
+        provider,
+        threads,
+        huge_pages,
+        provider_options,
+        allow_fallback,
+        cuda_graph,
+        argmax_on_device,
+        shapes,
+        engine_home,
     )

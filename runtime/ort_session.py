@@ -36,6 +36,7 @@ from runtime.providers import (
     stray_operators,
 )
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, right_pad
+from runtime.tensorrt import Shapes, engine_options, gpu_name, profile_options, require_inside
 
 _HUGE_PAGES_FROM = 64 << 20
 
@@ -77,6 +78,8 @@ class OrtSession(PipelineMixin):
         allow_fallback: a provider that does not load or take every node is a line in ``info.details``, no error.
         cuda_graph: on CUDA, capture a greedy decode step as a CUDA graph.
         argmax_on_device: choose greedy tokens where the logits are; None does so on a GPU.
+        shapes: what TensorRT builds its engines for (rows, prompt and new tokens); None for :class:`Shapes`' own.
+        engine_home: where engines are kept; None keeps none (each opening builds them again).
 
     Raises:
         ProviderUnavailableError: the provider is not installed, did not load, or lacks an operator.
@@ -93,6 +96,8 @@ class OrtSession(PipelineMixin):
         allow_fallback: bool = False,
         cuda_graph: bool = True,
         argmax_on_device: bool | None = None,
+        shapes: Shapes | None = None,
+        engine_home: Path | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -111,12 +116,15 @@ class OrtSession(PipelineMixin):
             provider_options = {"enable_cuda_graph": "1", **(provider_options or {})}
         self._options = {} if self._fallbacks else as_text(DEFAULTS[provider], provider_options)
         self._threads = threads or len(os.sched_getaffinity(0))
+        self._shapes = (shapes or Shapes()) if self._provider.name.startswith("tensorrt") else None
+        self._engine_home, self._build_s = engine_home, 0.0
         started = time.perf_counter()
         self._decode = self._open(manifest.decode_graph)
+        self._prefill = self._open(manifest.decode_graph, "prefill") if self._shapes else self._decode
         self._huge_bytes = 0
         if huge_pages and self._provider.device == "cpu" and manifest.decode_weight_bytes > _HUGE_PAGES_FROM:
             self._huge_bytes = collapse()
-        self.load_s = time.perf_counter() - started
+        self.load_s = time.perf_counter() - started - self._build_s
         self._scoring: Any = None
         kinds = {o.name: o.type for o in self._decode.get_outputs()}
         # numpy has no bfloat16: such logits stay on the device and only greedy tokens come off it.
@@ -126,21 +134,25 @@ class OrtSession(PipelineMixin):
         self._closed = False
         self._reset()
 
-    def _open(self, graph: str) -> Any:
+    def _open(self, graph: str, phase: str = "decode") -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
-        attach(options, self._provider, self._options)
+        chosen, built = self._engine_options(phase)
+        attach(options, self._provider, chosen)
+        started = time.perf_counter()
         try:
             session = ort.InferenceSession(
-                str(self.folder / graph), sess_options=options, providers=provider_list(self._provider, self._options)
+                str(self.folder / graph), sess_options=options, providers=provider_list(self._provider, chosen)
             )
         except Exception as e:  # onnxruntime raises its own C++-bound classes
             first = str(e).splitlines()[0][:300]
             raise SessionError(f"onnxruntime {ort.__version__} cannot open {self.folder / graph}: {first}") from None
+        if not built:
+            self._build_s += time.perf_counter() - started
         session.disable_fallback()
         self._where = placement(session)
         if line := require_active(session, self._provider, self._allow_fallback):
@@ -149,6 +161,18 @@ class OrtSession(PipelineMixin):
         if line := require_placed(self._where, self._provider, strays, self._allow_fallback):
             self._fallbacks["partly_elsewhere"] = line
         return session
+
+    def _engine_options(self, phase: str) -> tuple[dict[str, str], bool]:
+        """The provider's options for one phase, and whether opening is mere loading (True but for TensorRT)."""
+        if self._shapes is None:
+            return self._options, True
+        if self._engine_home is None:
+            prefix = "nv" if self._provider.plugin else "trt"
+            return profile_options(self.manifest, self._shapes, phase, prefix) | self._options, False
+        more, built = engine_options(
+            self._provider.name, self.manifest, self._shapes, phase, self._engine_home, gpu_name()
+        )
+        return self._options | more, built
 
     def _fall_back(self, why: str) -> None:
         """Go on on the CPU, and say so in the record."""
@@ -180,6 +204,7 @@ class OrtSession(PipelineMixin):
                     if self._options
                     else {}
                 ),
+                **({"engine_build_s": round(self._build_s, 3), "shapes": str(self._shapes)} if self._shapes else {}),
                 **self._fallbacks,
                 "kv_cache": (
                     "preallocated, past and present share memory"
@@ -243,15 +268,17 @@ class OrtSession(PipelineMixin):
         lengths = check_prompts(ids, reserve, self.info)
         self._reset()
         tokens = max(lengths) + reserve
+        if self._shapes:
+            require_inside(self.manifest, self._shapes, "prefill", len(ids), max(lengths), 0)
         self._cache = self._cache_for(len(ids), tokens)
         self._device = None
         padded, mask = right_pad(ids)
         positions = _positions(mask)
         buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
-        binding = self._bound(buffers, self._cache, self._decode)
+        binding = self._bound(buffers, self._cache, self._prefill)
         last_only = self.manifest.decode_logits == "last"
         logits = self._bind_logits(binding, 1 if last_only else padded.shape[1], len(ids))
-        self._decode.run_with_iobinding(binding)
+        self._prefill.run_with_iobinding(binding)
         self._cache.taken(binding)
 
         self._batch = len(ids)
@@ -291,6 +318,8 @@ class OrtSession(PipelineMixin):
 
     def _growing_step(self) -> Logits:
         assert self._cache is not None
+        if self._shapes:
+            require_inside(self.manifest, self._shapes, "decode", self._batch, 1, self._width)
         self._width += 1
         mask = np.ascontiguousarray(self._mask[:, : self._width])
         positions = self._lengths[:, None] - 1
@@ -366,8 +395,8 @@ class OrtSession(PipelineMixin):
         self._require_open()
         check_prompts([ids], 0, self.info)
         if self._scoring is None:
-            same = self.manifest.scoring_graph == self.manifest.decode_graph
-            self._scoring = self._decode if same else self._open(self.manifest.scoring_graph)
+            same = self.manifest.scoring_graph == self.manifest.decode_graph and self._shapes is None
+            self._scoring = self._decode if same else self._open(self.manifest.scoring_graph, "score")
         self._reset()
         self._cache = None
         cache = self._new_cache(1, len(ids))
@@ -383,7 +412,7 @@ class OrtSession(PipelineMixin):
         """Free everything; closing twice is allowed."""
         self._closed = True
         self._reset()
-        self._cache = self._decode = self._scoring = self._step_binding = self._device = None
+        self._cache = self._decode = self._prefill = self._scoring = self._step_binding = self._device = None
 
     def __enter__(self) -> OrtSession:
         return self

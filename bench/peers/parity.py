@@ -1,7 +1,7 @@
 """What a peer's speed is worth: how far its outputs are the baseline's, on the prompts of one round.
 
-Where a side shows logits: teacher-forced along the baseline's greedy tokens, mean KL divergence and top-1. Where it does
-not: its greedy tokens beside the baseline's, up to the first that differs.
+Where a side shows logits: teacher-forced along the baseline's greedy tokens, mean KL divergence and top-1. Where it
+does not: its greedy tokens beside the baseline's, up to the first that differs.
 """
 
 from __future__ import annotations
