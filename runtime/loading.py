@@ -67,7 +67,8 @@ def load(
         verify: compare every file's SHA-256 with the manifest (under a second per GB).
         huge_pages: see :class:`runtime.ort_session.OrtSession`.
         progress: called with the bytes of each chunk hashed.
-        provider_options, allow_fallback, cuda_graph, argmax_on_device, shapes, engine_home: see :class:`runtime.ort_session.OrtSession`.
+        provider_options, allow_fallback, cuda_graph, argmax_on_device, shapes, engine_home: see
+            :class:`runtime.ort_session.OrtSession`.
 
     Raises:
         ManifestError: not an export, or not the files that it was published with.

@@ -97,7 +97,7 @@ def test_two_sessions_and_no_shape_outside(exports: Get, monkeypatch: pytest.Mon
         assert float(session.info.details["engine_build_s"]) > 0
         np.testing.assert_array_equal(session.prefill(prompts, reserve=20), last)
         assert generate(session, prompts, 20).tokens == expected
-        with pytest.raises(ShapeOutsideProfileError, match="41 new tokens in prefill lie outside .* 1 to 40"):
+        with pytest.raises(ShapeOutsideProfileError, match=r"41 new tokens in prefill lie outside .* 1 to 40"):
             session.prefill([[5] * 41])
         with pytest.raises(ShapeOutsideProfileError, match="5 rows in prefill"):
             session.prefill([[5]] * 5)
