@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from export.manifest import KVLayout
 
 NUMPY_DTYPE: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
-_BFLOAT16 = 16
+BFLOAT16 = 16
 """Number of bfloat16 among ONNX's element types; numpy has no such type."""
 BLOCK = 64
 """Capacity is rounded up to whole blocks, so that runs of similar length reuse the buffers."""
@@ -44,7 +45,7 @@ class SharedCache:
             for kind in ("key", "value"):
                 # Zeroed once: GroupQueryAttention never reads past a row's length, but NaNs there would spread.
                 if layout.dtype == "bf16":
-                    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, _BFLOAT16, device, 0)
+                    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, device, 0)
                 else:
                     value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, NUMPY_DTYPE[layout.dtype]), device, 0)
                 self._values[f"{layer}.{kind}"] = value
@@ -153,6 +154,27 @@ def _gather(element_type: int, device: str) -> Any:
     kept = helper.make_tensor_value_info("kept", element_type, ["n", "h", "t", "d"])
     graph = helper.make_graph([helper.make_node("Gather", ["data", "rows"], ["kept"])], "rows", [data, rows], [kept])
     return small_session(graph, device)
+
+
+def to_fp32(value: Any, device: str) -> NDArray[np.float32]:
+    """A 3-dimensional bfloat16 OrtValue as fp32 on the host; converted on the device."""
+    session = _widen(device)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("narrow", value)
+    binding.bind_output("wide", "cpu")
+    session.run_with_iobinding(binding)
+    wide: NDArray[np.float32] = binding.get_outputs()[0].numpy()
+    return wide
+
+
+@cache
+def _widen(device: str) -> Any:
+    from onnx import TensorProto, helper
+
+    narrow = helper.make_tensor_value_info("narrow", TensorProto.BFLOAT16, ["a", "b", "c"])
+    wide = helper.make_tensor_value_info("wide", TensorProto.FLOAT, ["a", "b", "c"])
+    node = helper.make_node("Cast", ["narrow"], ["wide"], to=TensorProto.FLOAT)
+    return small_session(helper.make_graph([node], "widen", [narrow], [wide]), device)
 
 
 def small_session(graph: Any, device: str) -> Any:

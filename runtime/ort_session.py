@@ -18,10 +18,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from export.manifest import Manifest
-from runtime.device_decode import DeviceDecoder
+from runtime.device_decode import GRAPH_KEY, NO_GRAPH, DeviceDecoder
 from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.huge_pages import collapse
-from runtime.kv_cache import GrowingCache, SharedCache
+from runtime.kv_cache import BFLOAT16, GrowingCache, SharedCache, to_fp32
 from runtime.pipeline import PipelineMixin
 from runtime.provider_options import DEFAULTS, as_text
 from runtime.providers import (
@@ -127,7 +127,11 @@ class OrtSession(PipelineMixin):
         self.load_s = time.perf_counter() - started - self._build_s
         self._scoring: Any = None
         kinds = {o.name: o.type for o in self._decode.get_outputs()}
-        # numpy has no bfloat16: such logits stay on the device and only greedy tokens come off it.
+        self._run_options: Any = None
+        if self._cuda_graph:  # only what DeviceDecoder runs is captured
+            self._run_options = ort.RunOptions()
+            self._run_options.add_run_config_entry(GRAPH_KEY, NO_GRAPH)
+        # None for bfloat16, which numpy lacks
         self._logits_dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}.get(kinds["logits"])
         self._device: DeviceDecoder | None = None
         self._cache: SharedCache | GrowingCache | None = None
@@ -242,11 +246,20 @@ class OrtSession(PipelineMixin):
         """Bind host memory by address: no copy, but ``array`` must stay alive while the binding is used."""
         binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def _bind_logits(self, binding: Any, positions: int, rows: int) -> NDArray[Any]:
-        """Host memory for the logits; the provider copies them there (the CPU writes in place)."""
-        logits = np.empty((rows, positions, self.manifest.vocab_size), self._logits_dtype)
+    def _bind_logits(self, binding: Any, positions: int, rows: int) -> Callable[[], NDArray[Any]]:
+        """Host memory for the logits; the provider copies them there (the CPU writes in place).
+
+        Returns what gives them ``[rows, positions, vocab]`` after a run. bfloat16, which numpy lacks, comes as fp32.
+        """
+        shape = (rows, positions, self.manifest.vocab_size)
+        if self._logits_dtype is None:
+            device = self._provider.device
+            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, device, 0)
+            binding.bind_ortvalue_output("logits", value)
+            return lambda: to_fp32(value, device)
+        logits: NDArray[Any] = np.empty(shape, self._logits_dtype)
         binding.bind_output("logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
-        return logits
+        return lambda: logits
 
     def _new_cache(self, batch: int, tokens: int) -> SharedCache | GrowingCache:
         if self.manifest.kv.shared_buffer:
@@ -278,7 +291,7 @@ class OrtSession(PipelineMixin):
         binding = self._bound(buffers, self._cache, self._prefill)
         last_only = self.manifest.decode_logits == "last"
         logits = self._bind_logits(binding, 1 if last_only else padded.shape[1], len(ids))
-        self._prefill.run_with_iobinding(binding)
+        self._prefill.run_with_iobinding(binding, self._run_options)
         self._cache.taken(binding)
 
         self._batch = len(ids)
@@ -292,7 +305,7 @@ class OrtSession(PipelineMixin):
             self._mask = np.ones((self._batch, tokens), np.int64)
             self._mask[:, : mask.shape[1]] = mask
             self._width = mask.shape[1]
-        return _fp32(logits[:, 0] if last_only else logits[np.arange(len(ids)), self._lengths - 1])
+        return _fp32(logits()[:, 0] if last_only else logits()[np.arange(len(ids)), self._lengths - 1])
 
     @_all_or_nothing
     def step(self, ids: Sequence[int]) -> Logits:
@@ -313,8 +326,8 @@ class OrtSession(PipelineMixin):
         if "position_ids" in self.manifest.inputs:
             self._position = self._lengths[:, None] - 1
             self._bind_input(self._step_binding, "position_ids", self._position)
-        self._decode.run_with_iobinding(self._step_binding)
-        return _fp32(self._step_logits[:, 0])
+        self._decode.run_with_iobinding(self._step_binding, self._run_options)
+        return _fp32(self._step_logits()[:, 0])
 
     def _growing_step(self) -> Logits:
         assert self._cache is not None
@@ -326,9 +339,9 @@ class OrtSession(PipelineMixin):
         buffers = {"input_ids": self._ids, "attention_mask": mask, "position_ids": positions}
         binding = self._bound(buffers, self._cache, self._decode)
         logits = self._bind_logits(binding, 1, self._batch)
-        self._decode.run_with_iobinding(binding)
+        self._decode.run_with_iobinding(binding, self._run_options)
         self._cache.taken(binding)
-        return _fp32(logits[:, 0])
+        return _fp32(logits()[:, 0])
 
     @_all_or_nothing
     def prefill_argmax(self, ids: Ids, reserve: int = 1) -> NDArray[np.int64]:
@@ -405,8 +418,8 @@ class OrtSession(PipelineMixin):
         buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
         binding = self._bound(buffers, cache, self._scoring)
         logits = self._bind_logits(binding, len(ids), 1)
-        self._scoring.run_with_iobinding(binding)
-        return _fp32(logits[0])
+        self._scoring.run_with_iobinding(binding, self._run_options)
+        return _fp32(logits()[0])
 
     def close(self) -> None:
         """Free everything; closing twice is allowed."""

@@ -65,3 +65,15 @@ def test_refusals(exports: Get) -> None:
     growing = load(exports(spec={"target": "tensorrt"}), threads=1, argmax_on_device=True)
     assert not growing.argmax_on_device  # its past is joined by Concat: nothing has a fixed address
     growing.close()
+
+
+def test_bfloat16_logits_come_as_fp32() -> None:
+    import onnxruntime as ort
+
+    from runtime.kv_cache import BFLOAT16, to_fp32
+
+    wide = np.array([[[1.0, -2.5, 3e38, 0.15625]]], np.float32)
+    bits = (wide.view(np.uint32) >> 16).astype(np.uint16)
+    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BFLOAT16)
+    expected = (bits.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(to_fp32(value, "cpu"), expected)
