@@ -31,6 +31,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from bench.generate_text import add_generate_options
+
 ERR = Console(stderr=True)
 
 
@@ -88,8 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="the text to continue, or '-' for standard input")
     generate.add_argument("--chat", action="store_true", help="apply the model's chat template")
     generate.add_argument("--max-new-tokens", type=int, default=128)
-    generate.add_argument("--provider", default="cpu", help="cpu, cuda or tensorrt")
-    generate.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+    add_generate_options(generate)
 
     add("bench", _bench, "run the suite: the same as `pytest bench/`, whose options it takes (--profile smoke, ...)")
 
@@ -97,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("record", type=Path)
     report.add_argument("--out", type=Path, default=Path("reports/out"), help="folder of the page")
 
-    add("doctor", _doctor, "which providers really load here, and what to install for the rest")
+    doctor = add("doctor", _doctor, "which providers really load here, and what to install for the rest")
+    doctor.add_argument(
+        "--no-bandwidth", action="store_true", help="leave the memory bandwidth unmeasured (1 GiB, 2 s)"
+    )
     return parser
 
 
@@ -234,49 +238,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from runtime.errors import SessionError
-    from runtime.generate import stream
-    from runtime.loading import load
-    from runtime.text import StreamDecoder, encode, load_tokenizer
+    from bench.generate_text import run
 
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not prompt:
-        raise SessionError("the prompt is empty; give some text")
-    tokenizer = load_tokenizer(args.folder)
-    ids = encode(tokenizer, prompt, args.chat)
-    at: list[float] = []
-    text = ""
-    with load(args.folder, args.provider, args.threads, huge_pages=False) as session:
-        decoder = StreamDecoder(tokenizer)
-        eos = session.manifest.eos_token_ids
-        for step in stream(session, [ids], args.max_new_tokens, eos):
-            at.append(step.at_s)
-            token = int(step.tokens[0])
-            piece = "" if token in eos else decoder.push(token)
-            text += piece
-            if not args.json:
-                print(piece, end="", flush=True)
-        rest = decoder.finish()
-    if not args.json:
-        print(rest)
-    decode = (len(at) - 1) / (at[-1] - at[0]) if len(at) > 1 else None
-    speed = "" if decode is None else f", decode {decode:.1f} tokens/s"
-    ERR.print(
-        f"prompt {len(ids)} tokens, TTFT {at[0] * 1e3:.1f} ms, {len(at)} new tokens{speed}",
-        style="dim",
-        highlight=False,
-    )
-    if args.json:
-        _print_json(
-            {
-                "text": text + rest,
-                "prompt_tokens": len(ids),
-                "new_tokens": len(at),
-                "ttft_s": at[0],
-                "at_s": at,
-            }
-        )
-    return 0
+    return run(args, ERR)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -329,19 +293,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from runtime.doctor import examine
+    from bench.doctor_page import run
 
-    found = examine()
-    if args.json:
-        _print_json([asdict(f) for f in found])
-        return 0
-    table = Table(title="Execution providers", title_justify="left")
-    for column in ("provider", "loads", "what is the matter, and the remedy"):
-        table.add_column(column)
-    for f in found:
-        table.add_row(f.provider, "yes" if f.loads else "no", Text(f.detail))  # no markup: [cuda,cudnn]
-    Console().print(table)
-    return 0
+    return run(args)
 
 
 def _ours(error: BaseException) -> bool:

@@ -54,6 +54,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--new-tokens", type=int, help="tokens generated in each latency round")
     group.addoption("--dataset", type=Path, help="JSONL file in place of the project's data (bench/data/README.md)")
     group.addoption("--threads", type=int, help="CPU threads of every side")
+    group.addoption("--peers", action="store_true", help="torch.compile, onnxruntime-genai and llama.cpp beside it")
+    group.addoption("--gguf", type=Path, help="the file that llama.cpp runs with --peers")
     group.addoption("--report-dir", type=Path, default=Path("reports/out"), help="where the page is written")
 
 
@@ -73,6 +75,8 @@ def pytest_configure(config: pytest.Config) -> None:
         new_tokens=o.new_tokens,
         dataset=o.dataset,
         threads=o.threads,
+        peers=o.peers,
+        gguf=o.gguf,
         out=o.report_dir,
     )
     run = Run(options, progress=lambda title, total: _progress(config, title, total))
@@ -203,6 +207,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     page, record = found
     width = terminalreporter._tw.fullwidth
     print_summary(record, Console(file=terminalreporter._tw._file, width=max(80, width)))
+    if config.stash[RUN].options.peers:
+        from bench.peers.table import peer_rows, print_peers
+
+        console = Console(file=terminalreporter._tw._file, width=max(80, width))
+        print_peers(peer_rows(record), config.stash[RUN].peers.skipped, console)
     terminalreporter.write_line(f"page: {page.resolve()}")
 
 

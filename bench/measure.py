@@ -28,8 +28,9 @@ def _one(session: Session, prompts: list[list[int]], new_tokens: int) -> Generat
     """One timed generation without garbage collection in it; end tokens are ignored, the length is fixed."""
     gc.collect()
     gc.disable()
+    own = getattr(session, "own_generate", None)  # a peer that brings its own loop
     try:
-        return generate(session, prompts, new_tokens)
+        return own(prompts, new_tokens) if own is not None else generate(session, prompts, new_tokens)
     finally:
         gc.enable()
 

@@ -23,8 +23,12 @@ from bench.environment import machine, versions
 from bench.gate import GateInputs, run_gate, text_windows, ticks_of
 from bench.measure import CpuBandwidth, CudaBandwidth, interleave, load_times, peak_memory
 from bench.parity import TIERS
+from bench.peers.choice import TITLES, Peers, choose
+from bench.peers.choice import opener as peer_opener
 from bench.peers.optimum_ort import LABEL as OPTIMUM
-from bench.workload import PROFILES, Profile, choose_profile
+from bench.peers.parity import PeerParity, peer_parity
+from bench.peers.table import PARITY
+from bench.workload import PROFILES, Profile, choose_profile, latency_prompts
 from export.cache import cache_dir
 from export.manifest import Manifest
 from reports.record import (
@@ -74,6 +78,8 @@ class Options:
     new_tokens: int | None = None
     dataset: Path | None = None
     threads: int | None = None
+    peers: bool = False
+    gguf: Path | None = None
     out: Path = Path("reports/out")
 
 
@@ -97,6 +103,7 @@ class Run:
     outcomes: list[Outcome] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
+    peer_parities: dict[str, PeerParity] = field(default_factory=dict)
     _sessions: dict[str, Session] = field(default_factory=dict)
 
     # -- what is run ------------------------------------------------------------------------------------------------
@@ -214,7 +221,18 @@ class Run:
         optimum = self.device == "cpu" and self._is_headline and peers != "none"
         if case is not None and peers == "headline" and case != self.profile.cases()[0]:
             optimum = False
-        return [self.candidate, self.baseline] + ([OPTIMUM] if optimum else [])
+        wanted = self.options.peers and case is not None and case == self.profile.cases()[0]
+        more = self.peers.labels if wanted else ()
+        return [self.candidate, self.baseline] + ([OPTIMUM] if optimum else []) + list(more)
+
+    @cached_property
+    def peers(self) -> Peers:
+        """Further peers of the headline case (``--peers``); those that cannot take part are a warning each."""
+        if not self.options.peers:
+            return Peers((), {})
+        found = choose(self.device, self.manifest.attention, self.options.gguf)
+        self.warnings += [f"peer {label} skipped: {why}" for label, why in found.skipped.items()]
+        return found
 
     @property
     def _is_headline(self) -> bool:
@@ -236,17 +254,38 @@ class Run:
         if label == self.candidate:
             from runtime.loading import load
 
-            folder = self.folder
-            return lambda: load(folder, self.provider, self.threads, verify=False)
+            folder, more = self.folder, {**self._engines()}
+            return lambda: load(folder, self.provider, self.threads, verify=False, **more)
         if label == self.baseline:
             from runtime.torch_session import TorchSession
 
             checkpoint = self.checkpoint
             return lambda: TorchSession(checkpoint, self.manifest.activations, self.device, threads=self.threads)
+        if label in TITLES:
+            return peer_opener(
+                label,
+                checkpoint=self.checkpoint,
+                folder=self.folder,
+                precision=self.manifest.activations,
+                device=self.device,
+                threads=self.threads,
+                gguf=self.options.gguf,
+                info=lambda: self.session(self.candidate).info,
+            )
         from bench.peers.optimum_ort import OptimumSession
 
         plain = self._plain()
         return lambda: OptimumSession(plain, self.threads)
+
+    def _engines(self) -> dict[str, Any]:
+        """What TensorRT needs to know before it opens a graph: the run's shapes, and where engines are kept."""
+        if not self.provider.startswith("tensorrt"):
+            return {}
+        from runtime.tensorrt import Shapes
+
+        p, context = self.profile, self.manifest.context_length
+        shapes = Shapes.of_workload(p.batch_sizes, (*p.prompt_lengths, p.window), p.new_tokens, context)
+        return {"shapes": shapes, "engine_home": cache_dir()}
 
     def session(self, label: str) -> Session:
         """The loaded side; loaded on first use and kept."""
@@ -287,6 +326,12 @@ class Run:
                 tick,
                 (lambda: samples.append(bandwidth())) if bandwidth else None,
             )
+        if self.options.peers and headline:
+            prompts = latency_prompts(ids, case, 0)
+            for label in self.labels(case):
+                if label not in (self.candidate, self.baseline):
+                    side, baseline = sides[label], sides[self.baseline]
+                    self.peer_parities[label] = peer_parity(side, baseline, prompts, case.new_tokens)
         if bandwidth:
             self.floor = Floor(
                 method=bandwidth.method,
@@ -396,11 +441,14 @@ class Run:
             self.candidate: ("candidate", f"ONNX Runtime ({self.provider}), {KIND[manifest.attention]}"),
             self.baseline: ("baseline", f"PyTorch eager ({self.device})"),
             OPTIMUM: ("peer", "optimum, plain export"),
+            **{label: ("peer", title) for label, title in TITLES.items()},
         }
         for label in dict.fromkeys([*(s.side for s in self.series), *self._sessions]):
             session = self._sessions.get(label)
             role, title = titles[label]
-            details = session.info.details if session else {}
+            details = dict(session.info.details) if session else {}
+            if label in self.peer_parities:
+                details[PARITY] = self.peer_parities[label].describe()
             sides.append(Side(label=label, role=role, title=title, details=details))  # type: ignore[arg-type]
         p = self.profile
         return RunRecord(

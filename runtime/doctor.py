@@ -1,26 +1,62 @@
-"""Which execution providers really load here: each runs a one-node model. Try: ``llama-onnx doctor``.
+"""What really works here: execution providers by a run, the GPU and its libraries. Try: ``llama-onnx doctor``.
 
 The list of available providers also names those whose libraries are missing, so nothing short of a run is believed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.metadata
+import os
+import platform
+import re
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from runtime.errors import ProviderUnavailableError
-from runtime.providers import PROVIDERS, provider_list, require, require_active
+from runtime.providers import (
+    PROVIDERS,
+    Provider,
+    attach,
+    library_trouble,
+    placement,
+    provider_list,
+    require,
+    require_active,
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One provider: whether it ran, and what to do if not."""
+    """One provider: whether it ran, what was seen or is the matter, and how to install it if not."""
 
     provider: str
     loads: bool
     detail: str
+    install: str = ""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What NVIDIA's management library says; ``missing`` says why it says nothing."""
+
+    devices: tuple[dict[str, str | int | float], ...] = ()
+    driver: str = ""
+    cuda_driver: str = ""
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the doctor found; ``bandwidth`` (bytes per second) is measured by the caller, None if not."""
+
+    providers: list[Finding]
+    gpu: Gpu
+    cpu: dict[str, str | int | float]
+    packages: dict[str, str]
+    bandwidth: dict[str, float | str] | None = field(default=None)
 
 
 def _one_node() -> bytes:
@@ -36,20 +72,98 @@ def _one_node() -> bytes:
 
 def examine() -> list[Finding]:
     """Try every provider that this tool knows."""
-    found = []
     model = _one_node()
-    for name, provider in PROVIDERS.items():
+    return [_try(provider, model) for provider in PROVIDERS.values()]
+
+
+def _try(provider: Provider, model: bytes) -> Finding:
+    try:
+        require(provider.name, None)
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        attach(options, provider)
+        session = ort.InferenceSession(model, sess_options=options, providers=provider_list(provider))
+        require_active(session, provider)
+        (y,) = session.run(None, {"x": np.ones(2, np.float32)})
+        where = placement(session).nodes
+        if where and provider.ort_name not in where:
+            return Finding(provider.name, False, f"loads, but its node ran on {', '.join(where)}", provider.install)
+        good = bool((y == 2).all())
+        return Finding(provider.name, good, f"onnxruntime {ort.__version__}" if good else "gave a wrong result")
+    except ProviderUnavailableError as e:
+        return Finding(provider.name, False, str(e), provider.install)
+    except Exception as e:  # onnxruntime raises its own C++-bound classes
+        cause = library_trouble(provider) or str(e).splitlines()[0][:200]
+        return Finding(provider.name, False, f"{cause}. To get it: {provider.install}", provider.install)
+
+
+def gpus(nvml: Any = None) -> Gpu:
+    """NVIDIA GPUs, clocks and driver, by nvidia-ml-py; says why where it cannot tell.
+
+    Args:
+        nvml: the module ``pynvml``, None to import it.
+    """
+    if nvml is None:
         try:
-            require(name, None)
-            options = ort.SessionOptions()
-            options.log_severity_level = 4
-            session = ort.InferenceSession(model, sess_options=options, providers=provider_list(provider))
-            require_active(session, provider)
-            (y,) = session.run(None, {"x": np.ones(2, np.float32)})
-            good = bool((y == 2).all())
-            found.append(Finding(name, good, f"onnxruntime {ort.__version__}" if good else "gave a wrong result"))
-        except ProviderUnavailableError as e:
-            found.append(Finding(name, False, str(e)))
-        except Exception as e:  # onnxruntime raises its own C++-bound classes
-            found.append(Finding(name, False, f"{str(e).splitlines()[0][:200]}. To get it: {provider.install}"))
+            import pynvml as nvml
+        except ImportError:
+            return Gpu(missing="nvidia-ml-py is not installed: GPUs, driver and clocks are not known "
+                       "(pip install nvidia-ml-py)")  # fmt: skip
+    try:
+        nvml.nvmlInit()
+    except Exception as e:  # nvml has an exception class for each code
+        return Gpu(missing=f"no NVIDIA driver answers: {str(e)[:120]}")
+    try:
+        version = int(nvml.nvmlSystemGetCudaDriverVersion_v2())
+        devices = tuple(_device(nvml, n) for n in range(nvml.nvmlDeviceGetCount()))
+        return Gpu(devices, _text(nvml.nvmlSystemGetDriverVersion()), f"{version // 1000}.{version % 1000 // 10}")
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _device(nvml: Any, index: int) -> dict[str, str | int | float]:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    found: dict[str, str | int | float] = {
+        "name": _text(nvml.nvmlDeviceGetName(handle)),
+        "memory_bytes": int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+    }
+    for name, kind in (("sm", "NVML_CLOCK_SM"), ("memory", "NVML_CLOCK_MEM")):
+        clock = getattr(nvml, kind)
+        found[f"{name}_clock_mhz"] = int(nvml.nvmlDeviceGetClockInfo(handle, clock))
+        found[f"{name}_clock_max_mhz"] = int(nvml.nvmlDeviceGetMaxClockInfo(handle, clock))
     return found
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def packages() -> dict[str, str]:
+    """Installed distributions of which the providers are made: ONNX Runtime, CUDA, cuDNN, TensorRT."""
+    wanted = re.compile(r"(onnxruntime|tensorrt|torch$|nvidia-(cuda-runtime|cudnn|cublas|ml-py))", re.IGNORECASE)
+    names = ((d.metadata["Name"], d.version) for d in importlib.metadata.distributions())
+    return {name: version for name, version in sorted(names, key=str) if name and wanted.match(name)}
+
+
+def processor() -> dict[str, str | int | float]:
+    """The CPU that this process may use, and its clock now where the system tells."""
+    import cpuinfo
+    import psutil
+
+    info = cpuinfo.get_cpu_info()
+    found: dict[str, str | int | float] = {
+        "name": str(info.get("brand_raw") or platform.processor() or platform.machine()),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    flags = set(info.get("flags") or ())
+    found["vector"] = next((f for f in ("amx_tile", "avx512f", "avx2", "asimd") if f in flags), "unknown")
+    clock = psutil.cpu_freq()
+    if clock is not None:
+        found["clock_mhz"] = round(clock.current)
+    return found
+
+
+def diagnose() -> Report:
+    """Everything but the bandwidth, which takes memory and seconds and is the caller's choice."""
+    return Report(examine(), gpus(), processor(), packages())

@@ -9,16 +9,19 @@ the next.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from export.manifest import KVLayout
 
 NUMPY_DTYPE: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
-_BFLOAT16 = 16
+BFLOAT16 = 16
 """Number of bfloat16 among ONNX's element types; numpy has no such type."""
 BLOCK = 64
 """Capacity is rounded up to whole blocks, so that runs of similar length reuse the buffers."""
@@ -36,7 +39,7 @@ class SharedCache:
     """
 
     def __init__(self, layout: KVLayout, batch: int, tokens: int, limit: int, device: str) -> None:
-        self.batch = batch
+        self.batch = self._rows = batch
         self.capacity = min(-(-tokens // BLOCK) * BLOCK, limit)
         shape = [batch, layout.kv_heads, self.capacity, layout.head_dim]
         self._values: dict[str, Any] = {}
@@ -44,7 +47,7 @@ class SharedCache:
             for kind in ("key", "value"):
                 # Zeroed once: GroupQueryAttention never reads past a row's length, but NaNs there would spread.
                 if layout.dtype == "bf16":
-                    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, _BFLOAT16, device, 0)
+                    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, device, 0)
                 else:
                     value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, NUMPY_DTYPE[layout.dtype]), device, 0)
                 self._values[f"{layer}.{kind}"] = value
@@ -52,7 +55,31 @@ class SharedCache:
 
     def holds(self, batch: int, tokens: int) -> bool:
         """Whether a batch of that size fits without wasting more than half of the buffer."""
-        return self.batch == batch and tokens <= self.capacity <= 2 * max(tokens, BLOCK)
+        return self._rows == batch and tokens <= self.capacity <= 2 * max(tokens, BLOCK)
+
+    def restore(self) -> None:
+        """All rows again, after :meth:`keep`; what they hold means nothing."""
+        if self.batch != self._rows:
+            self._values, self.batch = self._whole, self._rows
+
+    def keep(self, rows: Sequence[int], tokens: int) -> None:
+        """Drop every row but these (ascending), of which the first ``tokens`` positions are in use.
+
+        Rows move up inside the buffers, so nothing is allocated and the buffers serve the next batch.
+        """
+        if self.batch == self._rows:
+            self._whole = self._values
+        kept = {}
+        for name, value in self._whole.items():
+            if value.device_name() == "cpu":
+                array = value.numpy()  # the same memory
+                for to, row in enumerate(rows):
+                    if to != row:
+                        array[to, :, :tokens] = array[row, :, :tokens]
+                kept[name] = ort.OrtValue.ortvalue_from_numpy(array[: len(rows)])
+            else:
+                kept[name] = select_rows(self._values[name], rows)
+        self._values, self.batch = kept, len(rows)
 
     def bind(self, binding: Any) -> None:
         """Bind every buffer as past and as present."""
@@ -88,13 +115,19 @@ class GrowingCache:
         empty = np.zeros((batch, layout.kv_heads, 0, layout.head_dim), NUMPY_DTYPE[layout.dtype])
         names = [f"{layer}.{kind}" for layer in range(layout.layers) for kind in ("key", "value")]
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(empty, device, 0) for name in names}
-        self._per_token = batch * layout.bytes_per_token()
+        self._batch = batch
+        self._per_token = layout.bytes_per_token()
         self._tokens = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return self._per_token * self._tokens
+        return self._batch * self._per_token * self._tokens
+
+    def keep(self, rows: Sequence[int], _tokens: int) -> None:
+        """Drop every row but these."""
+        self._values = {name: select_rows(value, rows) for name, value in self._values.items()}
+        self._batch = len(rows)
 
     def bind(self, binding: Any) -> None:
         """Bind the past; the present is allocated by the run."""
@@ -107,3 +140,64 @@ class GrowingCache:
         outputs = binding.get_outputs()
         self._values = dict(zip(self._values, outputs, strict=False))
         self._tokens = outputs[0].shape()[2]
+
+
+def select_rows(value: Any, rows: Sequence[int]) -> Any:
+    """A new OrtValue on the same device with these rows of ``value``; the data do not leave the device."""
+    device = value.device_name().lower()
+    if device == "cpu":
+        return ort.OrtValue.ortvalue_from_numpy(value.numpy()[list(rows)])
+    session = _gather(value.element_type(), device)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("data", value)
+    binding.bind_ortvalue_input("rows", ort.OrtValue.ortvalue_from_numpy(np.asarray(rows, np.int64), device, 0))
+    binding.bind_output("kept", device)
+    session.run_with_iobinding(binding)
+    return binding.get_outputs()[0]
+
+
+@cache
+def _gather(element_type: int, device: str) -> Any:
+    """A session that takes rows of a 4-dimensional tensor of that ONNX element type."""
+    from onnx import TensorProto, helper
+
+    data = helper.make_tensor_value_info("data", element_type, ["b", "h", "t", "d"])
+    rows = helper.make_tensor_value_info("rows", TensorProto.INT64, ["n"])
+    kept = helper.make_tensor_value_info("kept", element_type, ["n", "h", "t", "d"])
+    graph = helper.make_graph([helper.make_node("Gather", ["data", "rows"], ["kept"])], "rows", [data, rows], [kept])
+    return small_session(graph, device)
+
+
+def to_fp32(value: Any, device: str) -> NDArray[np.float32]:
+    """A 3-dimensional bfloat16 OrtValue as fp32 on the host; converted on the device."""
+    session = _widen(device)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("narrow", value)
+    binding.bind_output("wide", "cpu")
+    session.run_with_iobinding(binding)
+    wide: NDArray[np.float32] = binding.get_outputs()[0].numpy()
+    return wide
+
+
+@cache
+def _widen(device: str) -> Any:
+    from onnx import TensorProto, helper
+
+    narrow = helper.make_tensor_value_info("narrow", TensorProto.BFLOAT16, ["a", "b", "c"])
+    wide = helper.make_tensor_value_info("wide", TensorProto.FLOAT, ["a", "b", "c"])
+    node = helper.make_node("Cast", ["narrow"], ["wide"], to=TensorProto.FLOAT)
+    return small_session(helper.make_graph([node], "widen", [narrow], [wide]), device)
+
+
+def small_session(graph: Any, device: str) -> Any:
+    """A session over a helper graph of a few nodes, on the ``cpu`` or on ``cuda``."""
+    from onnx import helper
+
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    session = ort.InferenceSession(model.SerializeToString(), sess_options=options, providers=providers)
+    session.disable_fallback()
+    return session

@@ -5,7 +5,7 @@ A folder without our manifest is described by :mod:`runtime.foreign` instead; it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from export.manifest import MANIFEST_NAME, Manifest, ManifestError, read_manifes
 
 if TYPE_CHECKING:
     from runtime.ort_session import OrtSession
+    from runtime.tensorrt import Shapes
 
 
 def read_folder(folder: str | Path, verify: bool = True, progress: Callable[[int], None] | None = None) -> Manifest:
@@ -50,16 +51,24 @@ def load(
     verify: bool = True,
     huge_pages: bool = True,
     progress: Callable[[int], None] | None = None,
+    provider_options: Mapping[str, str] | None = None,
+    allow_fallback: bool = False,
+    cuda_graph: bool = True,
+    argmax_on_device: bool | None = None,
+    shapes: Shapes | None = None,
+    engine_home: Path | None = None,
 ) -> OrtSession:
     """Open an exported folder on ONNX Runtime.
 
     Args:
         folder: made by ``llama-onnx export``, by optimum, or by onnxruntime-genai's builder.
-        provider: ``cpu``, ``cuda`` or ``tensorrt``.
+        provider: ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``.
         threads: CPU threads, None for every core.
         verify: compare every file's SHA-256 with the manifest (under a second per GB).
         huge_pages: see :class:`runtime.ort_session.OrtSession`.
         progress: called with the bytes of each chunk hashed.
+        provider_options, allow_fallback, cuda_graph, argmax_on_device, shapes, engine_home: see
+            :class:`runtime.ort_session.OrtSession`.
 
     Raises:
         ManifestError: not an export, or not the files that it was published with.
@@ -68,4 +77,17 @@ def load(
     from runtime.ort_session import OrtSession
 
     path = Path(folder).expanduser()
-    return OrtSession(path, read_folder(path, verify, progress), provider, threads, huge_pages)
+    manifest = read_folder(path, verify, progress)
+    return OrtSession(
+        path,
+        manifest,
+        provider,
+        threads,
+        huge_pages,
+        provider_options,
+        allow_fallback,
+        cuda_graph,
+        argmax_on_device,
+        shapes,
+        engine_home,
+    )

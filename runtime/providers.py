@@ -6,21 +6,39 @@ afterwards which provider it really has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+import importlib.metadata
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from export.manifest import Manifest
 from runtime.errors import ProviderUnavailableError, UnknownProviderError
+from runtime.provider_options import DEFAULTS, as_text
+
+RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
+ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
+WORK = frozenset(
+    (
+        *ATTENTION,
+        *("MatMul", "Gemm", "MatMulNBits", "FusedMatMul", "GatherBlockQuantized", "RotaryEmbedding", "Softmax"),
+        *("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu"),
+    )
+)
+"""Operators that a GPU provider must not leave to the CPU."""
 
 
 @dataclass(frozen=True)
 class Provider:
     """One execution provider: our name, ONNX Runtime's, the device its memory is on, how to install it.
 
-    ``runs`` holds, by attention operator, the activation types that it has kernels for.
+    ``runs`` holds, by attention operator, the activation types that it has kernels for; ``library`` the file of
+    onnxruntime's own that holds the provider; ``plugin`` how the distribution starts that brings it instead.
     """
 
     name: str
@@ -28,6 +46,8 @@ class Provider:
     device: str
     runs: Mapping[str, tuple[str, ...]]
     install: str
+    library: str = ""
+    plugin: str = ""
 
 
 _STANDARD = {"Attention": ("fp32", "fp16", "bf16"), "unfused": ("fp32", "fp16", "bf16")}
@@ -49,6 +69,7 @@ PROVIDERS = {
             "cuda",
             {"GroupQueryAttention": ("fp16", "bf16"), **_STANDARD},
             "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]' (or: make demo EXTRA=gpu)",
+            "libonnxruntime_providers_cuda.so",
         ),
         Provider(
             "tensorrt",
@@ -56,6 +77,15 @@ PROVIDERS = {
             "cuda",
             _STANDARD,
             "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]' 'tensorrt-cu13>=10.15,<11'",
+            "libonnxruntime_providers_tensorrt.so",
+        ),
+        Provider(
+            "tensorrt-rtx",
+            "NvTensorRTRTXExecutionProvider",
+            "cuda",
+            _STANDARD,
+            "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
+            plugin="onnxruntime-ep-nv-tensorrt-rtx",
         ),
     )
 }
@@ -83,7 +113,9 @@ def require(name: str, manifest: Manifest | None) -> Provider:
     if name not in PROVIDERS:
         raise UnknownProviderError(f"unknown provider {name!r}; choose one of {', '.join(PROVIDERS)}")
     provider = PROVIDERS[name]
-    if provider.ort_name not in ort.get_available_providers():
+    if provider.plugin:
+        register_plugin(provider)
+    elif provider.ort_name not in ort.get_available_providers():
         have = ", ".join(p.name for p in PROVIDERS.values() if p.ort_name in ort.get_available_providers())
         raise ProviderUnavailableError(
             f"provider {name!r} is not installed: onnxruntime {ort.__version__} here has {have}. "
@@ -109,24 +141,171 @@ def _remedy(provider: Provider, manifest: Manifest) -> str:
     return "Export with --target tensorrt, or use another provider"
 
 
-def provider_list(provider: Provider) -> list[Any]:
-    """What goes into ``InferenceSession(providers=...)``."""
+def provider_list(provider: Provider, options: Mapping[str, str] | None = None) -> list[Any]:
+    """What goes into ``InferenceSession(providers=...)``; empty for a plugin (see :func:`attach`)."""
+    if provider.plugin:
+        return []
     if provider.device == "cuda":
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        return [(provider.ort_name, {"arena_extend_strategy": "kSameAsRequested"}), "CPUExecutionProvider"]
+        mine = as_text(DEFAULTS[provider.name]) if options is None else dict(options)
+        if provider.name == "tensorrt":
+            return [(provider.ort_name, mine), PROVIDERS["cuda"].ort_name, "CPUExecutionProvider"]
+        return [(provider.ort_name, mine), "CPUExecutionProvider"]
     return [provider.ort_name]
 
 
-def require_active(session: Any, provider: Provider) -> None:
-    """Fail when a session silently fell back.
+def attach(session_options: Any, provider: Provider, options: Mapping[str, str] | None = None) -> None:
+    """What a provider wants in the session's options: placement is recorded, a plugin's devices are named there."""
+    session_options.add_session_config_entry(RECORD_PLACEMENT, "1")
+    if provider.plugin:
+        devices = [d for d in ort.get_ep_devices() if d.ep_name == provider.ort_name]
+        mine = as_text(DEFAULTS[provider.name]) if options is None else dict(options)
+        session_options.add_provider_for_devices(devices, mine)
+
+
+def register_plugin(provider: Provider) -> None:
+    """Load the library of a provider that comes as a plugin; once in a process.
 
     Raises:
-        ProviderUnavailableError: the provider that was asked for is not the session's first.
+        ProviderUnavailableError: not installed, does not load, or finds no device.
+    """
+    if any(d.ep_name == provider.ort_name for d in ort.get_ep_devices()):
+        return
+    library = plugin_library(provider.plugin)
+    if library is None:
+        raise ProviderUnavailableError(
+            f"provider {provider.name!r} is not installed: no distribution {provider.plugin}* here. "
+            f"To get it: {provider.install}"
+        )
+    try:
+        ort.register_execution_provider_library(provider.ort_name, str(library))
+    except Exception as e:  # onnxruntime raises its own C++-bound classes
+        first = str(e).splitlines()[0][:200]
+        raise ProviderUnavailableError(
+            f"provider {provider.name!r} does not load: {first}. {found_versions()} To get it: {provider.install}"
+        ) from None
+    if not any(d.ep_name == provider.ort_name for d in ort.get_ep_devices()):
+        raise ProviderUnavailableError(
+            f"provider {provider.name!r} loads but finds no device; check the driver with nvidia-smi"
+        )
+
+
+def plugin_library(prefix: str) -> Path | None:
+    """The shared library in the installed distribution whose name starts with ``prefix``, None without one."""
+    wanted = prefix.lower().replace("_", "-")
+    for distribution in importlib.metadata.distributions():
+        name = str(distribution.metadata["Name"] or "").lower().replace("_", "-")
+        if name.startswith(wanted):
+            for file in distribution.files or ():
+                if re.search(r"onnxruntime_providers_\w+\.(so|dll)$", file.name):
+                    return Path(str(distribution.locate_file(file)))
+    return None
+
+
+def require_active(session: Any, provider: Provider, allow_fallback: bool = False) -> str | None:
+    """Fail when a session silently fell back; with ``allow_fallback`` say so instead.
+
+    Raises:
+        ProviderUnavailableError: the provider that was asked for is not the session's first; names the library.
     """
     active = session.get_providers()
-    if not active or active[0] != provider.ort_name:
-        raise ProviderUnavailableError(
-            f"provider {provider.name!r} was asked for, but the session runs on {', '.join(active) or 'nothing'}: "
-            f"its libraries failed to load. To get it: {provider.install}"
-        )
+    if active and active[0] == provider.ort_name:
+        return None
+    where = ", ".join(active) or "nothing"
+    cause = library_trouble(provider) or "its libraries failed to load"
+    if allow_fallback:
+        return f"{provider.name} was asked for, runs on {where}: {cause}"
+    raise ProviderUnavailableError(
+        f"provider {provider.name!r} was asked for, but the session runs on {where}: {cause}. {found_versions()} "
+        f"To get it: {provider.install}"
+    )
+
+
+def library_trouble(provider: Provider) -> str | None:
+    """What the system's loader says about the provider's library, such as the library that this one lacks."""
+    if not provider.library:
+        return None
+    path = Path(ort.__file__).parent / "capi" / provider.library
+    if not path.is_file():
+        return f"this onnxruntime has no {provider.library}"
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as e:
+        lacking = re.match(r"(\S+): cannot open shared object file", str(e))
+        if lacking and lacking.group(1) != str(path):
+            return f"{provider.library} needs {lacking.group(1)}, which is not there"
+        return str(e)[:200]
+    return None
+
+
+def found_versions() -> str:
+    """Installed distributions that a GPU provider is made of, as a sentence."""
+    pattern = re.compile(r"(onnxruntime.*|tensorrt.*|nvidia-(cudnn|cublas|cuda-runtime|cufft|curand).*)", re.IGNORECASE)
+    found = {
+        f"{d.metadata['Name']} {d.version}"
+        for d in importlib.metadata.distributions()
+        if d.metadata["Name"] and pattern.fullmatch(d.metadata["Name"])
+    }
+    return f"Found here: {', '.join(sorted(found)) or 'none of its packages'}."
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the nodes of a session run: nodes by execution provider, and by provider the attention operators."""
+
+    nodes: Mapping[str, int]
+    attention: Mapping[str, str]
+
+    def describe(self) -> str:
+        """For the record, such as ``346 on CPUExecutionProvider``."""
+        return ", ".join(f"{n} on {name}" for name, n in self.nodes.items()) or "not recorded"
+
+
+def placement(session: Any) -> Placement:
+    """What ONNX Runtime assigned to whom; empty where this version cannot tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return Placement({}, {})
+    nodes: Counter[str] = Counter()
+    attention: dict[str, str] = {}
+    for part in session.get_provider_graph_assignment_info():
+        for node in part.get_nodes():
+            nodes[part.ep_name] += 1
+            if node.op_type in ATTENTION:
+                attention[part.ep_name] = node.op_type
+    return Placement(dict(nodes.most_common()), attention)
+
+
+def require_placed(found: Placement, provider: Provider, strays: Sequence[str], allow_fallback: bool) -> str | None:
+    """Fail when nodes that do the work landed on another provider than was asked for.
+
+    Args:
+        found: from :func:`placement`.
+        provider: what was asked for.
+        strays: operators of the nodes on the CPU (see :func:`stray_operators`); shapes and scalars may be there.
+        allow_fallback: say it instead.
+
+    Raises:
+        ProviderUnavailableError: such nodes, named.
+    """
+    others = {name: n for name, n in found.nodes.items() if name not in (provider.ort_name, "CPUExecutionProvider")}
+    if provider.name == "tensorrt":
+        others.pop(PROVIDERS["cuda"].ort_name, None)  # its own fallback for what the parser leaves
+    if not others and not strays:
+        return None
+    names = [f"{n} nodes on {name}" for name, n in others.items()]
+    names += [f"{', '.join(sorted(set(strays)))} on the CPU"] if strays else []
+    if allow_fallback:
+        return f"not everything runs on {provider.name}: {'; '.join(names)}"
+    raise ProviderUnavailableError(
+        f"not everything runs on {provider.name!r}: {'; '.join(names)}. Export for it (--target, --precision), "
+        f"or accept it with --allow-fallback"
+    )
+
+
+def stray_operators(session: Any, provider: Provider) -> list[str]:
+    """Operators with real work that a GPU session left to the CPU; none for the CPU provider."""
+    if provider.device == "cpu" or not hasattr(session, "get_provider_graph_assignment_info"):
+        return []
+    parts = session.get_provider_graph_assignment_info()
+    return [n.op_type for p in parts if p.ep_name == "CPUExecutionProvider" for n in p.get_nodes() if n.op_type in WORK]

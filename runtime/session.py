@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -78,6 +79,28 @@ class Session(Protocol):
         """Free the model; closing twice is allowed."""
 
 
+class Compacting(Protocol):
+    """A session that can shrink its batch; :func:`runtime.generate.stream` asks for the method by its name."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, renumbered from 0; the others leave the KV cache.
+
+        Args:
+            rows: places in the present batch, ascending.
+
+        Raises:
+            SessionError: no batch is open, no row, a row that is not there, or not ascending.
+        """
+
+
+def check_rows(rows: Sequence[int], batch: int) -> None:
+    """Refuse rows that a batch cannot be cut down to."""
+    if batch == 0:
+        raise SessionError("no batch is open; call prefill first")
+    if not rows or rows[0] < 0 or rows[-1] >= batch or any(b <= a for a, b in pairwise(rows)):
+        raise SessionError(f"cannot keep the rows {list(rows)} of a batch of {batch}; give some, ascending")
+
+
 def check_prompts(ids: Ids, reserve: int, info: SessionInfo) -> list[int]:
     """Refuse what cannot run before anything runs; returns the rows' lengths.
 
@@ -113,6 +136,12 @@ def check_step(ids: Sequence[int], batch: int, used: int, capacity: int) -> None
         raise SessionError(f"{len(ids)} ids for a batch of {batch}; give one per row")
     if used >= capacity:
         raise ContextOverflowError(f"the reserved {capacity} positions are used up; prefill with a larger reserve")
+
+
+def left_pad(ids: Ids) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """As :func:`right_pad`, zeros before each row."""
+    padded, mask = right_pad([row[::-1] for row in ids])
+    return np.ascontiguousarray(padded[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
 
 
 def right_pad(ids: Ids) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

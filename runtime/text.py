@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +59,93 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 
 class StreamDecoder:
-    """Turns tokens into text as they come, holding back bytes of a character that is not complete yet."""
+    """Turns tokens into text as they come, holding back bytes of a character that is not complete yet.
+
+    Only the tokens since the last whole piece (and that piece, for what the two join to) are decoded again.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._printed = ""
+        self._behind = 0
+        self._said = ""
 
     def push(self, token: int) -> str:
         """The new text after one more token, perhaps none yet."""
         self._ids.append(token)
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        if text.endswith("\ufffd"):
+        text = self._text()
+        whole = text.rstrip("\ufffd")  # a character whose bytes are not all there yet
+        piece = whole[len(self._said) :]
+        if not piece:
             return ""
-        piece = text[len(self._printed) :]
-        self._printed = text
+        self._said = whole
+        if whole == text:
+            # The next window starts with the last piece: what stands between two pieces (a blank) needs both.
+            self._ids = self._ids[self._behind :]
+            self._behind = len(self._ids)
+            self._said = self._text()
         return piece
 
     def finish(self) -> str:
         """What was held back."""
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True)) if self._ids else ""
-        return text[len(self._printed) :]
+        return self._text()[len(self._said) :]
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)) if self._ids else ""
+
+
+class TextStream:
+    """A row's text as its tokens come, up to the first stop string.
+
+    Text that may still become a stop string is held back; what stands behind one is dropped, it included.
+
+    Args:
+        tokenizer: of the folder.
+        stops: strings, none empty.
+        silent: tokens that are not text (the end tokens).
+
+    Raises:
+        SessionError: an empty stop string.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), silent: Sequence[int] = ()) -> None:
+        if not all(stops):
+            raise SessionError("an empty stop string would end every text at once; leave it out")
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops, self._silent = tuple(stops), frozenset(silent)
+        self._held = ""
+        self.stopped = False
+        self.pushed = 0
+
+    def push(self, token: int) -> str:
+        """The new text that is certain after one more token; none once :attr:`stopped`."""
+        self.pushed += 1
+        if self.stopped or token in self._silent:
+            return ""
+        return self._take(self._decoder.push(token))
+
+    def _take(self, piece: str) -> str:
+        if not self._stops:
+            return piece
+        self._held += piece
+        places = [p for p in (self._held.find(stop) for stop in self._stops) if p >= 0]
+        if places:
+            self.stopped = True
+            sure, self._held = self._held[: min(places)], ""
+            return sure
+        most = max(map(len, self._stops)) - 1
+        held = next((n for n in range(min(most, len(self._held)), 0, -1) if self._begins(self._held[-n:])), 0)
+        cut = len(self._held) - held
+        sure, self._held = self._held[:cut], self._held[cut:]
+        return sure
+
+    def _begins(self, tail: str) -> bool:
+        return any(stop.startswith(tail) for stop in self._stops)
+
+    def finish(self) -> str:
+        """What was held back, once no token follows."""
+        if self.stopped:
+            return ""
+        rest = self._take(self._decoder.finish())
+        rest, self._held = rest + self._held, ""
+        return rest

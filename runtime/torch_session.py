@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from runtime.errors import SessionError
-from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
+from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, left_pad
 
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -97,27 +97,20 @@ class TorchSession:
         self._require_open()
         lengths = check_prompts(ids, reserve, self._info)
         self._reset()
-        padded, mask = right_pad(ids)
+        padded, mask = left_pad(ids)
         self._past = DynamicCache(config=self._model.config)
         self._even = min(lengths) == max(lengths)
         self._mask = torch.from_numpy(mask).to(self._device)
         self._lengths = torch.tensor(lengths, device=self._device)
-        last = self._lengths - 1
         inputs: dict[str, Any] = {"input_ids": torch.from_numpy(padded).to(self._device)}
-        # Only the last valid position goes through the head, as transformers' own generate() does.
-        if self._even:
-            logits = self._forward(**inputs, logits_to_keep=1).logits[:, -1]
-        else:
-            out = self._hidden(**inputs, attention_mask=self._mask)
-            with torch.inference_mode():
-                logits = self._model.get_output_embeddings()(out[torch.arange(len(ids), device=self._device), last])
+        if not self._even:
+            positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
+            inputs |= {"attention_mask": self._mask, "position_ids": positions}
+        # Only the last position goes through the head, as in transformers' own generate().
+        logits = self._forward(**inputs, logits_to_keep=1).logits[:, -1]
         self._batch = len(ids)
         self._used, self._end = max(lengths), max(lengths) + reserve
         return _fp32(logits)
-
-    def _hidden(self, **inputs: Any) -> Any:
-        with torch.inference_mode():
-            return self._model.base_model(**inputs, past_key_values=self._past, use_cache=True).last_hidden_state
 
     def step(self, ids: Sequence[int]) -> Logits:
         """Append one token per row; see :meth:`runtime.session.Session.step`."""
@@ -125,13 +118,20 @@ class TorchSession:
         check_step(ids, self._batch, self._used, self._end)
         inputs: dict[str, Any] = {"input_ids": torch.tensor(ids, device=self._device)[:, None]}
         if not self._even:
-            # New tokens stand behind the padding in the cache; the mask and the positions keep rows apart.
             self._mask = torch.cat([self._mask, self._mask.new_ones((self._batch, 1))], dim=1)
             inputs |= {"attention_mask": self._mask, "position_ids": self._lengths[:, None]}
         logits = self._forward(**inputs).logits[:, -1]
         self._lengths = self._lengths + 1
         self._used += 1
         return _fp32(logits)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only; see :meth:`runtime.session.Compacting.keep`."""
+        self._require_open()
+        check_rows(rows, self._batch)
+        index = torch.tensor(rows, device=self._device)
+        self._past.batch_select_indices(index)
+        self._mask, self._lengths, self._batch = self._mask[index], self._lengths[index], len(rows)
 
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits at all positions of one sequence."""

@@ -55,6 +55,7 @@ def test_rows_end_by_themselves() -> None:
     found = generate(session, [[1], [1]], 10, eos=(2,))  # type: ignore[arg-type]
     assert found.tokens == ((5, 2), (6, 7, 8, 2))
     assert found.ended == (True, True)
+    assert found.reasons == ("eos", "eos")
     assert session.seen == [[5, 6], [2, 7], [2, 8]]
 
 

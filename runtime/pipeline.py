@@ -1,0 +1,237 @@
+"""A session as the model of ``transformers.pipeline("text-generation", model=..., tokenizer=...)``.
+
+What the pipeline asks of a model (``config``, ``generation_config``, ``device``, ``generate``) is answered here by a
+thin shell around a session; the tokens come from :func:`runtime.generate.generate`. Options that it does not know are
+errors, never ignored. Try::
+
+    model, tokenizer = runtime.load(folder), AutoTokenizer.from_pretrained(folder)
+    print(pipeline("text-generation", model=model, tokenizer=tokenizer)("The capital of France is"))
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from export.manifest import Manifest
+from runtime.errors import SessionError
+from runtime.generate import generate
+from runtime.sampling import Sampling
+from runtime.session import Session, SessionInfo
+
+# What GenerationConfig may hold besides, and the value at which it changes nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (None, 0.0),
+    "typical_p": (1.0,),
+    "min_p": (None, 0.0),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "bad_words_ids": (None,),
+    "min_length": (0,),
+    "min_new_tokens": (None, 0),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "sequence_bias": (None,),
+    "guidance_scale": (None, 1.0),
+    "max_time": (None,),
+    "watermarking_config": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "return_dict_in_generate": (False, None),
+    "output_scores": (False, None),
+    "output_logits": (False, None),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+}
+# Arguments of generate() that are about how PyTorch computes, or that the pipeline always hands over.
+_HARMLESS = {
+    "use_cache",
+    "attention_mask",
+    "tokenizer",
+    "generation_config",
+    "prefix_allowed_tokens_fn",
+    "assistant_model",
+}
+
+
+class PreTrainedModel:
+    """A base of this name is how ``transformers.pipeline`` tells that tensors are PyTorch's."""
+
+
+class PipelineMixin(PreTrainedModel):
+    """The attributes and the one method that ``TextGenerationPipeline`` uses; see :func:`runtime.load`."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def info(self) -> SessionInfo:
+        """What runs."""
+        raise NotImplementedError
+
+    framework = "pt"
+    main_input_name = "input_ids"
+
+    @cached_property
+    def config(self) -> Any:
+        """The checkpoint's configuration.
+
+        Raises:
+            SessionError: the folder has none that transformers reads.
+        """
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        # The pipeline logs an error for classes that it does not find here.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("llama-onnx-session", type(self).__name__)
+        try:
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        except (OSError, ValueError) as e:
+            first = str(e).splitlines()[0][:160]
+            raise SessionError(
+                f"{self.folder} has no configuration for a pipeline ({first}); export it again"
+            ) from None
+
+    @cached_property
+    def generation_config(self) -> Any:
+        """The folder's generation_config.json, else what follows from the configuration."""
+        from transformers import GenerationConfig
+
+        if (self.folder / "generation_config.json").is_file():
+            config = GenerationConfig.from_pretrained(self.folder, local_files_only=True)
+        else:
+            config = GenerationConfig.from_model_config(self.config)
+        config.eos_token_id = list(self.manifest.eos_token_ids) or None
+        return config
+
+    @property
+    def name_or_path(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    @property
+    def device(self) -> Any:
+        """Where the pipeline's tensors are; the session moves ids by itself."""
+        import torch
+
+        return torch.device("cpu")
+
+    def can_generate(self) -> bool:
+        """Asked by the pipeline."""
+        return True
+
+    def to(self, *_args: Any, **_options: Any) -> PipelineMixin:
+        """Nothing to move: the session's provider was chosen when it was opened."""
+        return self
+
+    def _prepare_generation_config(
+        self, generation_config: Any = None, use_model_defaults: bool | None = None, **options: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """The pipeline's defaults under the model's own under the caller's, and the options that are none of these."""
+        from transformers import GenerationConfig
+
+        config = copy.deepcopy(generation_config if generation_config is not None else self.generation_config)
+        untouched = GenerationConfig().to_dict()
+        for name, value in self.generation_config.to_dict().items():
+            if name in untouched and value != untouched[name] and getattr(config, name, None) == untouched[name]:
+                setattr(config, name, value)
+        return config, config.update(**options)
+
+    def generate(self, input_ids: Any = None, attention_mask: Any = None, **options: Any) -> Any:
+        """As transformers' ``generate``: ``[batch, longest prompt + new]`` int64, rows padded on the right.
+
+        Args:
+            input_ids: ``[batch, width]`` int64 tensor, padded on either side.
+            attention_mask: ``[batch, width]``, 0 on padding; None where there is none.
+            options: of ``GenerationConfig``; greedy and sampling, stop strings, ``streamer``.
+
+        Raises:
+            SessionError: an option that this runtime does not have, or no input.
+        """
+        import torch
+
+        config, streamer = self._generation_options(options)
+        if input_ids is None or input_ids.numel() == 0:
+            raise SessionError("the prompt is empty; give some text")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        width = input_ids.shape[1]
+        room = self.info.context_length - max(map(len, prompts))
+        limit = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or 20) - width
+        tokenizer = options.get("tokenizer")
+        done = generate(
+            cast(Session, self),
+            prompts,
+            max(limit, 0) if config.max_new_tokens is not None else min(limit, room),
+            _ids(config.eos_token_id),
+            _sampling(config),
+            stop_strings=_strings(config.stop_strings),
+            tokenizer=tokenizer if config.stop_strings else None,
+        )
+        if streamer is not None:
+            streamer.put(input_ids)
+            for token in done.tokens[0]:
+                streamer.put(torch.tensor([token]))
+            streamer.end()
+        pad = config.pad_token_id if config.pad_token_id is not None else (_ids(config.eos_token_id) or [0])[0]
+        out = torch.full((len(prompts), max(map(len, done.tokens))), pad, dtype=torch.long)
+        for row, tokens in enumerate(done.tokens):
+            out[row, : len(tokens)] = torch.tensor(tokens)
+        return torch.cat([input_ids.to(torch.long), out], dim=1)
+
+    def _generation_options(self, options: dict[str, Any]) -> tuple[Any, Any]:
+        """The generation's configuration, and the streamer."""
+        config = copy.deepcopy(options.get("generation_config") or self.generation_config)
+        given = {k: v for k, v in options.items() if k not in _HARMLESS and k != "streamer"}
+        unknown = sorted(k for k in given if not hasattr(config, k))
+        for name in unknown:
+            if given[name] is not None:
+                raise SessionError(f"generate() has no option {name!r} on an ONNX session; leave it out")
+        config.update(**given)
+        for name, neutral in _NEUTRAL.items():
+            value = getattr(config, name, neutral[0])
+            if value not in neutral:
+                raise SessionError(f"{name}={value!r} is not supported on an ONNX session; leave it at {neutral[0]!r}")
+        return config, options.get("streamer")
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+
+
+def _strings(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _sampling(config: Any) -> Sampling:
+    """Our settings for transformers'; the seed comes from PyTorch's generator, so ``set_seed`` repeats a draw."""
+    import torch
+
+    penalty = 1.0 if config.repetition_penalty is None else float(config.repetition_penalty)
+    if not config.do_sample:
+        return Sampling(repetition_penalty=penalty)
+    temperature = 1.0 if config.temperature is None else float(config.temperature)
+    if not temperature > 0 or math.isinf(temperature):
+        raise SessionError(
+            f"temperature {temperature} cannot be sampled with; use do_sample=False, or a number above 0"
+        )
+    return Sampling(
+        temperature,
+        int(config.top_k or 0),
+        1.0 if config.top_p is None else float(config.top_p),
+        penalty,
+        seed=int(torch.randint(2**62, (1,)).item()),
+    )
