@@ -141,7 +141,7 @@ def check_step(ids: Sequence[int], batch: int, used: int, capacity: int) -> None
 def left_pad(ids: Ids) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """As :func:`right_pad`, zeros before each row."""
     padded, mask = right_pad([row[::-1] for row in ids])
-    return np.ascontiguousarray(padded[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
+    return padded[:, ::-1].copy(), mask[:, ::-1].copy()
 
 
 def right_pad(ids: Ids) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -126,6 +126,62 @@ def exports(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     return get
 
 
+def other_config(name: str) -> Any:
+    from transformers import GPT2Config, GPTNeoConfig, Qwen2Config
+
+    common = {"vocab_size": 331, "bos_token_id": 1, "eos_token_id": 2}
+    if name == "gpt_neo":
+        return GPTNeoConfig(
+            **common,
+            hidden_size=64,
+            num_layers=4,
+            num_heads=4,
+            attention_types=[[["global", "local"], 2]],
+            window_size=8,
+            max_position_embeddings=160,
+            intermediate_size=96,
+        )
+    if name == "gpt2":
+        return GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=160)
+    return Qwen2Config(
+        **common,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=160,
+    )
+
+
+@pytest.fixture(scope="session")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """(checkpoint, plain export) of a small random decoder that is no LLaMA: gpt_neo, gpt2 or qwen2."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from export.pipeline import export_model
+    from export.spec import ExportSpec
+
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(other_config(name))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.normal_(0, 0.15) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder / "checkpoint")
+            save_tokenizer(folder / "checkpoint")
+            export_model(ExportSpec(str(folder / "checkpoint"), target="plain"), folder / "onnx")
+            made[name] = (folder / "checkpoint", folder / "onnx")
+        return made[name]
+
+    return get
+
+
 @pytest.fixture
 def session(exports: Callable[..., Path]) -> Any:
     """The tiny export on ONNX Runtime, one thread."""

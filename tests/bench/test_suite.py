@@ -72,6 +72,29 @@ def test_another_models_export_fails_the_gate(
     assert "FAIL" in (tmp_path / "report" / "report.md").read_text().splitlines()[0].upper()
 
 
+def test_gpt_neo_goes_through_export_run_and_gate(
+    decoders: Callable[[str], tuple[Path, Path]], dataset: Path, tmp_path: Path
+) -> None:
+    """The stand-in of the source material, on optimum's plain graph, which --target auto chooses."""
+    from reports.record import read_record
+
+    checkpoint, folder = decoders("gpt_neo")
+    common = ["--dataset", dataset, "--new-tokens", 4, "-k", "parity or prefill"]
+    done = bench("--model", checkpoint, "--report-dir", tmp_path / "good", *common, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    record = read_record(tmp_path / "good" / "record.json")
+    assert record.model.target == "plain"
+    assert record.parity is not None
+    assert {c.status for c in record.parity.checks} <= {"PASS", "SUSPICIOUS", "INCONCLUSIVE"}
+    # Another window of its local attention is another model.
+    config = json.loads((checkpoint / "config.json").read_text())
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({**config, "window_size": 4}))
+    done = bench("--model", other, "--exported", folder, "--report-dir", tmp_path / "bad", *common)
+    assert done.returncode == 1
+    assert "FAIL: Mean KL divergence" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

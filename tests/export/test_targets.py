@@ -113,61 +113,6 @@ def test_cuda_fp32_gets_standard_operators_and_the_manifest_says_so(exports: Fol
     assert read_manifest(exports("fp16", spec={"provider": "cuda"})).attention == "GroupQueryAttention"
 
 
-def _other(name: str) -> Any:
-    from transformers import GPT2Config, GPTNeoConfig, Qwen2Config
-
-    common = {"vocab_size": 331, "bos_token_id": 1, "eos_token_id": 2}
-    if name == "gpt_neo":
-        return GPTNeoConfig(
-            **common,
-            hidden_size=64,
-            num_layers=4,
-            num_heads=4,
-            attention_types=[[["global", "local"], 2]],
-            window_size=8,
-            max_position_embeddings=160,
-            intermediate_size=96,
-        )
-    if name == "gpt2":
-        return GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=160)
-    return Qwen2Config(
-        **common,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=160,
-    )
-
-
-@pytest.fixture(scope="module")
-def decoders(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer_in: Callable[[Path], None]
-) -> Callable[[str], tuple[Path, Path]]:
-    """(checkpoint, plain export) of a small random decoder."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def get(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(_other(name))
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.normal_(0, 0.15) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
-            folder = tmp_path_factory.mktemp(name)
-            model.save_pretrained(folder / "checkpoint")
-            tokenizer_in(folder / "checkpoint")
-            export_model(ExportSpec(str(folder / "checkpoint"), target="plain"), folder / "onnx")
-            made[name] = (folder / "checkpoint", folder / "onnx")
-        return made[name]
-
-    return get
-
-
 @pytest.mark.parametrize("name", ["gpt_neo", "gpt2", "qwen2"])
 def test_plain_export_equals_pytorch(name: str, decoders: Callable[[str], tuple[Path, Path]]) -> None:
     checkpoint, folder = decoders(name)
@@ -180,9 +125,9 @@ def test_plain_export_equals_pytorch(name: str, decoders: Callable[[str], tuple[
                 token = rng.integers(0, 331, len(prompts)).tolist()
                 pairs.append((ours.step(token).copy(), theirs.step(token).copy()))
             for a, b in pairs:
-                np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())
+                np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
         a, b = ours.score(rows[2]), theirs.score(rows[2])
-        np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
 def test_plain_manifest_tells_the_truth(decoders: Callable[[str], tuple[Path, Path]]) -> None:
