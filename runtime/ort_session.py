@@ -51,7 +51,7 @@ def _all_or_nothing(
     """What is interrupted (Ctrl-C, out of memory) leaves no batch behind, rather than half a one."""
 
     @wraps(method)
-    def run(self: OrtSession, *args: P.args, **options: P.kwargs) -> R:
+    def run(self: OrtSession, /, *args: P.args, **options: P.kwargs) -> R:
         try:
             return method(self, *args, **options)
         except SessionError:  # refused before anything ran
@@ -358,8 +358,8 @@ class OrtSession(PipelineMixin):
         if before is None or before.kv is not cache or before.batch != len(ids):
             # Freed first; then a graph is captured for the new addresses.
             self._device = before = None
-            self._device = self._device_decoder(cache)
-        tokens = self._device.prefill(ids)
+            self._device = before = self._device_decoder(cache)
+        tokens = before.prefill(ids)
         self._batch, self._lengths, self._end = len(ids), np.asarray(lengths, np.int64), max(lengths) + reserve
         return tokens
 
@@ -398,7 +398,7 @@ class OrtSession(PipelineMixin):
     def _bind_steps(self) -> None:
         """Bind once what every step of this batch uses."""
         assert self._cache is not None
-        self._mask = np.ones(self._batch * self._end, np.int64)
+        self._mask: NDArray[np.int64] = np.ones(self._batch * self._end, np.int64)
         self._step_binding = self._bound({"input_ids": self._ids}, self._cache, self._decode)
         self._step_logits = self._bind_logits(self._step_binding, 1, self._batch)
 
