@@ -85,6 +85,8 @@ class OrtSession(PipelineMixin):
         ProviderUnavailableError: the provider is not installed, did not load, or lacks an operator.
     """
 
+    _mask: NDArray[np.int64]
+
     def __init__(
         self,
         folder: Path,
@@ -398,7 +400,7 @@ class OrtSession(PipelineMixin):
     def _bind_steps(self) -> None:
         """Bind once what every step of this batch uses."""
         assert self._cache is not None
-        self._mask: NDArray[np.int64] = np.ones(self._batch * self._end, np.int64)
+        self._mask = np.ones(self._batch * self._end, np.int64)
         self._step_binding = self._bound({"input_ids": self._ids}, self._cache, self._decode)
         self._step_logits = self._bind_logits(self._step_binding, 1, self._batch)
 
