@@ -100,7 +100,7 @@ def test_a_defect_of_ours_is_not_dressed_up(
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     code, said, _ = run(capsys, "doctor", "--json")
     assert code == 0
-    found = {f["provider"]: f for f in json.loads(said)}
+    found = {f["provider"]: f for f in json.loads(said)["providers"]}
     assert found["cpu"]["loads"] is True
     code, said, _ = run(capsys, "doctor")
     assert found["cuda"]["loads"] or "[cuda,cudnn]" in said.replace("\n", "")

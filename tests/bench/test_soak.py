@@ -46,17 +46,17 @@ def test_an_interrupt_leaves_no_half_a_batch(session: Any, where: str, monkeypat
     class Interrupting:
         armed = False
 
-        def run_with_iobinding(self, binding: Any) -> None:
+        def run_with_iobinding(self, *given: Any) -> None:
             if self.armed and where == "after":
-                model.run_with_iobinding(binding)
+                model.run_with_iobinding(*given)
             if self.armed:
                 raise KeyboardInterrupt
-            model.run_with_iobinding(binding)
+            model.run_with_iobinding(*given)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(model, name)
 
-    session._decode = trap = Interrupting()
+    session._decode = session._prefill = trap = Interrupting()
     if where != "prefill":
         session.prefill([[5, 6, 7], [8, 9]], reserve=20)
         session.step([1, 2])
