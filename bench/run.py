@@ -23,7 +23,7 @@ from bench.environment import machine, versions
 from bench.gate import GateInputs, run_gate, text_windows, ticks_of
 from bench.measure import CpuBandwidth, CudaBandwidth, interleave, load_times, peak_memory
 from bench.parity import TIERS
-from bench.peers.choice import TITLES, Peers, choose
+from bench.peers.choice import LLAMA_CPP, TITLES, Peers, choose
 from bench.peers.choice import opener as peer_opener
 from bench.peers.optimum_ort import LABEL as OPTIMUM
 from bench.peers.parity import PeerParity, peer_parity
@@ -222,8 +222,8 @@ class Run:
         if case is not None and peers == "headline" and case != self.profile.cases()[0]:
             optimum = False
         wanted = self.options.peers and case is not None and case == self.profile.cases()[0]
-        more = self.peers.labels if wanted else ()
-        return [self.candidate, self.baseline] + ([OPTIMUM] if optimum else []) + list(more)
+        more = [p for p in self.peers.labels if p != LLAMA_CPP or self.profile.batch_sizes[0] == 1] if wanted else []
+        return [self.candidate, self.baseline] + ([OPTIMUM] if optimum else []) + more
 
     @cached_property
     def peers(self) -> Peers:
@@ -231,6 +231,8 @@ class Run:
         if not self.options.peers:
             return Peers((), {})
         found = choose(self.device, self.manifest.attention, self.options.gguf)
+        if LLAMA_CPP in found.labels and self.profile.batch_sizes[0] != 1:
+            found.skipped[LLAMA_CPP] = "it is measured at batch 1 only"
         self.warnings += [f"peer {label} skipped: {why}" for label, why in found.skipped.items()]
         return found
 

@@ -97,8 +97,8 @@ class DeviceDecoder:
 
     def step(self) -> NDArray[np.int64]:
         """Append the tokens that were chosen last and return the next ones ``[batch]``."""
-        self._lengths.update_inplace(self._next_lengths)  # on the device
         self._session.run_with_iobinding(self._step, self._captured)
+        self._lengths.update_inplace(self._next_lengths)  # on the device
         return self._tokens(self._pick)
 
     def _tokens(self, pick: Any) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ The list of available providers also names those whose libraries are missing, so
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -105,7 +106,7 @@ def gpus(nvml: Any = None) -> Gpu:
     """
     if nvml is None:
         try:
-            import pynvml as nvml
+            nvml = importlib.import_module("pynvml")
         except ImportError:
             return Gpu(missing="nvidia-ml-py is not installed: GPUs, driver and clocks are not known "
                        "(pip install nvidia-ml-py)")  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import SessionError
-from runtime.sampling import GREEDY, Chooser, Sampling
+from runtime.sampling import GREEDY, Chooser, Sampling, likeliest
 from runtime.session import Ids, Session
 from runtime.text import TextStream
 
@@ -138,7 +138,7 @@ class _OnHost:
 
     def __init__(self, session: Session, ids: Ids, reserve: int, sampling: Sampling) -> None:
         self._session, self._ids, self._reserve = session, ids, reserve
-        self._choose: Callable[[Any], NDArray[np.int64]] | Chooser = _argmax
+        self._choose: Callable[[Any], NDArray[np.int64]] | Chooser = likeliest
         if not sampling.plain:
             self._choose = Chooser(sampling, ids, session.info.vocab_size)
 
@@ -172,11 +172,6 @@ def _advance(session: Session, ids: Ids, reserve: int, sampling: Sampling) -> _O
     if sampling.plain and getattr(session, "argmax_on_device", False):
         return _OnDevice(session, ids, reserve)
     return _OnHost(session, ids, reserve, sampling)
-
-
-def _argmax(logits: Any) -> NDArray[np.int64]:
-    tokens: NDArray[np.int64] = logits.argmax(axis=-1).astype(np.int64, copy=False)
-    return tokens
 
 
 def generate(

@@ -53,7 +53,7 @@ def _all_or_nothing(
     """What is interrupted (Ctrl-C, out of memory) leaves no batch behind, rather than half a one."""
 
     @wraps(method)
-    def run(self: OrtSession, *args: P.args, **options: P.kwargs) -> R:
+    def run(self: OrtSession, /, *args: P.args, **options: P.kwargs) -> R:
         try:
             return method(self, *args, **options)
         except SessionError:  # refused before anything ran
@@ -86,6 +86,8 @@ class OrtSession(PipelineMixin):
     Raises:
         ProviderUnavailableError: the provider is not installed, did not load, or lacks an operator.
     """
+
+    _mask: NDArray[np.int64]
 
     def __init__(
         self,
@@ -398,8 +400,8 @@ class OrtSession(PipelineMixin):
         if before is None or before.kv is not cache or before.batch != len(ids):
             # Freed first; then a graph is captured for the new addresses.
             self._device = before = None
-            self._device = self._device_decoder(cache)
-        tokens = self._device.prefill(ids)
+            self._device = before = self._device_decoder(cache)
+        tokens = before.prefill(ids)
         self._batch, self._lengths, self._end = len(ids), np.asarray(lengths, np.int64), max(lengths) + reserve
         return tokens
 

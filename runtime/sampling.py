@@ -92,11 +92,11 @@ class Chooser:
     def __call__(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """Tokens ``[rows]`` for logits ``[rows, vocab]``; the logits are left as they are."""
         if self._sampling.plain:
-            return logits.argmax(axis=-1).astype(np.int64, copy=False)
+            return likeliest(logits)
         if self._seen is not None:
             logits = penalised(logits, self._seen, self._sampling.repetition_penalty)
         if self._sampling.greedy:
-            chosen = logits.argmax(axis=-1).astype(np.int64, copy=False)
+            chosen = likeliest(logits)
         else:
             chosen = np.array([self._draw(row, rng) for row, rng in zip(logits, self._draws, strict=True)], np.int64)
         if self._seen is not None:
@@ -114,6 +114,12 @@ class Chooser:
         if self._seen is not None:
             self._seen = self._seen[rows]
         self._draws = [self._draws[r] for r in rows] if self._draws else []
+
+
+def likeliest(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Greedy tokens ``[rows]``."""
+    tokens: NDArray[np.int64] = logits.argmax(axis=-1).astype(np.int64, copy=False)
+    return tokens
 
 
 def penalised(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: float) -> NDArray[np.float32]:

@@ -39,7 +39,7 @@ def main(folder: str, threads: int) -> None:
         say({"tokens": [list(row) for row in zip(*tokens)], "at_s": at})  # noqa: B905 (any Python 3)
 
 
-def say(message: dict) -> None:  # type: ignore[type-arg]
+def say(message: dict[str, object]) -> None:
     """One line of standard output."""
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()

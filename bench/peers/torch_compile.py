@@ -31,6 +31,8 @@ class CompiledSession(TorchSession):
 
     _static: Any = None
     _decode: Any = None
+    _static_batch: int = 0
+    _static_size: int = 0
 
     def __init__(self, folder: Path, precision: str = "fp32", device: str = "cpu", threads: int | None = None) -> None:
         super().__init__(folder, precision, device, threads=threads)

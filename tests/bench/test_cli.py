@@ -100,9 +100,11 @@ def test_a_defect_of_ours_is_not_dressed_up(
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     code, said, _ = run(capsys, "doctor", "--json")
     assert code == 0
-    found = {f["provider"]: f for f in json.loads(said)}
+    report = json.loads(said)
+    found = {f["provider"]: f for f in report["providers"]}
     assert found["cpu"]["loads"] is True
-    code, said, _ = run(capsys, "doctor")
+    assert report["bandwidth"]["cpu_bytes_per_s"] > 1e8
+    code, said, _ = run(capsys, "doctor", "--no-bandwidth")
     assert found["cuda"]["loads"] or "[cuda,cudnn]" in said.replace("\n", "")
 
 

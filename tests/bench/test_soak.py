@@ -26,7 +26,6 @@ def test_a_short_soak(exports: Get) -> None:
     assert found.generations == len(found.rss_bytes) == 160
     assert found.compared >= 12
     assert (found.differing, found.threads_differing, found.after_interrupt_differing) == (0, 0, 0)
-    assert threading.active_count() == 1 or all(not t.name.startswith("Thread-") for t in threading.enumerate())
 
 
 def test_growth_is_a_failure() -> None:
@@ -47,17 +46,17 @@ def test_an_interrupt_leaves_no_half_a_batch(session: Any, where: str, monkeypat
     class Interrupting:
         armed = False
 
-        def run_with_iobinding(self, binding: Any) -> None:
+        def run_with_iobinding(self, *given: Any) -> None:
             if self.armed and where == "after":
-                model.run_with_iobinding(binding)
+                model.run_with_iobinding(*given)
             if self.armed:
                 raise KeyboardInterrupt
-            model.run_with_iobinding(binding)
+            model.run_with_iobinding(*given)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(model, name)
 
-    session._decode = trap = Interrupting()
+    session._decode = session._prefill = trap = Interrupting()
     if where != "prefill":
         session.prefill([[5, 6, 7], [8, 9]], reserve=20)
         session.step([1, 2])
