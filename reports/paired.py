@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import digamma, ndtri, polygamma, stdtr, stdtrit
+from scipy.special import digamma, polygamma, stdtr, stdtrit
 
 TRIM = 0.1
 """Share of the pairs trimmed from each end."""
@@ -217,13 +217,13 @@ def pairs_needed(
 ) -> int | None:
     """Pairs that would decide with 90 % probability if the estimate were the truth; None above ``MOST_PAIRS_NEEDED``.
 
-    Normal approximation. Inside the margin, non-inferiority: n = ((z_(1 - alpha / looks) + z_power) sd / (margin -
-    centre))^2; beyond it, significance against no change: n = ((z_(1 - alpha / (2 looks size)) + z_power) sd /
-    centre)^2. At least one more than was measured: those did not decide.
+    The least n with n >= ((t_(1 - a, n - 1) + t_(power, n - 1)) sd / distance)^2. Inside the margin non-inferiority
+    decides: a = alpha / looks, distance = margin - centre; beyond it significance against no change does: a = alpha /
+    (2 looks size), distance = centre. At least one more than was measured: those did not decide.
     """
-    if centre < margin:
-        z, distance = ndtri(1 - alpha / looks), margin - centre
-    else:
-        z, distance = ndtri(1 - alpha / (2 * looks * size)), centre
-    n = ((float(z) + float(ndtri(POWER))) * sd / max(distance, 1e-12)) ** 2
-    return None if n > MOST_PAIRS_NEEDED else max(math.ceil(n), have + 1, LEAST_PAIRS)
+    inside = centre < margin
+    tail = alpha / looks if inside else alpha / (2 * looks * size)
+    distance = margin - centre if inside else centre
+    n = np.arange(LEAST_PAIRS, MOST_PAIRS_NEEDED + 1)
+    enough = n >= ((stdtrit(n - 1, 1 - tail) + stdtrit(n - 1, POWER)) * sd / max(distance, 1e-12)) ** 2
+    return max(int(n[enough.argmax()]), have + 1) if enough.any() else None
