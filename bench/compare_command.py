@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate", default="ttft,tpot", help="metrics that gate (others are reported)")
     parser.add_argument("--model", help="the candidate's checkpoint: parity is gated beside latency")
     parser.add_argument("--parity-profile", default="standard", help="smoke, standard or full")
+    parser.add_argument("--dataset", type=Path, help="parity: JSONL file in place of the project's data")
     parser.add_argument("--seed", type=int, default=SEED, help="order and prompts")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which one process is stopped")
     parser.add_argument(
@@ -213,6 +214,7 @@ def measure_parity(args: argparse.Namespace, provider: str, threads: int | None)
         "provider": provider,
         "threads": threads,
         "profile": args.parity_profile,
+        "dataset": None if args.dataset is None else str(args.dataset),
         "out": str(kept),
     }
     done = subprocess.run(

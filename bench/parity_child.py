@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main(a: dict[str, Any]) -> int:
-    """``a``: model, exported, provider, threads, profile, out. Errors of ours are one line and their exit code."""
+    """``a``: model, exported, provider, threads, profile, dataset, out. Errors of ours are one line and their exit code."""
     from bench.run import Options, Run
     from reports.publish import write_atomically
 
@@ -22,6 +22,7 @@ def main(a: dict[str, Any]) -> int:
         provider=a["provider"],
         threads=a["threads"],
         profile=a["profile"],
+        dataset=Path(a["dataset"]) if a["dataset"] else None,
     )
     run = Run(options)
     try:

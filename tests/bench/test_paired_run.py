@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 
 from bench import paired_run
+from bench.cli import main
 from bench.errors import BenchError
 from bench.machine_state import CpuTimes, Limits, cpu_times, disturbance, sample
 from bench.paired_run import Ended, PairedRun, Plan, case_key, learned, parse_case, run_child
 from bench.sides import SideSpec, parse_side, suite_root
 from reports.case_files import StorageError, append_record, read_records, repair
 from reports.compare import Rules
-from reports.comparison import GpuState
+from reports.comparison import Comparison, GpuState
 from reports.record import Case
 
 Paths = Callable[..., Path]
@@ -280,6 +281,37 @@ def test_sides_are_read_and_refused(tmp_path: Path):
             parse_side("base", text)
     with pytest.raises(BenchError, match="rev-parse"):
         suite_root(parse_side("base", f"{tmp_path},rev=no-such-revision"))
+
+
+def test_another_environment_measures_its_side(exports: Paths, tmp_path: Path):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/used\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    side = parse_side("candidate", f"{exports()},venv={tmp_path}/venv,threads=1")
+    run = PairedRun(plan(exports(), candidate=side, cases=CASES[:1], rounds=1), tmp_path / "out")
+    record = run._measure(CASES[0], 0, 0, 0, "candidate")
+    assert record.outcome == "ok", record.last_lines
+    assert (tmp_path / "used").read_text() == "-P\n"
+    assert side.described().venv == f"{tmp_path}/venv"
+
+
+def test_a_candidate_that_is_another_model_fails_however_fast(
+    checkpoints: Paths, exports: Paths, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = tmp_path / "data.jsonl"
+    texts = [" ".join(words[(k * i) % 16] for i in range(150)) for k in range(1, 9)]
+    data.write_text("\n".join(json.dumps({"task": "perplexity", "text": text}) for text in texts))
+    arguments = ["compare", "--base", f"{exports()},threads=1", "--candidate", f"{exports(seed=1)},threads=1"]
+    arguments += ["--model", str(checkpoints()), "--parity-profile", "smoke", "--dataset", str(data), "--pairs", "5"]
+    arguments += ["--cases", "b1-p8-n4", "--rounds", "1", "--margin", "0.9", "--max-steal", "9", "--max-others", "9"]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--json"]) == 1
+    made = Comparison.model_validate_json(capsys.readouterr().out)
+    assert made.parity_outcome == "FAIL"
+    assert made.parity is not None
+    assert made.verdict.reasons[0].startswith("parity")
+    assert "REGRESSION" not in made.counts()
+    assert "--seed" in made.command
 
 
 def test_another_revision_is_a_worktree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
