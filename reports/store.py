@@ -2,7 +2,7 @@
 
 Keyed by the machine's fingerprint: figures of another machine are not a past. Always advisory; a verdict needs
 interleaved pairs (:mod:`reports.compare`). Steps are found by Pettitt's test (1979), a Mann-Whitney statistic at every
-place of the series: it sees ranks only, so a single wild night neither makes nor hides a step and no noise model is
+place of the series, here standardised: it sees ranks only, so a single wild night neither makes nor hides a step and no noise model is
 needed; its p-value comes from permutations of a fixed seed, since the known formula is poor below 40 points. Series
 with several steps are split at the surest one and both halves searched again (binary segmentation).
 
@@ -196,10 +196,14 @@ class Store:
 
 
 def _pettitt(ranks: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Place of the step and K for each row of ranks ``[rows, n]``: U_t = 2 sum(ranks up to t) - t (n + 1)."""
+    """Place of the step and its statistic for each row of ranks ``[rows, n]``.
+
+    U_t = 2 sum(ranks up to t) - t (n + 1), divided by sqrt(t (n - t)): the variance of U_t grows so, and without the
+    division a step among the last nights would lose to the middle of the series.
+    """
     n = ranks.shape[1]
     t = np.arange(1, n)
-    u = np.abs(2 * ranks[:, :-1].cumsum(axis=1) - t * (n + 1))
+    u = np.abs(2 * ranks[:, :-1].cumsum(axis=1) - t * (n + 1)) / np.sqrt(t * (n - t))
     u[:, : LEAST_SEGMENT - 1] = 0
     u[:, n - LEAST_SEGMENT :] = 0
     at = u.argmax(axis=1)

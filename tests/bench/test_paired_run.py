@@ -32,7 +32,7 @@ from reports.record import Case
 Paths = Callable[..., Path]
 RULES = Rules(planned=5, most=7)
 CASES = (Case(batch=1, prompt=8, new_tokens=4), Case(batch=2, prompt=8, new_tokens=4))
-OPEN = Limits(steal=9.0, others=9.0)
+OPEN = Limits(steal=1e9, others=1e9)  # ticks of 10 ms are many times a stub's duration
 
 
 def plan(folder: Path, **changes: Any) -> Plan:
@@ -210,7 +210,7 @@ def test_what_goes_wrong_in_a_process_is_an_outcome(
     side = replace(plan(exports()).candidate, wrapper=f"tests.bench.handicap:{wrapper}")
     asked = {**side.arguments(), **CASES[0].model_dump(), "rounds": 1}
     command = [side.python(), "-P", str(paired_run.CHILD), json.dumps(asked)]
-    ended = run_child(command, paired_run.environment(side), 15 if wrapper == "hang" else 120)
+    ended = run_child(command, paired_run.environment(side), 8 if wrapper == "hang" else 120)
     assert ended.outcome == outcome
     assert words in "\n".join(ended.last_lines)
 
