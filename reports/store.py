@@ -2,8 +2,8 @@
 
 Keyed by the machine's fingerprint: figures of another machine are not a past. Always advisory; a verdict needs
 interleaved pairs (:mod:`reports.compare`). Steps are found by Pettitt's test (1979), a Mann-Whitney statistic at every
-place of the series, here standardised: it sees ranks only, so a single wild night neither makes nor hides a step and no noise model is
-needed; its p-value comes from permutations of a fixed seed, since the known formula is poor below 40 points. Series
+place of the series, here standardised: it sees ranks only, so a single wild night neither makes nor hides a step and no
+noise model is needed; its p-value comes from permutations of a fixed seed, since the known formula is poor below 40 points. Series
 with several steps are split at the surest one and both halves searched again (binary segmentation).
 
 Try: ``llama-onnx history list``.
