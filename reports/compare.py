@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -295,12 +296,14 @@ def needs_extension(records: Sequence[CaseRecord], rules: Rules) -> list[str]:
     return list(dict.fromkeys(r.case for r in first.results if r.gating and r.status == "INCONCLUSIVE"))
 
 
-def parity_outcome(parity: Parity | None) -> str | None:
+def parity_outcome(parity: Parity | None) -> Literal["PASS", "FAIL", "INCONCLUSIVE"] | None:
     """FAIL when one check or task fails, INCONCLUSIVE when one is, else PASS; None without parity."""
     if parity is None:
         return None
     statuses = [c.status for c in parity.checks] + [t.status for t in parity.tasks]
-    return next((s for s in ("FAIL", "INCONCLUSIVE") if s in statuses), "PASS")
+    if "FAIL" in statuses:
+        return "FAIL"
+    return "INCONCLUSIVE" if "INCONCLUSIVE" in statuses else "PASS"
 
 
 def verdict_of(results: Sequence[Result], records: Sequence[CaseRecord] = (), parity: Parity | None = None) -> Verdict:
