@@ -184,7 +184,7 @@ def _say(status: str, t: Tested, k: int, margin: float, unit: str, have: int, ne
         sure = f"p = {t.p_holm[k]:.1g} after Holm"
         return f"{words(t.centre[k])}, beyond the margin of {100 * margin:g} %, and not noise ({sure})"
     if status == "EQUIVALENT":
-        return f"{words(t.centre[k])}, at most {words(t.high[k])}: inside the margin of {100 * margin:g} %"
+        return f"{words(t.centre[k])}, bound {words(t.high[k])}: inside the margin of {100 * margin:g} %"
     decided = f"about {needed} pairs would decide" if needed else "more pairs than are worth measuring would be needed"
     return f"between {words(t.low[k])} and {words(t.high[k])} after {have} pairs; {decided}"
 
