@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from rich.table import Column
 from bench.datasets import load_file, load_shipped
 from bench.errors import BenchError
 from bench.gate_names import CHECKS, metric_names
+from bench.lock import machine_lock
 from bench.run import Options, Run, Ticker, command_line
 from bench.workload import PROFILES, choose_profile
 
@@ -56,12 +57,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, help="CPU threads of every side")
     group.addoption("--peers", action="store_true", help="torch.compile, onnxruntime-genai and llama.cpp beside it")
     group.addoption("--gguf", type=Path, help="the file that llama.cpp runs with --peers")
+    group.addoption("--wait", dest="lock_wait", type=float, default=0.0, help="seconds to wait for another measurement")
     group.addoption("--report-dir", type=Path, default=Path("reports/out"), help="where the page is written")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the run; bad input ends here, before anything is loaded."""
     o = config.option
+    refuse_workers(config)
     options = Options(
         model=o.model,
         exported=o.exported,
@@ -84,6 +87,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RUN] = run
 
 
+def refuse_workers(config: pytest.Config) -> None:
+    """``pytest bench/ -n`` would measure the workers against each other.
+
+    Raises:
+        pytest.UsageError: xdist was asked for workers, or this is one.
+    """
+    workers = getattr(config.option, "numprocesses", None)
+    if hasattr(config, "workerinput") or workers:
+        raise pytest.UsageError("pytest bench/ measures: workers (-n) would measure each other; leave -n out")
+
+
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors that are the user's to mend: one line and the exit code of their class, no traceback."""
     from export.errors import ExportError
@@ -99,6 +113,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if config.option.collectonly:
         return
     run = config.stash[RUN]
+    held = ExitStack()
+    try:
+        held.enter_context(machine_lock("pytest bench/", config.option.lock_wait))
+        config.add_cleanup(held.close)
+    except BenchError as e:
+        pytest.exit(f"error: {e}", returncode=e.exit_code)
     try:
         _ = run.dataset, run.provider, run.folder, run.profile
     except _user_errors() as e:

@@ -57,6 +57,7 @@ def load(
     argmax_on_device: bool | None = None,
     shapes: Shapes | None = None,
     engine_home: Path | None = None,
+    session_options: Mapping[str, str] | None = None,
 ) -> OrtSession:
     """Open an exported folder on ONNX Runtime.
 
@@ -69,6 +70,7 @@ def load(
         progress: called with the bytes of each chunk hashed.
         provider_options, allow_fallback, cuda_graph, argmax_on_device, shapes, engine_home: see
             :class:`runtime.ort_session.OrtSession`.
+        session_options: ONNX Runtime session configuration entries, such as ``session.intra_op.allow_spinning``.
 
     Raises:
         ManifestError: not an export, or not the files that it was published with.
@@ -90,4 +92,5 @@ def load(
         argmax_on_device,
         shapes,
         engine_home,
+        session_options,
     )

@@ -82,6 +82,7 @@ class OrtSession(PipelineMixin):
         argmax_on_device: choose greedy tokens where the logits are; None does so on a GPU.
         shapes: what TensorRT builds its engines for (rows, prompt and new tokens); None for :class:`Shapes`' own.
         engine_home: where engines are kept; None keeps none (each opening builds them again).
+        session_options: ONNX Runtime session configuration entries, such as ``session.intra_op.allow_spinning``.
 
     Raises:
         ProviderUnavailableError: the provider is not installed, did not load, or lacks an operator.
@@ -102,6 +103,7 @@ class OrtSession(PipelineMixin):
         argmax_on_device: bool | None = None,
         shapes: Shapes | None = None,
         engine_home: Path | None = None,
+        session_options: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -122,6 +124,7 @@ class OrtSession(PipelineMixin):
         self._threads = threads or len(os.sched_getaffinity(0))
         self._shapes = (shapes or Shapes()) if self._provider.name.startswith("tensorrt") else None
         self._engine_home, self._build_s = engine_home, 0.0
+        self._session_options = dict(session_options or {})
         started = time.perf_counter()
         self._decode = self._open(manifest.decode_graph)
         self._prefill = self._open(manifest.decode_graph, "prefill") if self._shapes else self._decode
@@ -149,6 +152,8 @@ class OrtSession(PipelineMixin):
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
+        for key, value in self._session_options.items():
+            options.add_session_config_entry(key, value)
         chosen, built = self._engine_options(phase)
         attach(options, self._provider, chosen)
         started = time.perf_counter()
@@ -204,6 +209,7 @@ class OrtSession(PipelineMixin):
                 "greedy_token": "argmax on the device" if self.argmax_on_device else "argmax on the host",
                 **({"cuda_graph": self._cuda_graph} if self._provider.name == "cuda" else {}),
                 "huge_pages_mb": self._huge_bytes >> 20,
+                **{f"option {key}": value for key, value in self._session_options.items()},
                 "attention": ", ".join(f"{op} on {ep}" for ep, op in self._where.attention.items())
                 or self.manifest.attention,
                 "nodes": self._where.describe(),

@@ -1,0 +1,284 @@
+"""The schema of a comparison: raw case records (JSON Lines) and the judged result (``comparison.json``).
+
+A :class:`CaseRecord` is one case of one side, measured in one process of its own; a file of them can be written by any
+tool (``reports/case.schema.json``, written by ``python -m reports.comparison``). A :class:`Comparison` is what the
+judge made of them, with the raw records inside, so that a page needs no other file. Statuses and their meaning stand in
+:mod:`reports.compare`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from reports.record import Machine, Parity, _Frozen
+
+CASE_SCHEMA_VERSION = 1
+Scalar = str | int | float | bool
+Positive = Annotated[float, Field(gt=0)]
+SideName = Literal["base", "candidate"]
+ChangeStatus = Literal["REGRESSION", "IMPROVED", "EQUIVALENT", "INCONCLUSIVE", "INVALID", "NEW", "MISSING"]
+CaseOutcome = Literal["ok", "oom", "crash", "timeout", "invalid"]
+
+
+class GpuState(_Frozen):
+    """One GPU at one moment; ``throttle_reasons`` names what slows its clock now (empty: nothing)."""
+
+    index: int
+    name: str
+    sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    power_w: float | None = None
+    temperature_c: float | None = None
+    throttle_reasons: list[str] = Field(default_factory=list)
+
+
+class MachineState(_Frozen):
+    """The machine at one moment, just before or just after a case."""
+
+    at_utc: str
+    load_1m: float | None = None
+    cpu_mhz: float | None = None
+    available_memory_bytes: int | None = None
+    gpus: list[GpuState] = Field(default_factory=list)
+
+
+class CaseRecord(_Frozen):
+    """One case of one side in one process: raw samples, and what the machine did meanwhile.
+
+    Only ``schema_version``, ``case`` and ``metrics`` are needed in a file made elsewhere; ``run`` and ``pair`` tell
+    that records of two sides were measured in interleaved pairs. ``steal_fraction`` and ``others_fraction`` are shares
+    of all the cores' time during the case, taken by the hypervisor and by other processes.
+    """
+
+    schema_version: Literal[1]
+    case: str
+    metrics: dict[str, list[Positive]]
+    """Metric -> raw samples, one a round, warm-up left out: ``ttft``, ``tpot``, ``total``, ``load`` in seconds,
+    ``peak_memory`` in bytes; others as they are named by ``units``."""
+    units: dict[str, str] = Field(default_factory=dict)
+    parameters: dict[str, Scalar] = Field(default_factory=dict)
+    side: SideName | None = None
+    run: str | None = None
+    pair: int | None = None
+    position: int | None = None
+    """Place in its pair: 0 ran first, 1 second."""
+    attempt: int = 0
+    """0, or how many times this pair had been repeated before."""
+    sequence: int | None = None
+    """Place in the whole run, over all sides and cases."""
+    outcome: CaseOutcome = "ok"
+    reason: str = ""
+    """Why the outcome is not ``ok``; also why the pair was disturbed."""
+    last_lines: list[str] = Field(default_factory=list)
+    exit_code: int | None = None
+    duration_s: float | None = None
+    seed: int | None = None
+    warmup_rounds: int | None = None
+    steady: bool | None = None
+    """Whether warm-up ended because rounds agreed (False: it reached its cap)."""
+    before: MachineState | None = None
+    after: MachineState | None = None
+    steal_fraction: float | None = None
+    others_fraction: float | None = None
+    fingerprint: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    details: dict[str, Scalar] = Field(default_factory=dict)
+
+    @property
+    def disturbed(self) -> bool:
+        """Measured, but not to be trusted: throttled, or the machine was taken away meanwhile."""
+        return self.outcome == "invalid"
+
+
+class ComparedSide(_Frozen):
+    """One of the two sides: ``text`` is what was typed, ``details`` what it came to (provider, threads, options)."""
+
+    name: SideName
+    label: str
+    text: str
+    folder: str | None = None
+    provider: str | None = None
+    venv: str | None = None
+    revision: str | None = None
+    options: dict[str, Scalar] = Field(default_factory=dict)
+    model: str | None = None
+    precision: str | None = None
+    weights_sha256: str | None = None
+    spec_digest: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    details: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class Family(_Frozen):
+    """What was tested together, and by which rules fixed beforehand.
+
+    ``size`` results gate, at a family-wise ``alpha`` (Holm over them and Bonferroni over the looks). ``margins`` are
+    relative: 0.03 is 3 %. ``prior_df`` and ``prior_sd`` are the variance prior shared by a metric's cases (moderated t;
+    absent where every case stands for itself).
+    """
+
+    size: int
+    alpha: float
+    margins: dict[str, float]
+    gating_metrics: list[str]
+    planned_pairs: int
+    most_pairs: int
+    method: str
+    extension_rule: str
+    prior_df: dict[str, float] = Field(default_factory=dict)
+    prior_sd: dict[str, float] = Field(default_factory=dict)
+
+
+class PairResult(_Frozen):
+    """One interleaved pair of one metric: medians of both processes. ``valid`` pairs count; others say why not."""
+
+    index: int
+    attempt: int = 0
+    base_first: bool | None = None
+    base: float | None = None
+    candidate: float | None = None
+    ratio: float | None = None
+    valid: bool = True
+    reason: str = ""
+
+
+class Result(_Frozen):
+    """One metric of one case, judged. ``ratio`` is candidate / base: above 1 is slower (or larger).
+
+    ``low`` and ``high`` are the ends of the ratio's 95 % interval; ``p`` is two-sided against no change, ``p_holm`` the
+    same after Holm and both looks, to be held against the family's alpha. ``pairs_needed`` is the estimated total
+    number of pairs that would decide an INCONCLUSIVE result (None: decided, or more than is worth measuring).
+    """
+
+    case: str
+    metric: str
+    unit: str
+    gating: bool
+    status: ChangeStatus
+    reason: str
+    """One plain sentence."""
+    margin: float
+    parameters: dict[str, Scalar] = Field(default_factory=dict)
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    df: float | None = None
+    sd_log: float | None = None
+    look: int = 1
+    """1: decided with the planned pairs, 2: after the extension."""
+    base_median: float | None = None
+    candidate_median: float | None = None
+    pairs: list[PairResult] = Field(default_factory=list)
+    pairs_needed: int | None = None
+
+    @property
+    def valid_pairs(self) -> int:
+        """Pairs behind the estimate."""
+        return sum(1 for p in self.pairs if p.valid)
+
+
+class HistoryPoint(_Frozen):
+    """One earlier figure of a metric (or this run's, the last): the median of one run."""
+
+    at_utc: str
+    value: float
+    label: str = ""
+    run: str = ""
+
+
+class HistoryStep(_Frozen):
+    """A level change in a metric's past: the first point of the new level, by how much, and how sure."""
+
+    index: int
+    ratio: float
+    p: float
+
+
+class History(_Frozen):
+    """A metric's past on machines of one fingerprint; advisory, never gating."""
+
+    case: str
+    metric: str
+    unit: str
+    fingerprint: str
+    points: list[HistoryPoint]
+    steps: list[HistoryStep] = Field(default_factory=list)
+
+
+class Verdict(_Frozen):
+    """What the pipeline obeys: 0 passed, 1 failed, 3 inconclusive; ``reasons`` are plain sentences, the worst first."""
+
+    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"]
+    exit_code: Literal[0, 1, 3]
+    reasons: list[str]
+
+
+class Comparison(_Frozen):
+    """Two sides, judged. ``advisory`` comparisons (files that were not measured in pairs, history) never gate."""
+
+    schema_version: Literal[1]
+    kind: Literal["comparison"] = "comparison"
+    tool_version: str
+    created_utc: str
+    duration_s: float
+    command: list[str]
+    seed: int | None
+    paired: bool
+    advisory: bool
+    advisory_reason: str = ""
+    base: ComparedSide
+    candidate: ComparedSide
+    family: Family
+    verdict: Verdict
+    results: list[Result]
+    parity: Parity | None = None
+    """The candidate against its PyTorch model: tier, checks with their null control."""
+    parity_outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"] | None = None
+    machine: Machine | None = None
+    history: list[History] = Field(default_factory=list)
+    records: list[CaseRecord] = Field(default_factory=list)
+    """Every raw record of the run, also of repeated pairs and failed cases, in the order in which they ran."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
+
+    def counts(self) -> dict[ChangeStatus, int]:
+        """How many results have each status; statuses that do not occur are left out."""
+        found: dict[ChangeStatus, int] = {}
+        for r in self.results:
+            found[r.status] = found.get(r.status, 0) + 1
+        return found
+
+    def records_of(self, case: str) -> list[CaseRecord]:
+        """Raw records of one case in the order in which they ran (the clock trace, the distribution)."""
+        return [r for r in self.records if r.case == case]
+
+    def to_json(self) -> str:
+        """Indented JSON, newline at the end."""
+        return self.model_dump_json(indent=1, exclude_defaults=False) + "\n"
+
+
+def case_schema() -> str:
+    """The JSON Schema (draft 2020-12) of one line of a record file, as it stands in ``reports/case.schema.json``."""
+    schema = CaseRecord.model_json_schema(mode="validation")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "llama-onnx-bench case record, version 1"
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+def comparison_schema() -> str:
+    """The JSON Schema (draft 2020-12) of a comparison, as it stands in ``reports/comparison.schema.json``."""
+    schema = Comparison.model_json_schema(mode="serialization")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "llama-onnx-bench comparison, version 1"
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "case.schema.json").write_text(case_schema(), encoding="utf-8")
+    (Path(__file__).parent / "comparison.schema.json").write_text(comparison_schema(), encoding="utf-8")
