@@ -109,6 +109,7 @@ def _context(digest: Digest) -> dict[str, Any]:
         "answers": [(g, g.leading) for g in digest.metrics if g.leading is not None][:2],
         "machine_line": cw.machine_line(c),
         "sure_line": cw.sure_line(c),
+        "differences": cw.differences(c),
         "meanings": cw.STATUS_MEANINGS,
         "tones": cw.TONES,
         "statuses": STATUS_ORDER,
@@ -161,13 +162,9 @@ def _key(value: float | None) -> str:
 
 def _forests(digest: Digest) -> list[ForestGroup]:
     """A plot a metric, gating ones on one axis and the others on theirs; of a large family the most pressing only."""
-    chosen = {id(r) for r in digest.by_importance[:FOREST_SHOWN]}
-    axes = {
-        gating: plots.forest_axis(
-            [r for g in digest.metrics if g.gating == gating for r in g.results if id(r) in chosen]
-        )
-        for gating in (True, False)
-    }
+    shown = digest.by_importance[:FOREST_SHOWN]
+    chosen, gates = {id(r) for r in shown}, {g.metric for g in digest.metrics if g.gating}
+    axes = {gating: plots.forest_axis([r for r in shown if (r.metric in gates) == gating]) for gating in (True, False)}
     groups = []
     for group in digest.metrics:
         found = [r for r in group.results if id(r) in chosen]
@@ -232,7 +229,7 @@ def _facts(digest: Digest) -> list[tuple[str, list[tuple[str, str]]]]:
             ("Fingerprint", m.fingerprint),
         ]
         found.append(("Machine", machine))
-    found.append(("Versions", [("llama-onnx-bench", c.tool_version), *c.versions.items()]))
+    found.append(("Versions", list({"llama-onnx-bench": c.tool_version, **c.versions}.items())))
     return found
 
 

@@ -226,8 +226,8 @@ def sparkline(history: History) -> str:
     body = [svg.line(x(s.index - 0.5), 2, x(s.index - 0.5), height - 2, "step") for s in history.steps]
     body.append(svg.polyline([(x(i), y(v)) for i, v in enumerate(values)], "trace"))
     body.append(svg.mark("circle", x(len(values) - 1), y(values[-1]), "k0"))
-    said = f"{len(values)} earlier figures from {cw.value(values[0], history.unit)} to {cw.value(values[-1], history.unit)}"
-    return svg.picture(height, "".join(body), said)
+    first, last = (cw.value(v, history.unit) for v in (values[0], values[-1]))
+    return svg.picture(height, "".join(body), f"{len(values)} runs, from {first} to {last}")
 
 
 def _forest_row(r: Result, axis: Axis) -> str:
@@ -289,8 +289,8 @@ def _pairs_caption(result: Result) -> str:
     lost = sum(not p.valid for p in result.pairs)
     more = f" Cross: {lost} that do{'es' * (lost == 1)} not count." if lost else ""
     return (
-        f"{told}{more} The line is the estimate, the band around it its 95\u00a0% interval, the grey band the margin of "
-        f"{result.margin * 100:g}\u00a0%. Above 0 the candidate is {cw.direction(2, result.unit)}."
+        f"{told}{more} The line is the estimate, the band around it its 95\u00a0% interval, the grey band the margin "
+        f"of {result.margin * 100:g}\u00a0%. Above 0 the candidate is {cw.direction(2, result.unit)}."
     )
 
 

@@ -281,6 +281,31 @@ def margins_text(comparison: Comparison) -> str:
     return f"margins {', '.join(told)}" if told else "no margin"
 
 
+def differences(comparison: Comparison) -> list[str]:
+    """What is not the same on the two sides: weights, precision, provider, options, versions."""
+    found = []
+    sides = [
+        {
+            "model": s.model,
+            "precision": s.precision,
+            "weights": s.weights_sha256 and s.weights_sha256[:8],
+            "spec": s.spec_digest and s.spec_digest[:8],
+            "provider": s.provider,
+            "revision": s.revision,
+            **s.options,
+            **s.details,
+            **s.versions,
+        }
+        for s in (comparison.base, comparison.candidate)
+    ]
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        a, b = (side.get(name) for side in sides)
+        if a != b:
+            told = [words.DASH if x is None else words.shorten(str(x), 40) for x in (a, b)]
+            found.append(f"{words.shorten(name, 40)} {told[0]} → {told[1]}")
+    return found
+
+
 def _parity_part(digest: Digest) -> list[str]:
     c = digest.comparison
     if c.parity_outcome == "FAIL":
