@@ -1,4 +1,4 @@
-"""The command line: ``llama-onnx demo-model | random-model | export | inspect | generate | bench | report | doctor``.
+"""The command line, ``llama-onnx COMMAND``; ``llama-onnx --help`` lists the commands.
 
 ``--json`` puts one JSON document on standard output and everything else on standard error. Exit codes: 0 passed,
 1 a gate failed, 2 wrong input, 3 inconclusive, 4 this machine cannot run what was asked. Heavy libraries are imported
@@ -92,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--threads", type=int, help="CPU threads (default: every core)")
 
     add("bench", _bench, "run the suite: the same as `pytest bench/`, whose options it takes (--profile smoke, ...)")
+
+    from bench import compare_command, history_command, sweep
+
+    compare = add(
+        "compare", compare_command.run, "two sides in interleaved pairs, or two files of records: what moved?"
+    )
+    compare_command.add_arguments(compare)
+    history = add("history", history_command.run, "past figures on this machine, and steps in them (advisory)")
+    history_command.add_arguments(history)
+    sweep.add_arguments(add("sweep", sweep.run, "a YAML file of models, precisions, providers, batch and prompt sizes"))
 
     report = add("report", _report, "render a record.json, or a comparison's report.json, again")
     report.add_argument("record", type=Path)
@@ -353,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.options = rest
+    args.typed = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.run(args))
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from rich.table import Column
 from bench.datasets import load_file, load_shipped
 from bench.errors import BenchError
 from bench.gate_names import CHECKS, metric_names
+from bench.lock import machine_lock
 from bench.run import Options, Run, Ticker, command_line
 from bench.workload import PROFILES, choose_profile
 
@@ -54,12 +55,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--new-tokens", type=int, help="tokens generated in each latency round")
     group.addoption("--dataset", type=Path, help="JSONL file in place of the project's data (bench/data/README.md)")
     group.addoption("--threads", type=int, help="CPU threads of every side")
+    group.addoption("--wait", dest="lock_wait", type=float, default=0.0, help="seconds to wait for another measurement")
     group.addoption("--report-dir", type=Path, default=Path("reports/out"), help="where the page is written")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the run; bad input ends here, before anything is loaded."""
     o = config.option
+    refuse_workers(config)
     options = Options(
         model=o.model,
         exported=o.exported,
@@ -80,6 +83,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RUN] = run
 
 
+def refuse_workers(config: pytest.Config) -> None:
+    """``pytest bench/ -n`` would measure the workers against each other.
+
+    Raises:
+        pytest.UsageError: xdist was asked for workers, or this is one.
+    """
+    workers = getattr(config.option, "numprocesses", None)
+    if hasattr(config, "workerinput") or workers:
+        raise pytest.UsageError("pytest bench/ measures: workers (-n) would measure each other; leave -n out")
+
+
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors that are the user's to mend: one line and the exit code of their class, no traceback."""
     from export.errors import ExportError
@@ -95,6 +109,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if config.option.collectonly:
         return
     run = config.stash[RUN]
+    lock = machine_lock("pytest bench/", config.option.lock_wait)
+    try:
+        lock.__enter__()
+        config.add_cleanup(lambda: lock.__exit__(None, None, None))
+    except BenchError as e:
+        pytest.exit(f"error: {e}", returncode=e.exit_code)
     try:
         _ = run.dataset, run.provider, run.folder, run.profile
     except _user_errors() as e:

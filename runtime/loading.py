@@ -5,7 +5,7 @@ A folder without our manifest is described by :mod:`runtime.foreign` instead; it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,7 @@ def load(
     verify: bool = True,
     huge_pages: bool = True,
     progress: Callable[[int], None] | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> OrtSession:
     """Open an exported folder on ONNX Runtime.
 
@@ -60,6 +61,7 @@ def load(
         verify: compare every file's SHA-256 with the manifest (under a second per GB).
         huge_pages: see :class:`runtime.ort_session.OrtSession`.
         progress: called with the bytes of each chunk hashed.
+        options: ONNX Runtime session configuration entries, such as ``session.intra_op.allow_spinning``.
 
     Raises:
         ManifestError: not an export, or not the files that it was published with.
@@ -68,4 +70,4 @@ def load(
     from runtime.ort_session import OrtSession
 
     path = Path(folder).expanduser()
-    return OrtSession(path, read_folder(path, verify, progress), provider, threads, huge_pages)
+    return OrtSession(path, read_folder(path, verify, progress), provider, threads, huge_pages, options)

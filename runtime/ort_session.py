@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class OrtSession:
         threads: intra-op threads on the CPU; None takes every core this process may use.
         huge_pages: on the CPU, move the packed weights into 2 MiB pages (:mod:`runtime.huge_pages`); opening takes
             longer by about 2.5 s per GB, each decode step is shorter.
+        options: session configuration entries by their name in ONNX Runtime.
 
     Raises:
         ProviderUnavailableError: the provider is not installed, did not load, or lacks an operator.
@@ -48,11 +49,13 @@ class OrtSession:
         provider: str = "cpu",
         threads: int | None = None,
         huge_pages: bool = True,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
         self._provider: Provider = require(provider, manifest)
         self._threads = threads or len(os.sched_getaffinity(0))
+        self._options = dict(options or {})
         started = time.perf_counter()
         self._decode = self._open(manifest.decode_graph)
         self._huge_bytes = 0
@@ -73,6 +76,8 @@ class OrtSession:
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
+        for key, value in self._options.items():
+            options.add_session_config_entry(key, value)
         try:
             session = ort.InferenceSession(
                 str(self.folder / graph), sess_options=options, providers=provider_list(self._provider)
@@ -99,6 +104,7 @@ class OrtSession:
                 "intra_op_threads": self._threads,
                 "graph_optimization": "all",
                 "huge_pages_mb": self._huge_bytes >> 20,
+                **{f"option {key}": value for key, value in self._options.items()},
                 "attention": self.manifest.attention,
                 "kv_cache": (
                     "preallocated, past and present share memory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Tests measure nothing that anybody relies on: two test runs on one machine must not refuse each other.
+os.environ["LLAMA_ONNX_LOCK"] = str(Path(tempfile.gettempdir()) / f"llama-onnx-test-{os.getpid()}.lock")
+os.environ["LLAMA_ONNX_HISTORY"] = str(Path(tempfile.gettempdir()) / f"llama-onnx-test-{os.getpid()}.sqlite")
 
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "in", "rain", "and", "it", "was", "big", "small", "why", "who"]
 # Enough text for second moments of full rank: gptq calibrates on it.

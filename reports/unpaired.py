@@ -1,0 +1,224 @@
+"""Two files of records, judged: in pairs where they were measured in pairs, else by Welch's test and then advisory.
+
+Runs that were not interleaved meet another machine each: what differs may be the hour and not the change. So the
+verdict of unpaired files is a hint, and says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
+
+from reports.compare import UNITS, Rules, judge, verdict_of
+from reports.comparison import CaseRecord, ComparedSide, Comparison, Family, Result, SideName, Verdict
+from reports.paired import RESOLUTION, Tested, decide, holm
+
+ADVISORY = "the two sides were not measured in interleaved pairs: what differs may be the hour, not the change"
+
+
+def in_pairs(base: Sequence[CaseRecord], candidate: Sequence[CaseRecord]) -> bool:
+    """Whether both files come from one run that interleaved them."""
+    runs = {r.run for r in (*base, *candidate)}
+    return len(runs) == 1 and None not in runs and all(r.pair is not None for r in (*base, *candidate))
+
+
+def _values(records: Sequence[CaseRecord], metric: str) -> NDArray[np.float64]:
+    """ln of each process's median; of a single process its rounds (they share its luck: another reason for advice)."""
+    ok = [r.metrics[metric] for r in records if r.outcome == "ok" and r.metrics.get(metric)]
+    if len(ok) == 1:
+        return np.log(np.asarray(ok[0], dtype=float))
+    return np.log(np.asarray([statistics.median(v) for v in ok], dtype=float))
+
+
+def welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Difference of means b - a, its standard error and Welch-Satterthwaite degrees of freedom (Welch 1947).
+
+    Raises:
+        ValueError: fewer than two values on a side.
+    """
+    if min(a.size, b.size) < 2:
+        raise ValueError("Welch's test needs two values on each side")
+    va, vb = (max(float(x.var(ddof=1)), RESOLUTION**2) / x.size for x in (a, b))
+    df = (va + vb) ** 2 / (va**2 / (a.size - 1) + vb**2 / (b.size - 1))
+    return float(b.mean() - a.mean()), math.sqrt(va + vb), df
+
+
+def _by_case(records: Sequence[CaseRecord]) -> dict[str, list[CaseRecord]]:
+    found: dict[str, list[CaseRecord]] = {}
+    for r in records:
+        found.setdefault(r.case, []).append(r)
+    return found
+
+
+def judge_unpaired(
+    base: Sequence[CaseRecord], candidate: Sequence[CaseRecord], rules: Rules
+) -> tuple[list[Result], Family]:
+    """One result a case and metric. Without any of ``rules.gating`` (other projects' names) every metric gates."""
+    sides = _by_case(base), _by_case(candidate)
+    names = list(dict.fromkeys([*sides[0], *sides[1]]))
+    all_metrics = {m for r in (*base, *candidate) for m in r.metrics}
+    gating = tuple(m for m in rules.gating if m in all_metrics) or tuple(sorted(all_metrics))
+    results: list[Result] = []
+    tests: list[tuple[int, float, float, float]] = []
+    for case in names:
+        own = [s.get(case, []) for s in sides]
+        metrics = dict.fromkeys(m for records in own for r in records for m in r.metrics)
+        for metric in metrics or dict.fromkeys(gating):
+            a, b = (_values(records, metric) for records in own)
+            result = _bare(case, metric, own, a, b, rules.margin_of(metric), metric in gating)
+            if min(a.size, b.size) >= 2:
+                tests.append((len(results), *welch(a, b)))
+            results.append(result)
+    size = sum(results[k].gating for k, *_ in tests)
+    for k, update in _decided(tests, results, size, rules):
+        results[k] = results[k].model_copy(update=update)
+    family = Family(
+        size=size,
+        alpha=rules.alpha,
+        margins={r.metric: r.margin for r in results},
+        gating_metrics=list(gating),
+        planned_pairs=0,
+        most_pairs=0,
+        method="Welch's t on logs of process medians (of rounds where there is one process), Holm over the family",
+        extension_rule="none: files are judged as they are",
+    )
+    return results, family
+
+
+def _decided(
+    tests: Sequence[tuple[int, float, float, float]], results: Sequence[Result], size: int, rules: Rules
+) -> list[tuple[int, dict[str, object]]]:
+    if not tests:
+        return []
+    at = [k for k, *_ in tests]
+    centre, error, df = (np.array(x) for x in zip(*(t[1:] for t in tests), strict=True))
+    p = 2 * stdtr(df, -np.abs(centre) / error)
+    member = np.array([results[k].gating for k in at])
+    adjusted = p.copy()
+    adjusted[member] = holm(p[member], size)
+    half = stdtrit(df, 1 - rules.alpha / 2) * error
+    tested = Tested(centre, error, df, centre - half, centre + half, p, adjusted, {})
+    statuses = decide(tested, np.array([math.log1p(results[k].margin) for k in at]), rules.alpha)
+    return [
+        (
+            k,
+            {
+                "status": str(statuses[i]),
+                "reason": f"ratio {math.exp(centre[i]):.3f}, between {math.exp(tested.low[i]):.3f} and "
+                f"{math.exp(tested.high[i]):.3f}; not measured in pairs",
+                "ratio": math.exp(centre[i]),
+                "low": math.exp(tested.low[i]),
+                "high": math.exp(tested.high[i]),
+                "p": float(p[i]),
+                "p_holm": float(adjusted[i]),
+                "df": float(df[i]),
+                "sd_log": float(error[i]),
+            },
+        )
+        for i, k in enumerate(at)
+    ]
+
+
+def _bare(
+    case: str,
+    metric: str,
+    own: Sequence[Sequence[CaseRecord]],
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    margin: float,
+    gating: bool,
+) -> Result:
+    first = next(r for records in own for r in records)
+    unit = next((r.units[metric] for records in own for r in records if metric in r.units), UNITS.get(metric, ""))
+    both = bool(a.size and b.size)
+    status = "INVALID" if both or not (a.size or b.size) else "NEW" if b.size else "MISSING"
+    reason = {
+        "NEW": "not measured for base",
+        "MISSING": "not measured for the candidate",
+        "INVALID": "fewer than two samples on a side" if both else "neither side has a sample",
+    }[status]
+    return Result(
+        case=case,
+        metric=metric,
+        unit=unit,
+        gating=gating,
+        status=status,  # type: ignore[arg-type]
+        reason=reason,
+        margin=margin,
+        parameters=first.parameters,
+        ratio=math.exp(float(np.median(b) - np.median(a))) if both else None,
+        base_median=math.exp(float(np.median(a))) if a.size else None,
+        candidate_median=math.exp(float(np.median(b))) if b.size else None,
+    )
+
+
+def _side(name: SideName, label: str, records: Sequence[CaseRecord]) -> ComparedSide:
+    facts = dict(records[0].details)
+    known = {k: str(facts.pop(k)) for k in ("model", "precision", "weights_sha256", "spec_digest") if k in facts}
+    side = ComparedSide(name=name, label=label, text=label, versions=records[0].versions, details=facts)
+    return side.model_copy(update=dict(known))
+
+
+def compare_files(
+    base: Sequence[CaseRecord],
+    candidate: Sequence[CaseRecord],
+    rules: Rules | None = None,
+    *,
+    labels: tuple[str, str] = ("base", "candidate"),
+    command: Sequence[str] = (),
+    versions: dict[str, str] | None = None,
+    started: float | None = None,
+) -> Comparison:
+    """Judge two lists of records. Advisory unless they were measured in pairs.
+
+    Args:
+        base, candidate: records with their ``side`` set (:func:`reports.case_files.read_any`).
+        rules: margins, alpha and gating metrics; None for the defaults.
+        labels: names of the sides; ``command``, ``versions``, ``started`` (unix seconds) go into the result.
+    """
+    rules = rules or Rules()
+    records = [*base, *candidate]
+    paired = in_pairs(base, candidate)
+    if paired:
+        judged = judge(records, rules)
+        results, family, verdict = judged.results, judged.family, judged.verdict
+    else:
+        results, family = judge_unpaired(base, candidate, rules)
+        verdict = _verdict(results)
+    prints = {r.fingerprint for r in records if r.fingerprint}
+    warnings = [f"records come from {len(prints)} different machines"] if len(prints) > 1 else []
+    now = time.time()
+    return Comparison(
+        schema_version=1,
+        tool_version=(versions or {}).get("llama-onnx-bench", "unknown"),
+        created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        duration_s=0.0 if started is None else max(0.0, now - started),
+        command=list(command),
+        seed=None,
+        paired=paired,
+        advisory=not paired,
+        advisory_reason="" if paired else ADVISORY,
+        base=_side("base", labels[0], base),
+        candidate=_side("candidate", labels[1], candidate),
+        family=family,
+        verdict=verdict,
+        results=results,
+        records=records,
+        versions=versions or {},
+        warnings=warnings,
+    )
+
+
+def _verdict(results: Sequence[Result]) -> Verdict:
+    """Advice never fails a pipeline: what would be a failure is inconclusive until it is measured in pairs."""
+    found = verdict_of(results)
+    if found.outcome != "FAIL":
+        return found
+    return Verdict(outcome="INCONCLUSIVE", exit_code=3, reasons=[f"advisory: {r}" for r in found.reasons])

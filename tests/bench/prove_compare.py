@@ -1,0 +1,43 @@
+"""The real proof on this machine: A against A, and A against A with a 5 % handicap in the decode loop.
+
+``python -m tests.bench.prove_compare OUT same 0 1 2 3 4`` and ``... OUT slow 0 1 2 3 4``: one comparison for each seed,
+written as ``OUT/KIND-SEED/comparison.json``; a line each on standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from bench import compare_command, sides
+
+
+def prove(out: Path, kind: str, seed: int, folder: str, cases: str, rounds: int, pairs: int) -> None:
+    typed = ["compare", "--base", folder, "--candidate", folder, "--pairs", str(pairs), "--cases", cases]
+    typed += ["--rounds", str(rounds), "--seed", str(seed), "--out", str(out / f"{kind}-{seed}")]
+    parser = argparse.ArgumentParser()
+    compare_command.add_arguments(parser)
+    args = parser.parse_args(typed[1:])
+    args.json, args.typed = False, typed
+    plain = sides.parse_side
+
+    def handicapped(name: sides.SideName, text: str) -> sides.SideSpec:
+        side = plain(name, text)
+        return replace(side, wrapper="tests.bench.handicap:five_percent") if name == "candidate" else side
+
+    sides.parse_side = handicapped if kind == "slow" else plain
+    started = time.time()
+    code = compare_command.run(args)
+    sides.parse_side = plain
+    print(f"{kind} {seed}: exit {code}, {time.time() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    from export.cache import cache_dir
+
+    chosen = sorted((cache_dir() / "exports").glob("SmolLM2-135M-Instruct-fp32-*"))[0]
+    for number in sys.argv[3:]:
+        prove(Path(sys.argv[1]), sys.argv[2], int(number), str(chosen), "b1-p32-n16", 5, 10)

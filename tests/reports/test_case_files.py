@@ -1,0 +1,147 @@
+"""Record files from here and elsewhere, judged in pairs or as advice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from reports.case_files import from_pytest_benchmark, from_run_record, read_any, read_records
+from reports.comparison import CaseRecord
+from reports.record import RecordError
+from reports.unpaired import compare_files, welch
+from tests.reports.comparison_examples import example_comparison
+
+
+def lines(path: Path, records: list[CaseRecord]) -> Path:
+    path.write_text("".join(r.model_dump_json(exclude_defaults=False) + "\n" for r in records))
+    return path
+
+
+def foreign(name: str, values: list[float], **more: Any) -> CaseRecord:
+    return CaseRecord(schema_version=1, case=name, metrics={"time": values}, units={"time": "s"}, **more)
+
+
+def noisy(name: str, level: float, processes: int = 8, seed: int = 0) -> list[CaseRecord]:
+    rng = np.random.default_rng(seed)
+    return [foreign(name, (level * np.exp(rng.normal(0, 0.005, 5))).tolist()) for _ in range(processes)]
+
+
+def test_records_made_elsewhere_are_advice(tmp_path: Path):
+    base = lines(tmp_path / "a.jsonl", noisy("parse", 1.0) + noisy("only base", 1.0))
+    candidate = lines(tmp_path / "b.jsonl", noisy("parse", 1.1, seed=1) + noisy("only candidate", 1.0))
+    made = compare_files(read_any(base, "base"), read_any(candidate, "candidate"))
+    assert {r.case: r.status for r in made.results} == {
+        "parse": "REGRESSION",
+        "only base": "MISSING",
+        "only candidate": "NEW",
+    }
+    assert made.advisory
+    assert "interleaved" in made.advisory_reason
+    assert made.verdict.exit_code == 3
+    assert made.verdict.reasons[0].startswith("advisory: time of parse")
+    assert made.family.gating_metrics == ["time"]
+    same = compare_files(read_any(base, "base"), read_any(base, "candidate"))
+    assert same.verdict.exit_code == 0
+
+
+def test_files_of_one_interleaved_run_are_judged_in_pairs(tmp_path: Path):
+    records = [r for r in example_comparison().records if r.case == "b1-p128-n32"]
+    base = lines(tmp_path / "a.jsonl", [r for r in records if r.side == "base"])
+    candidate = lines(tmp_path / "b.jsonl", [r for r in records if r.side == "candidate"])
+    made = compare_files(read_any(base, "base"), read_any(candidate, "candidate"))
+    assert made.paired
+    assert not made.advisory
+    assert {r.metric: len(r.pairs) for r in made.results} == {"ttft": 10, "tpot": 10, "total": 10}
+    # A whole run's file as either side gives that side.
+    both = lines(tmp_path / "both.jsonl", records)
+    assert {r.side for r in read_any(both, "base")} == {"base"}
+    assert len(read_any(both, "base")) == 10
+
+
+def test_welch_is_scipys():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, 7), rng.normal(1, 3, 12)
+    difference, error, df = welch(a, b)
+    theirs = stats.ttest_ind(b, a, equal_var=False)
+    assert difference / error == pytest.approx(theirs.statistic)
+    assert df == pytest.approx(theirs.df)
+
+
+def test_own_record_json_is_read(make_record, tmp_path: Path):
+    record = make_record()
+    path = tmp_path / "record.json"
+    path.write_text(record.to_json())
+    found = read_any(path, "candidate")
+    assert len(found) == len(record.cases())
+    first = record.series[0]
+    mine = next(r for r in found if r.parameters == first.case.model_dump())
+    assert mine.metrics["ttft"] == [r.ttft_s for r in record.find(first.case, record.side("candidate").label).rounds]
+    assert mine.fingerprint == record.machine.fingerprint
+    assert from_run_record(record)[0].side is None
+
+
+def benchmark_json(**more: Any) -> dict[str, Any]:
+    one = {"name": "test_x", "fullname": "tests/test_x.py::test_x", "params": {"n": 3, "f": [1]}}
+    return {
+        "machine_info": {"node": "host", "cpu": {"brand_raw": "EPYC"}, "system": "Linux"},
+        "benchmarks": [{**one, "stats": {"data": [0.1, 0.11, 0.12], "median": 0.11}, **more}],
+    }
+
+
+def test_pytest_benchmarks_json_is_read(tmp_path: Path):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(benchmark_json()))
+    (one,) = read_any(path, "base")
+    assert (one.case, one.metrics, one.parameters) == (
+        "tests/test_x.py::test_x",
+        {"time": [0.1, 0.11, 0.12]},
+        {"n": 3},
+    )
+    assert one.fingerprint == "host|EPYC|Linux"
+    bare = from_pytest_benchmark(benchmark_json(stats={"median": 0.2}), path)
+    assert bare[0].metrics == {"time": [0.2]}
+    with pytest.raises(RecordError, match="no name or no times"):
+        from_pytest_benchmark(benchmark_json(stats={}), path)
+
+
+def test_real_pytest_benchmark_output_is_read(tmp_path: Path):
+    import subprocess
+    import sys
+
+    (tmp_path / "test_it.py").write_text("def test_it(benchmark):\n    benchmark(sum, range(1000))\n")
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "pytest", "-q", "test_it.py", f"--benchmark-json={out}", "-p", "no:cacheprovider"]
+    command += ["--benchmark-max-time=0.05", "--benchmark-min-rounds=5"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (one,) = read_any(out, "base")
+    assert one.case == "test_it.py::test_it"
+    assert len(one.metrics["time"]) >= 5
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"schema_version": 1, "case": "x", "metrics": {"t": [1]}}\n{"schema', r"line 2 is not JSON"),
+        ('{"schema_version": 7, "case": "x", "metrics": {}}\n', r"line 1 has case schema version 7"),
+        ('{"schema_version": 1, "case": "x", "metrics": {"t": [-1]}}\n', r"line 1: metrics\.t\.0"),
+        ("[1]\n", r"line 1 has case schema version None"),
+    ],
+)
+def test_a_broken_line_is_named(text: str, words: str, tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(RecordError, match=words):
+        read_records(path)
+
+
+def test_an_empty_or_missing_file_is_refused(tmp_path: Path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(RecordError, match="holds no record"):
+        read_any(tmp_path / "empty.jsonl", "base")
+    with pytest.raises(RecordError, match="cannot read"):
+        read_any(tmp_path / "none.jsonl", "base")

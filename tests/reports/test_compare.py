@@ -1,0 +1,150 @@
+"""Records -> statuses: what counts, what is repeated, what is missing, and when a second look may decide."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reports.compare import Rules, judge, needs_extension, verdict_of
+from reports.comparison import CaseRecord
+from tests.reports.comparison_examples import example_parity
+
+
+def record(case: str, side: str, pair: int, tpot: float | None, **more: Any) -> CaseRecord:
+    base: dict[str, Any] = {"schema_version": 1, "run": "r", "position": 0 if side == "base" else 1}
+    metrics = {} if tpot is None else {"tpot": [tpot, tpot * 1.01, tpot * 0.99]}
+    return CaseRecord(**{**base, "case": case, "side": side, "pair": pair, "metrics": metrics, **more})
+
+
+def pairs(
+    case: str, ratio: float, n: int = 10, noise: float = 0.004, start: int = 0, seed: int = 0
+) -> list[CaseRecord]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for k in range(start, start + n):
+        found.append(record(case, "base", k, 0.02))
+        found.append(record(case, "candidate", k, 0.02 * ratio * math.exp(rng.normal(0, noise))))
+    return found
+
+
+def status(records: list[CaseRecord], rules: Rules | None = None) -> dict[str, str]:
+    return {r.case: r.status for r in judge(records, rules).results}
+
+
+def test_statuses_of_a_family():
+    records = pairs("same", 1.0) + pairs("slow", 1.06, seed=1) + pairs("fast", 0.9, seed=2)
+    judged = judge(records)
+    assert {r.case: r.status for r in judged.results} == {
+        "same": "EQUIVALENT",
+        "slow": "REGRESSION",
+        "fast": "IMPROVED",
+    }
+    assert judged.family.size == 3
+    assert (judged.verdict.outcome, judged.verdict.exit_code) == ("FAIL", 1)
+    assert "tpot of slow" in judged.verdict.reasons[0]
+    slow = judged.results[1]
+    assert slow.ratio == pytest.approx(1.06, rel=0.01)
+    assert slow.low is not None
+    assert slow.high is not None
+    assert slow.low < slow.ratio < slow.high
+    assert slow.valid_pairs == 10
+
+
+def test_margin_by_metric():
+    records = pairs("slow", 1.06)
+    assert status(records, Rules(margins={"tpot": 0.10})) == {"slow": "EQUIVALENT"}
+
+
+def test_only_gating_metrics_fail():
+    records = pairs("slow", 1.06)
+    judged = judge(records, Rules(gating=("ttft",)))
+    assert judged.results[0].status == "REGRESSION"
+    assert not judged.results[0].gating
+    assert judged.verdict.outcome == "INCONCLUSIVE"
+
+
+def test_a_disturbed_pair_does_not_count_and_its_repeat_does():
+    records = pairs("c", 1.0)
+    bad = record("c", "candidate", 3, 0.05, outcome="invalid", reason="steal 9 %")
+    kept = [r for r in records if not (r.pair == 3 and r.side == "candidate")]
+    judged = judge([*kept, bad]).results[0]
+    assert judged.valid_pairs == 9
+    assert judged.status == "EQUIVALENT"
+    assert next(p for p in judged.pairs if p.index == 3).reason == "candidate disturbed: steal 9 %"
+    again = [record("c", s, 3, 0.02, attempt=1) for s in ("base", "candidate")]
+    judged = judge([*kept, bad, *again]).results[0]
+    assert judged.valid_pairs == 10
+    assert [(p.attempt, p.valid) for p in judged.pairs if p.index == 3] == [(0, False), (1, True)]
+
+
+def test_too_few_undisturbed_pairs_are_invalid():
+    records = [r.model_copy(update={"outcome": "invalid"}) if (r.pair or 0) > 3 else r for r in pairs("c", 1.0)]
+    judged = judge(records)
+    assert judged.results[0].status == "INVALID"
+    assert judged.results[0].reason == "only 4 of 10 pairs were undisturbed"
+    assert judged.verdict.exit_code == 3
+
+
+def test_new_and_missing():
+    base = [record("gone", "base", k, 0.02) for k in range(10)]
+    lost = [
+        record("gone", "candidate", k, None, outcome="oom", last_lines=["std::bad_alloc"], reason="out of memory")
+        for k in range(2)
+    ]
+    new = [record("new", "candidate", k, 0.02) for k in range(10)]
+    judged = judge([*base, *lost, *new, *pairs("same", 1.0)])
+    assert {r.case: r.status for r in judged.results} == {"gone": "MISSING", "new": "NEW", "same": "EQUIVALENT"}
+    gone = judged.results[0]
+    assert gone.reason == "candidate ran out of memory in 2 of 2 attempts: std::bad_alloc"
+    assert judged.verdict.exit_code == 1
+
+
+def test_one_crash_of_the_candidate_alone_fails_the_verdict():
+    records = pairs("c", 1.0, n=11)
+    crashed = [
+        r.model_copy(update={"outcome": "crash", "metrics": {}}) if (r.pair, r.side) == (4, "candidate") else r
+        for r in records
+    ]
+    judged = judge(crashed)
+    assert judged.results[0].status == "EQUIVALENT"
+    assert judged.verdict.outcome == "FAIL"
+    both = [r.model_copy(update={"outcome": "crash", "metrics": {}}) if r.pair == 4 else r for r in records]
+    assert judge(both).verdict.outcome == "PASS"
+
+
+def test_the_second_look_decides_only_what_the_first_left_open():
+    noisy = pairs("open", 1.0, n=10, noise=0.06, seed=4)
+    rules = Rules()
+    assert status(noisy) == {"open": "INCONCLUSIVE"}
+    assert needs_extension(noisy, rules) == ["open"]
+    first = judge(noisy).results[0]
+    assert first.pairs_needed is not None
+    assert first.pairs_needed > 10
+    calm = pairs("open", 1.0, n=5, noise=0.001, start=10)
+    more = judge([*noisy, *calm]).results[0]
+    assert more.look == 2
+    assert more.valid_pairs == 15
+    # A decided case keeps its decision, whatever more pairs say.
+    decided = [*pairs("d", 1.0), *pairs("d", 1.5, n=5, start=10)]
+    assert judge(decided).results[0].status == "EQUIVALENT"
+    assert judge(decided).results[0].valid_pairs == 10
+
+
+def test_parity_failure_fails_a_faster_candidate():
+    judged = judge(pairs("fast", 0.5))
+    assert judged.verdict.outcome == "PASS"
+    failed = verdict_of(judged.results, parity=example_parity(failing=True))
+    assert (failed.outcome, failed.exit_code) == ("FAIL", 1)
+    assert failed.reasons[0].startswith("parity")
+    assert verdict_of(judged.results, parity=example_parity()).outcome == "PASS"
+
+
+def test_a_large_family_shares_its_variances():
+    records = [r for c in range(40) for r in pairs(f"c{c}", 1.0, seed=c)]
+    family = judge(records).family
+    assert family.size == 40
+    assert family.prior_sd["tpot"] == pytest.approx(0.004, rel=0.2)
+    assert family.prior_df["tpot"] > 5

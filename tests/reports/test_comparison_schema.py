@@ -1,0 +1,55 @@
+"""The published schemas are current, and take what the tool writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import reports.comparison as module
+from reports.comparison import CaseRecord, Comparison, case_schema, comparison_schema
+from tests.reports.comparison_examples import example_comparison
+
+FOLDER = Path(module.__file__).parent
+
+
+@pytest.mark.parametrize(("name", "make"), [("case", case_schema), ("comparison", comparison_schema)])
+def test_schema_files_are_current(name: str, make):
+    assert (FOLDER / f"{name}.schema.json").read_text(encoding="utf-8") == make()
+
+
+def test_example_fills_the_schema_and_comes_back():
+    made = example_comparison()
+    schema = json.loads(comparison_schema())
+    assert list(jsonschema.Draft202012Validator(schema).iter_errors(json.loads(made.to_json()))) == []
+    assert Comparison.model_validate_json(made.to_json()) == made
+    assert set(made.counts()) == {
+        "REGRESSION",
+        "IMPROVED",
+        "EQUIVALENT",
+        "INCONCLUSIVE",
+        "INVALID",
+        "NEW",
+        "MISSING",
+    }
+    empty = [f for f in type(made).model_fields if getattr(made, f) in (None, [], {}, "") and f != "advisory_reason"]
+    assert empty == []
+
+
+def test_a_line_made_elsewhere_needs_three_fields():
+    validator = jsonschema.Draft202012Validator(json.loads(case_schema()))
+    line = {"schema_version": 1, "case": "parse", "metrics": {"time": [0.1, 0.11]}}
+    assert list(validator.iter_errors(line)) == []
+    assert CaseRecord.model_validate(line).outcome == "ok"
+    assert list(validator.iter_errors({**line, "metrics": {"time": [0.0]}})) != []
+    assert list(validator.iter_errors({"schema_version": 1, "case": "parse"})) != []
+
+
+@pytest.mark.parametrize("place", ["unchanged", "regression"])
+def test_gallery_comparisons_are_of_this_schema(place: str):
+    path = FOLDER / "gallery" / place / "comparison.json"
+    made = Comparison.model_validate_json(path.read_text(encoding="utf-8"))
+    assert made.verdict.exit_code == (0 if place == "unchanged" else 1)
+    assert ("REGRESSION" in made.counts()) == (place == "regression")
