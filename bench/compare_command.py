@@ -160,7 +160,7 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
         history=past(judged.results, here.fingerprint, candidate.model),
         records=records,
         versions=versions(),
-        warnings=warnings_of(records),
+        warnings=[*warnings_of(records), *without_parity(judged.results, parity)],
     )
 
 
@@ -189,6 +189,13 @@ def warnings_of(records: Sequence[CaseRecord]) -> list[str]:
     if unsteady:
         said.append(f"{unsteady} of {len(records)} warm-ups reached their cap before two rounds agreed within 5 %")
     return said
+
+
+def without_parity(results: Sequence[Any], parity: Parity | None) -> list[str]:
+    """A speed-up without parity beside it proves little, and says so."""
+    if parity is not None or not any(r.status == "IMPROVED" for r in results):
+        return []
+    return ["faster, but nobody looked whether it is still the same model: add --model CHECKPOINT for parity"]
 
 
 def command_of(args: argparse.Namespace) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if config.option.collectonly:
         return
     run = config.stash[RUN]
-    lock = machine_lock("pytest bench/", config.option.lock_wait)
+    held = ExitStack()
     try:
-        lock.__enter__()
-        config.add_cleanup(lambda: lock.__exit__(None, None, None))
+        held.enter_context(machine_lock("pytest bench/", config.option.lock_wait))
+        config.add_cleanup(held.close)
     except BenchError as e:
         pytest.exit(f"error: {e}", returncode=e.exit_code)
     try:

@@ -129,7 +129,7 @@ def _check(args: argparse.Namespace, store: Any) -> int:
         f"{h.points[s.index].label} (p = {s.p:.2g}); advisory: compare in pairs"
         for h, s in recent
     ]
-    for line in refused:
-        print(f"left out: {line}", file=sys.stderr)
+    if refused:
+        print(f"{len(refused)} metrics left out; the first: {refused[0]}", file=sys.stderr)
     _say(args, [h.model_dump() for h in found], "\n".join(lines) or f"no step in the last {RECENT} points")
     return 3 if recent else 0

@@ -65,7 +65,8 @@ def _gpus() -> list[GpuState]:
             except nvml.NVMLError:
                 return None
 
-        bits = int(ask("nvmlDeviceGetCurrentClocksThrottleReasons") or 0)
+        newer = hasattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons")  # the name since driver 535
+        bits = int(ask(f"nvmlDeviceGetCurrentClocks{'Event' if newer else 'Throttle'}Reasons") or 0)
         power = ask("nvmlDeviceGetPowerUsage")
         name = nvml.nvmlDeviceGetName(device)
         found.append(

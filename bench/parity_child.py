@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main(a: dict[str, Any]) -> int:
-    """``a``: model, exported, provider, threads, profile, dataset, out. Errors of ours are one line and their exit code."""
+    """``a``: model, exported, provider, threads, profile, dataset, out. Errors of ours are one line each."""
     from bench.run import Options, Run
     from reports.publish import write_atomically
 

@@ -104,12 +104,13 @@ def parse_sweep(text: str, name: str) -> Sweep:
             path += [k for k in raw if k not in first.schema["properties"]][:1]
         mark = _mark(root, path)
         raise SweepError(f"{name}, line {mark.line + 1}, column {mark.column + 1}: {first.message}")
-    return Sweep(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return Sweep(**fields)
 
 
 def merge(parts: Iterable[Sequence[CaseRecord]]) -> list[CaseRecord]:
     """Records of several machines in one list, sorted; the same process (machine, case, place) counts once."""
-    found = {}
+    found: dict[tuple[str, str, str, int, int], CaseRecord] = {}
     for records in parts:
         for r in records:
             found.setdefault((r.fingerprint or "", r.run or "", r.case, r.pair or 0, r.attempt), r)

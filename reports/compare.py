@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -183,7 +184,7 @@ def _say(status: str, t: Tested, k: int, margin: float, unit: str, have: int, ne
         sure = f"p = {t.p_holm[k]:.1g} after Holm"
         return f"{words(t.centre[k])}, beyond the margin of {100 * margin:g} %, and not noise ({sure})"
     if status == "EQUIVALENT":
-        return f"{words(t.centre[k])}, at most {words(t.high[k])}: inside the margin of {100 * margin:g} %"
+        return f"{words(t.centre[k])}, bound {words(t.high[k])}: inside the margin of {100 * margin:g} %"
     decided = f"about {needed} pairs would decide" if needed else "more pairs than are worth measuring would be needed"
     return f"between {words(t.low[k])} and {words(t.high[k])} after {have} pairs; {decided}"
 
@@ -295,12 +296,14 @@ def needs_extension(records: Sequence[CaseRecord], rules: Rules) -> list[str]:
     return list(dict.fromkeys(r.case for r in first.results if r.gating and r.status == "INCONCLUSIVE"))
 
 
-def parity_outcome(parity: Parity | None) -> str | None:
+def parity_outcome(parity: Parity | None) -> Literal["PASS", "FAIL", "INCONCLUSIVE"] | None:
     """FAIL when one check or task fails, INCONCLUSIVE when one is, else PASS; None without parity."""
     if parity is None:
         return None
     statuses = [c.status for c in parity.checks] + [t.status for t in parity.tasks]
-    return next((s for s in ("FAIL", "INCONCLUSIVE") if s in statuses), "PASS")
+    if "FAIL" in statuses:
+        return "FAIL"
+    return "INCONCLUSIVE" if "INCONCLUSIVE" in statuses else "PASS"
 
 
 def verdict_of(results: Sequence[Result], records: Sequence[CaseRecord] = (), parity: Parity | None = None) -> Verdict:

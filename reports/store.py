@@ -2,9 +2,9 @@
 
 Keyed by the machine's fingerprint: figures of another machine are not a past. Always advisory; a verdict needs
 interleaved pairs (:mod:`reports.compare`). Steps are found by Pettitt's test (1979), a Mann-Whitney statistic at every
-place of the series: it sees ranks only, so a single wild night neither makes nor hides a step and no noise model is
-needed; its p-value comes from permutations of a fixed seed, since the known formula is poor below 40 points. Series
-with several steps are split at the surest one and both halves searched again (binary segmentation).
+place of the series, here standardised: it sees ranks only, so a single wild night neither makes nor hides a step and no
+noise model is needed; its p-value comes from permutations of a fixed seed. Series with several steps are split at the
+surest one and both halves searched again (binary segmentation).
 
 Try: ``llama-onnx history list``.
 """
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -70,6 +71,11 @@ def default_path() -> Path:
     """Where the history lies; the environment variable ``LLAMA_ONNX_HISTORY`` moves it."""
     chosen = os.environ.get(STORE_ENV)
     return Path(chosen) if chosen else Path(platformdirs.user_data_dir("llama-onnx-bench")) / "history.sqlite"
+
+
+def _point(raw: dict[str, Any], value: float) -> Point:
+    fields: dict[str, Any] = {c: str(raw[c]) for c in _COLUMNS}
+    return Point(**{**fields, "value": value})
 
 
 def points_of(records: Iterable[CaseRecord], at_utc: str, run: str, label: str = "") -> list[Point]:
@@ -162,7 +168,7 @@ class Store:
                 value = float(raw["value"])
                 if set(raw) != set(_COLUMNS) or not 0 < value < float("inf"):
                     raise ValueError("not the fields of a point, or a value that is not positive")
-                points.append(Point(**{**{c: str(raw[c]) for c in _COLUMNS if c != "value"}, "value": value}))
+                points.append(_point(raw, value))
             except (ValueError, KeyError, TypeError) as e:
                 raise StoreError(f"{source}, line {number} is no history point: {e}") from None
         return self.add(points)
@@ -196,10 +202,14 @@ class Store:
 
 
 def _pettitt(ranks: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Place of the step and K for each row of ranks ``[rows, n]``: U_t = 2 sum(ranks up to t) - t (n + 1)."""
+    """Place of the step and its statistic for each row of ranks ``[rows, n]``.
+
+    U_t = 2 sum(ranks up to t) - t (n + 1), divided by sqrt(t (n - t)): the variance of U_t grows so, and without the
+    division a step among the last nights would lose to the middle of the series.
+    """
     n = ranks.shape[1]
     t = np.arange(1, n)
-    u = np.abs(2 * ranks[:, :-1].cumsum(axis=1) - t * (n + 1))
+    u = np.abs(2 * ranks[:, :-1].cumsum(axis=1) - t * (n + 1)) / np.sqrt(t * (n - t))
     u[:, : LEAST_SEGMENT - 1] = 0
     u[:, n - LEAST_SEGMENT :] = 0
     at = u.argmax(axis=1)

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +34,8 @@ def _values(records: Sequence[CaseRecord], metric: str) -> NDArray[np.float64]:
     """ln of each process's median; of a single process its rounds (they share its luck: another reason for advice)."""
     ok = [r.metrics[metric] for r in records if r.outcome == "ok" and r.metrics.get(metric)]
     if len(ok) == 1:
-        return np.log(np.asarray(ok[0], dtype=float))
-    return np.log(np.asarray([statistics.median(v) for v in ok], dtype=float))
+        return np.array([math.log(v) for v in ok[0]])
+    return np.array([math.log(statistics.median(v)) for v in ok])
 
 
 def welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -161,9 +162,12 @@ def _bare(
 
 def _side(name: SideName, label: str, records: Sequence[CaseRecord]) -> ComparedSide:
     facts = dict(records[0].details)
-    known = {k: str(facts.pop(k)) for k in ("model", "precision", "weights_sha256", "spec_digest") if k in facts}
+    known: dict[str, Any] = {}
+    for key in ("model", "precision", "weights_sha256", "spec_digest"):
+        if key in facts:
+            known[key] = str(facts.pop(key))
     side = ComparedSide(name=name, label=label, text=label, versions=records[0].versions, details=facts)
-    return side.model_copy(update=dict(known))
+    return side.model_copy(update=known)
 
 
 def compare_files(

@@ -7,7 +7,6 @@ written as ``OUT/KIND-SEED/comparison.json``; a line each on standard output.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 from bench import compare_command, sides
 
 
-def prove(out: Path, kind: str, seed: int, folder: str, cases: str, rounds: int, pairs: int) -> None:
-    typed = ["compare", "--base", folder, "--candidate", folder, "--pairs", str(pairs), "--cases", cases]
+def prove(out: Path, kind: str, seed: int, folder: str, cases: str, rounds: int, more: list[str]) -> None:
+    typed = ["compare", "--base", folder, "--candidate", folder, "--cases", cases, *more]
     typed += ["--rounds", str(rounds), "--seed", str(seed), "--out", str(out / f"{kind}-{seed}")]
     parser = argparse.ArgumentParser()
     compare_command.add_arguments(parser)
@@ -39,5 +38,13 @@ if __name__ == "__main__":
     from export.cache import cache_dir
 
     chosen = sorted((cache_dir() / "exports").glob("SmolLM2-135M-Instruct-fp32-*"))[0]
-    for number in sys.argv[3:]:
-        prove(Path(sys.argv[1]), sys.argv[2], int(number), str(chosen), "b1-p32-n16", 5, 10)
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("out", type=Path)
+    asked.add_argument("kind", choices=("same", "slow"))
+    asked.add_argument("seeds", type=int, nargs="+")
+    asked.add_argument("--cases", default="b1-p32-n16")
+    asked.add_argument("--rounds", type=int, default=5)
+    asked.add_argument("--side", default="", help="more of both sides, such as ,threads=1")
+    given, others = asked.parse_known_args()
+    for number in given.seeds:
+        prove(given.out, given.kind, number, f"{chosen}{given.side}", given.cases, given.rounds, others)

@@ -38,7 +38,10 @@ def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
-    process.communicate()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
 
 
 def test_two_at_once_are_refused_and_freed_by_a_kill(other):
@@ -151,8 +154,8 @@ def test_history_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     here = machine().fingerprint
     one = next(x for x in lines if x["metric"] == "tpot") | {"fingerprint": here}
     past = [
-        one | {"run": f"n{k}", "at_utc": f"2026-10-{k + 1:02d}", "value": (1.0 if k < 12 else 1.1) + k % 3 / 1000}
-        for k in range(16)
+        one | {"run": f"n{k}", "at_utc": f"2026-10-{k + 1:02d}", "value": (1.0 if k < 16 else 1.1) + k % 3 / 1000}
+        for k in range(20)
     ]
     (tmp_path / "past.jsonl").write_text("".join(json.dumps(x) + "\n" for x in past))
     assert main(["history", "import", str(tmp_path / "past.jsonl")]) == 0
@@ -160,7 +163,7 @@ def test_history_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert main(["history", "check"]) == 3
     assert "stepped by +10" in capsys.readouterr().out
     with Store(tmp_path / "h.sqlite") as store:
-        assert len(store.points(here)) == 16
+        assert len(store.points(here)) == 20
 
 
 def test_compare_refuses_half_a_question(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from bench import paired_run
+from bench import machine_state, paired_run
 from bench.cli import main
 from bench.errors import BenchError
 from bench.machine_state import CpuTimes, Limits, cpu_times, disturbance, sample
@@ -32,7 +32,7 @@ from reports.record import Case
 Paths = Callable[..., Path]
 RULES = Rules(planned=5, most=7)
 CASES = (Case(batch=1, prompt=8, new_tokens=4), Case(batch=2, prompt=8, new_tokens=4))
-OPEN = Limits(steal=9.0, others=9.0)
+OPEN = Limits(steal=1e9, others=1e9)  # ticks of 10 ms are many times a stub's duration
 
 
 def plan(folder: Path, **changes: Any) -> Plan:
@@ -210,7 +210,7 @@ def test_what_goes_wrong_in_a_process_is_an_outcome(
     side = replace(plan(exports()).candidate, wrapper=f"tests.bench.handicap:{wrapper}")
     asked = {**side.arguments(), **CASES[0].model_dump(), "rounds": 1}
     command = [side.python(), "-P", str(paired_run.CHILD), json.dumps(asked)]
-    ended = run_child(command, paired_run.environment(side), 15 if wrapper == "hang" else 120)
+    ended = run_child(command, paired_run.environment(side), 8 if wrapper == "hang" else 120)
     assert ended.outcome == outcome
     assert words in "\n".join(ended.last_lines)
 
@@ -330,6 +330,38 @@ def test_cases_are_read_and_refused():
     for text in ("b0-p1-n2", "b1-p1-n1", "p1-b1-n2", "b1", "b1-px-n2"):
         with pytest.raises(BenchError, match="is not a case"):
             parse_case(text)
+
+
+class FakeNvml:
+    """One GPU at its power cap, whose temperature cannot be read."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "nvmlDeviceGetHandleByIndex": lambda index: index,
+            "nvmlDeviceGetCount": lambda: 1,
+            "nvmlDeviceGetName": lambda _: b"H100",
+            "nvmlDeviceGetPowerUsage": lambda _: 350_000,
+            "nvmlDeviceGetClockInfo": lambda _, kind: 1000 * kind,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda _: 0x1 | 0x4 | 0x40,
+        }
+        if name == "nvmlDeviceGetTemperature":
+            raise self.NVMLError
+        if name not in answers:
+            raise AttributeError(name)
+        return answers[name]
+
+
+def test_a_gpus_state_is_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine_state, "_nvml", FakeNvml)
+    (gpu,) = sample().gpus
+    assert (gpu.name, gpu.power_w, gpu.sm_clock_mhz, gpu.memory_clock_mhz) == ("H100", 350.0, 1000.0, 2000.0)
+    assert gpu.temperature_c is None
+    assert gpu.throttle_reasons == ["sw_power_cap", "hw_thermal_slowdown"]
 
 
 def test_disturbances_are_named(tmp_path: Path):
