@@ -58,8 +58,8 @@ class CaseView:
     trace: plots.Figure | None
 
 
-def render_comparison(comparison: Comparison) -> str:
-    """The whole page of a comparison; equal comparisons give equal bytes."""
+def render_comparison(comparison: Comparison, source: str = "report.json") -> str:
+    """The whole page of a comparison; equal comparisons give equal bytes. ``source`` names the JSON beside the page."""
     env = environment(
         value=cw.value,
         tidy=cw.tidy,
@@ -79,7 +79,7 @@ def render_comparison(comparison: Comparison) -> str:
     )
     digest = Digest(comparison)
     parity_fails = digest.parity_fails
-    return env.get_template("comparison.html.j2").render(_context(digest))
+    return env.get_template("comparison.html.j2").render(_context(digest) | {"source": source})
 
 
 def _tone(result: Result, parity_fails: bool) -> str:
@@ -126,7 +126,6 @@ def _context(digest: Digest) -> dict[str, Any]:
         "troubles_shown": TROUBLES_SHOWN,
         "examples": c.parity.examples[:EXAMPLES_SHOWN] if c.parity else [],
         "shapes": svg.shapes(),
-        "source": "report.json",
         "command": shlex.join(c.command),
         "facts": _facts(digest),
         "glossary": cw.GLOSSARY,
