@@ -187,7 +187,12 @@ def verdict_sentences(digest: Digest) -> tuple[str, str]:
     moved, rest = _moved(digest, gating=True), _rest(digest)
     if moved:
         sure = "as far as unpaired figures tell" if c.advisory else "we are sure"
-        first.append(f"This change made {_joined(moved)}; {sure}.")
+        told = f"This change made {_joined(moved)}; {sure}."
+        # Another model stands large alone: how fast it is comes second.
+        if digest.parity_fails:
+            rest.insert(0, told)
+        else:
+            first.append(told)
     elif not first:
         first, rest = rest[:1], rest[1:]
     beside = _moved(digest, gating=False)

@@ -108,7 +108,9 @@ def test_a_speed_up_never_stands_without_its_parity(failing):
     case = next(c for c in ET.fromstring(render_comparison_junit(made)).iter("testcase") if "IMPROVED" in text_of(c))
     assert words in text_of(case)
     assert (case.find("failure") is not None) == failing
-    assert cw.headline(Digest(made)).startswith("Not the same model") == failing
+    first, second = cw.verdict_sentences(Digest(made))
+    assert first.startswith("Not the same model") == failing
+    assert ("faster" in first, "faster" in second) == (not failing, failing)
 
 
 def text_of(element):
