@@ -14,8 +14,7 @@ echo "$@" >> calls.txt
 case $1 in
     export) exit "${EXPORT:-0}" ;;
     bench) mkdir -p gate-out/gate; echo gate > gate-out/gate/report.md; exit "${BENCH:-0}" ;;
-    compare) mkdir -p gate-out/compare; echo '{}' > gate-out/compare/comparison.json; exit "${COMPARE:-0}" ;;
-    report) echo comparison > gate-out/compare/report.md ;;
+    compare) mkdir -p gate-out/compare; echo comparison > gate-out/compare/report.md; exit "${COMPARE:-0}" ;;
 esac
 """
 

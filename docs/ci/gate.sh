@@ -42,13 +42,7 @@ note $? gate
 if [ -n "$BASE_EXPORT" ]; then
     llama-onnx compare --base "$BASE_EXPORT,provider=$PROVIDER" --candidate "$OUT/export,provider=$PROVIDER" \
         --model "$MODEL" --pairs "$PAIRS" --wait "$WAIT" --resume --out "$OUT/compare"
-    code=$?
-    note "$code" compare
-    if [ -f "$OUT/compare/comparison.json" ]; then
-        llama-onnx report "$OUT/compare/comparison.json" --out "$OUT/compare" >/dev/null
-    elif [ "$code" -eq 0 ]; then
-        note 2 "compare wrote no comparison.json"
-    fi
+    note $? compare
 fi
 
 # One comment for the pull request: the comparison first, it says what this change did.
