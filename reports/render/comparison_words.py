@@ -195,6 +195,9 @@ def verdict_sentences(digest: Digest) -> tuple[str, str]:
             first.append(told)
     elif not first:
         first, rest = rest[:1], rest[1:]
+    if c.parity_outcome in (None, "PASS") and any(r.status == "IMPROVED" for r in c.results):
+        # A speed-up never stands without its parity.
+        rest.insert(0, f"{parity_short(digest).capitalize()}.")
     beside = _moved(digest, gating=False)
     if beside:
         rest.append(f"Outside the gate, {_joined(beside)}.")

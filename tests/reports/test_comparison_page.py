@@ -119,6 +119,8 @@ def text_of(element):
 
 def test_speed_up_without_parity_says_so():
     made = example_comparison(parity=False)
+    assert cw.verdict_sentences(Digest(made))[1].startswith("Parity not examined.")
+    assert cw.verdict_sentences(Digest(example_comparison()))[1].startswith("Parity holds at fp32.")
     assert "parity not examined" in render_comparison(made)
     assert "parity not examined" in render_comparison_markdown(made)
     assert "nothing is known about" in render_comparison(made)
