@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     history_command.add_arguments(history)
     sweep.add_arguments(add("sweep", sweep.run, "a YAML file of models, precisions, providers, batch and prompt sizes"))
 
-    report = add("report", _report, "render a record.json again")
+    report = add("report", _report, "render a record.json, or a comparison's report.json, again")
     report.add_argument("record", type=Path)
     report.add_argument("--out", type=Path, default=Path("reports/out"), help="folder of the page")
 
@@ -287,19 +287,15 @@ def _report_dir(options: Sequence[str]) -> Path:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from reports.publish import write_report
-    from reports.record import read_record
-    from reports.render.terminal import print_summary
-    from reports.verdict import judge
+    from reports.publish import publish
 
-    record = read_record(args.record)
-    page = write_report(record, args.out)
+    published = publish(args.record, args.out)
     if args.json:
-        _print_json({"page": str(page), "exit_code": judge(record).exit_code})
+        _print_json({"page": str(published.page), "exit_code": published.exit_code})
     else:
-        print_summary(record, Console())
-        print(f"page: {page.resolve()}")
-    return judge(record).exit_code
+        published.show(Console())
+        print(f"page: {published.page.resolve()}")
+    return published.exit_code
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -254,7 +254,7 @@ def _from_files(args: argparse.Namespace, started: float) -> Comparison:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure or read, judge, write ``comparison.json``, print; the exit code is the verdict's (0, 1 or 3)."""
+    """Measure or read, judge, write the report, print; the exit code is the verdict's (0, 1 or 3)."""
     started = time.time()
     if len(args.files) == 2 and not (args.base or args.candidate):
         made = _from_files(args, started)
@@ -262,38 +262,16 @@ def run(args: argparse.Namespace) -> int:
         made = _measured(args, started)
     else:
         raise BenchError("give either --base SIDE --candidate SIDE, or two files: BASE.jsonl CANDIDATE.jsonl")
-    from reports.publish import write_atomically
+    from reports.publish import write_comparison
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "comparison.json"
-    write_atomically(path, made.to_json())
+    page = write_comparison(made, args.out)
     if args.json:
         sys.stdout.write(made.to_json())
     else:
-        print_comparison(made)
-        print(f"comparison: {path.resolve()}")
+        from rich.console import Console
+
+        from reports.render.comparison_terminal import print_comparison
+
+        print_comparison(made, Console())
+        print(f"page: {page.resolve()}")
     return made.verdict.exit_code
-
-
-def print_comparison(made: Comparison) -> None:
-    """The verdict and a table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    advisory = " (advisory)" if made.advisory else ""
-    console.print(Text(f"{made.verdict.outcome}{advisory}: {made.verdict.reasons[0]}"), style="bold")
-    table = Table()
-    for column in ("case", "metric", "status", "ratio", "95 % interval", "why"):
-        table.add_column(column)
-    for r in made.results:
-        interval = "" if r.low is None or r.high is None else f"{r.low:.3f} to {r.high:.3f}"
-        ratio = "" if r.ratio is None else f"{r.ratio:.3f}"
-        status = r.status if r.gating else f"({r.status})"
-        table.add_row(*(Text(c) for c in (r.case, r.metric, status, ratio, interval, r.reason)))
-    console.print(table)
-    if made.parity_outcome:
-        console.print(Text(f"parity: {made.parity_outcome}"))
-    for warning in made.warnings:
-        console.print(Text(f"warning: {warning}"))

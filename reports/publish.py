@@ -1,4 +1,6 @@
-"""Write a report: ``index.html``, ``report.md``, ``junit.xml`` and ``record.json``, all or none of them half.
+"""Write a report: ``index.html``, ``report.md``, ``junit.xml`` and the JSON, all or none of them half.
+
+A run's JSON is ``record.json``, a comparison's ``report.json``.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.publish as p;
 print(p.write_report(r.read_record(pathlib.Path('reports/out/record.json')), pathlib.Path('/tmp/page')))"``.
@@ -7,9 +9,17 @@ print(p.write_report(r.read_record(pathlib.Path('reports/out/record.json')), pat
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from reports.record import RunRecord
+from pydantic import ValidationError
+from pydantic_core import from_json
+from rich.console import Console
+
+from reports.comparison import Comparison
+from reports.record import RecordError, RunRecord, read_record
 from reports.render.html import render_html
 from reports.render.junit import render_junit
 from reports.render.markdown import render_markdown
@@ -23,16 +33,82 @@ def write_report(record: RunRecord, out: Path) -> Path:
     Raises:
         OSError: the folder cannot be written.
     """
-    texts = {
-        "record.json": record.to_json(),
-        "junit.xml": render_junit(record),
-        "report.md": render_markdown(record),
-        "index.html": render_html(record),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        write_atomically(out / name, text)
-    return out / "index.html"
+    return _write(
+        out,
+        {
+            "record.json": record.to_json(),
+            "junit.xml": render_junit(record),
+            "report.md": render_markdown(record),
+            "index.html": render_html(record),
+        },
+    )
+
+
+def write_comparison(comparison: Comparison, out: Path) -> Path:
+    """The same for a comparison, whose JSON is ``report.json``.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from reports.render.comparison_html import render_comparison
+    from reports.render.comparison_junit import render_comparison_junit
+    from reports.render.comparison_markdown import render_comparison_markdown
+
+    return _write(
+        out,
+        {
+            "report.json": comparison.to_json(),
+            "junit.xml": render_comparison_junit(comparison),
+            "report.md": render_comparison_markdown(comparison),
+            "index.html": render_comparison(comparison),
+        },
+    )
+
+
+def read_any(path: Path) -> RunRecord | Comparison:
+    """A run's record or a comparison, whichever the file holds (a comparison says ``"kind": "comparison"``).
+
+    Raises:
+        RecordError: the file cannot be read, or is neither; names the place of the first defect.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error}; pass a record.json or a comparison's report.json") from None
+    if not _is_comparison(text):
+        return read_record(path)
+    try:
+        return Comparison.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise RecordError(f"{path}: not a comparison of this version: {place}: {first['msg']}") from None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A page that was written, what its verdict makes of the exit code, and how to show it in a terminal."""
+
+    page: Path
+    exit_code: int
+    show: Callable[[Console], None]
+
+
+def publish(path: Path, out: Path) -> Published:
+    """Read a record or a comparison and write its report into ``out``.
+
+    Raises:
+        RecordError: the file is neither; OSError: the folder cannot be written.
+    """
+    found = read_any(path)
+    if isinstance(found, Comparison):
+        from reports.render.comparison_terminal import print_comparison
+
+        return Published(write_comparison(found, out), found.verdict.exit_code, partial(print_comparison, found))
+    from reports.render.terminal import print_summary
+    from reports.verdict import judge
+
+    return Published(write_report(found, out), judge(found).exit_code, partial(print_summary, found))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -43,3 +119,21 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_comparison(text: bytes) -> bool:
+    """Whether it names itself one at its top level; what is no JSON is left to the reader of records to name."""
+    if b'"comparison"' not in text:
+        return False
+    try:
+        found = from_json(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("kind") == "comparison"
+
+
+def _write(out: Path, texts: dict[str, str]) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_atomically(out / name, text)
+    return out / "index.html"

@@ -15,11 +15,9 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from reports.record import Check, RunRecord
+from reports.record import RunRecord
 from reports.render import plots, words
+from reports.render.environment import environment
 from reports.stats import SPREAD_LIMIT, Estimate, median
 from reports.summary import (
     LatencyRow,
@@ -44,22 +42,11 @@ SECTIONS = (
     ("reproduce", "Reproduce"),
     ("glossary", "Glossary"),
 )
-_TONES = {
-    "pass": ("PASS", "PASSED", "MET"),
-    "fail": ("FAIL", "FAILED", "MISSED", "ERROR"),
-    "open": ("INCONCLUSIVE", "SUSPICIOUS"),
-}
-_MARKS = {"pass": "✓", "fail": "✕", "open": "?", "plain": "·"}
 
 
 def render_html(record: RunRecord) -> str:
     """The whole page of a record; equal records give equal bytes."""
-    return _environment().get_template("index.html.j2").render(_context(record))
-
-
-def tone(word: str) -> str:
-    """CSS class of a status word."""
-    return next((name for name, members in _TONES.items() if word in members), "plain")
+    return environment(sure=sure, groupby_case=_by_case).get_template("index.html.j2").render(_context(record))
 
 
 def sure(speedup: Estimate) -> str:
@@ -165,6 +152,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
     told = [o for o in record.outcomes if o.outcome != "passed"]
     return {
         "record": record,
+        "parity": record.parity,
         "verdict": verdict,
         "case": case,
         "sections": SECTIONS,
@@ -193,47 +181,9 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "glossary": words.GLOSSARY,
         "ratio_note": words.RATIO_NOTE,
         "spread_limit": SPREAD_LIMIT,
-        "dash": words.DASH,
+        "source": "record.json",
     }
 
 
 def _by_case(rows: Iterable[LatencyRow]) -> list[list[LatencyRow]]:
     return [list(group) for _, group in groupby(rows, key=lambda r: r.case)]
-
-
-def _check_figure(check: Check, name: str) -> str:
-    return words.number(getattr(check, name), check.unit, check.limit)
-
-
-def _environment() -> Environment:
-    env = Environment(
-        loader=PackageLoader("reports.render", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.globals["dash"] = words.DASH
-    env.filters.update(
-        ms=words.ms,
-        bare_ms=words.bare_ms,
-        ms_interval=words.ms_interval,
-        times=words.times,
-        times_interval=words.times_interval,
-        fixed=words.fixed,
-        size=words.size,
-        share=words.share,
-        score=words.score,
-        difference=words.difference,
-        limit=words.limit_text,
-        explain=words.explain,
-        short=words.shorten,
-        figure=_check_figure,
-        sure=sure,
-        tone=tone,
-        mark=lambda word: "!" if word == "SUSPICIOUS" else _MARKS[tone(word)],
-        cap=lambda text: text[:1].upper() + text[1:],
-        groupby_case=_by_case,
-        svg=Markup,
-    )
-    return env

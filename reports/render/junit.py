@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree as ET
 
-from reports.record import Check, Outcome, RunRecord, Status, TaskMetric
+from reports.record import Check, Outcome, Parity, RunRecord, Status, TaskMetric
 from reports.render import words
 
 # Characters that XML 1.0 cannot hold even as entities.
@@ -21,15 +21,24 @@ _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff
 def render_junit(record: RunRecord) -> str:
     """JUnit XML of a record (the Jenkins dialect that GitHub, GitLab and Jenkins viewers read)."""
     root = ET.Element("testsuites", name="llama-onnx-bench")
-    suites = [_suite(root, "bench", [_outcome(o) for o in record.outcomes], record)]
+    suites = [suite_of(root, "bench", [_outcome(o) for o in record.outcomes], record.created_utc)]
     if record.parity is not None:
-        cases = [*map(_check, record.parity.checks), *map(_task, record.parity.tasks)]
-        suites.append(_suite(root, "parity", cases, record))
+        suites.append(suite_of(root, "parity", parity_cases(record.parity), record.created_utc))
+    return finished(root, suites, sum(o.seconds for o in record.outcomes))
+
+
+def finished(root: ET.Element, suites: list[ET.Element], seconds: float) -> str:
+    """The document's text, with the suites' counts added up at its root."""
     for name in ("tests", "failures", "errors", "skipped"):
         root.set(name, str(sum(int(s.get(name, "0")) for s in suites)))
-    root.set("time", f"{sum(o.seconds for o in record.outcomes):.3f}")
+    root.set("time", f"{seconds:.3f}")
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def parity_cases(parity: Parity) -> list[ET.Element]:
+    """One test case a check and a task metric."""
+    return [*map(_check, parity.checks), *map(_task, parity.tasks)]
 
 
 def clean(text: str) -> str:
@@ -37,7 +46,8 @@ def clean(text: str) -> str:
     return _FORBIDDEN.sub("\ufffd", text)
 
 
-def _suite(root: ET.Element, name: str, cases: list[ET.Element], record: RunRecord) -> ET.Element:
+def suite_of(root: ET.Element, name: str, cases: list[ET.Element], created_utc: str) -> ET.Element:
+    """A suite under the root with its test cases and their counts."""
     suite = ET.SubElement(root, "testsuite", name=name)
     counts = {tag: sum(1 for c in cases if c.find(tag) is not None) for tag in ("failure", "error", "skipped")}
     suite.set("tests", str(len(cases)))
@@ -45,16 +55,18 @@ def _suite(root: ET.Element, name: str, cases: list[ET.Element], record: RunReco
     suite.set("errors", str(counts["error"]))
     suite.set("skipped", str(counts["skipped"]))
     suite.set("time", f"{sum(float(c.get('time', '0')) for c in cases):.3f}")
-    suite.set("timestamp", clean(record.created_utc))
+    suite.set("timestamp", clean(created_utc))
     suite.extend(cases)
     return suite
 
 
-def _case(classname: str, name: str, seconds: float = 0.0) -> ET.Element:
+def case_of(classname: str, name: str, seconds: float = 0.0) -> ET.Element:
+    """One test case; a name is never empty."""
     return ET.Element("testcase", classname=clean(classname), name=clean(name) or "unnamed", time=f"{seconds:.3f}")
 
 
-def _add(case: ET.Element, tag: str, kind: str, message: str) -> None:
+def add(case: ET.Element, tag: str, kind: str, message: str) -> None:
+    """Put a failure, an error or a skip with its message into a test case."""
     child = ET.SubElement(case, tag, message=clean(message.partition("\n")[0]), type=kind)
     child.text = clean(message)
 
@@ -62,21 +74,21 @@ def _add(case: ET.Element, tag: str, kind: str, message: str) -> None:
 def _outcome(outcome: Outcome) -> ET.Element:
     path, _, name = outcome.test.partition("::")
     classname = path.removesuffix(".py").replace("/", ".") if name else "bench"
-    case = _case(classname, name or path, outcome.seconds)
+    case = case_of(classname, name or path, outcome.seconds)
     if outcome.outcome == "failed":
-        _add(case, "failure", "failed", outcome.message or "failed")
+        add(case, "failure", "failed", outcome.message or "failed")
     elif outcome.outcome == "error":
-        _add(case, "error", "error", outcome.message or "error")
+        add(case, "error", "error", outcome.message or "error")
     elif outcome.outcome == "skipped":
-        _add(case, "skipped", "skipped", outcome.message or "skipped")
+        add(case, "skipped", "skipped", outcome.message or "skipped")
     return case
 
 
 def _judged(case: ET.Element, status: Status, message: str) -> ET.Element:
     if status == "FAIL":
-        _add(case, "failure", "parity", message)
+        add(case, "failure", "parity", message)
     elif status == "INCONCLUSIVE":
-        _add(case, "failure", "inconclusive", message)
+        add(case, "failure", "inconclusive", message)
     else:
         ET.SubElement(case, "system-out").text = clean(message)
     return case
@@ -89,7 +101,7 @@ def _check(check: Check) -> ET.Element:
     ]
     limit = words.limit_text(check.limit, check.better, check.unit)
     message = f"{check.status}: {', '.join(figures)}, limit {limit}, {check.samples} samples. {check.detail}"
-    return _judged(_case("parity.checks", check.title or check.name), check.status, message)
+    return _judged(case_of("parity.checks", check.title or check.name), check.status, message)
 
 
 def _task(task: TaskMetric) -> ET.Element:
@@ -98,4 +110,4 @@ def _task(task: TaskMetric) -> ET.Element:
         f"bound of the difference {words.difference(task.difference_bound)}, "
         f"limit {words.difference(task.limit)}, {task.items} items. {task.settings}"
     )
-    return _judged(_case("parity.tasks", f"{task.task}: {task.metric}"), task.status, message)
+    return _judged(case_of("parity.tasks", f"{task.task}: {task.metric}"), task.status, message)

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from reports.record import RunRecord
+from reports.record import Parity, RunRecord
 from reports.render import words
 from reports.stats import Estimate
 from reports.summary import floor_rows, floor_s, headline_case, latency_rows, load_rows, memory_rows
@@ -54,11 +54,11 @@ def render_markdown(record: RunRecord) -> str:
         *_warnings(verdict),
         *_latency(record),
         *_figures(record),
-        *_parity(record),
+        *parity_blocks(record.parity),
         *_memory(record),
         "### Repeat\n\n" + fenced(words.shorten(shlex.join(record.command), 2000)),
     ]
-    text = _within(blocks, LIMIT - EXAMPLES_ROOM)
+    text = within(blocks, LIMIT - EXAMPLES_ROOM)
     return "\n\n".join([text, *_examples(record, LIMIT - len(text))]) + "\n"
 
 
@@ -71,7 +71,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
     return "\n".join(lines)
 
 
-def _within(blocks: Sequence[str], limit: int) -> str:
+def within(blocks: Sequence[str], limit: int) -> str:
     """As many whole blocks as fit, and a line that says how many did not."""
     kept: list[str] = []
     used = 0
@@ -177,8 +177,8 @@ def _figures(record: RunRecord) -> list[str]:
     return ["### Figures\n\n" + table(["Figure", "Limit", "Measured", "Met"], cells)]
 
 
-def _parity(record: RunRecord) -> list[str]:
-    parity = record.parity
+def parity_blocks(parity: Parity | None) -> list[str]:
+    """Checks and task metrics as Markdown tables, or a line that says that nothing was examined."""
     if parity is None:
         return ["### Parity\n\nParity was not examined: this may or may not still be the same model."]
     where = f"Tier {escape(parity.tier, 40)} against {escape(parity.baseline)}, on {escape(parity.dataset)}."

@@ -245,13 +245,13 @@ def _strip(
         beyond = 0
         for i, (side, values) in enumerate(found):
             style = styles[side.label]
-            chosen = _choose(sorted(values))
+            chosen = choose(sorted(values))
             # Golden-ratio jitter: spread out, and the same on every run.
             heights = [-i + 0.3 * ((j * 0.618034) % 1 - 0.5) - 0.06 for j in range(len(chosen))]
             inside = [(v * 1e3, h) for v, h in zip(chosen, heights, strict=True) if v <= edge]
             outside = sum(1 for v in values if v > edge)
             beyond += outside
-            q1, middle, q3 = (_quantile(sorted(values), q) * 1e3 for q in (0.25, 0.5, 0.75))
+            q1, middle, q3 = (quantile(sorted(values), q) * 1e3 for q in (0.25, 0.5, 0.75))
             axes.fill_betweenx([-i - 0.27, -i + 0.15], q1, q3, color=style.colour, alpha=0.22, linewidth=0)
             if inside:
                 axes.scatter(
@@ -279,17 +279,19 @@ def _strip(
 
 def _bulk_end(values: list[float]) -> float:
     """Where the axis may end: the largest sample, unless it lies far off and would squeeze all others."""
-    return min(max(values), 2.5 * _quantile(sorted(values), 0.5)) or 1e-9
+    return min(max(values), 2.5 * quantile(sorted(values), 0.5)) or 1e-9
 
 
-def _choose(ordered: list[float]) -> list[float]:
+def choose(ordered: list[float]) -> list[float]:
+    """At most ``DOTS`` of sorted values, evenly chosen, both ends kept."""
     if len(ordered) <= DOTS:
         return ordered
     step = (len(ordered) - 1) / (DOTS - 1)
     return [ordered[round(i * step)] for i in range(DOTS)]
 
 
-def _quantile(ordered: list[float], q: float) -> float:
+def quantile(ordered: list[float], q: float) -> float:
+    """Linear interpolation between the two neighbours in sorted values."""
     place = q * (len(ordered) - 1)
     below = int(place)
     above = min(below + 1, len(ordered) - 1)

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reports.record import RunRecord
+from reports.record import Parity, RunRecord
 from reports.render import words
 from reports.stats import Estimate
 from reports.summary import LatencyRow, floor_rows, headline_case, latency_rows, load_rows, memory_rows
 from reports.verdict import judge, speed_sentence
 
-_STYLES = {
+STYLES = {
     "PASS": "green",
     "PASSED": "bold green",
     "MET": "green",
@@ -40,7 +40,7 @@ def print_summary(record: RunRecord, console: Console) -> None:
         console.print(Text(note, style="dim"))
     else:
         console.print("Latency: not measured.")
-    for table in (floor_table(record), memory_table(record), parity_table(record), figures_table(record)):
+    for table in (floor_table(record), memory_table(record), parity_table(record.parity), figures_table(record)):
         if table is not None:
             console.print()
             console.print(table)
@@ -49,7 +49,7 @@ def print_summary(record: RunRecord, console: Console) -> None:
     for check in record.parity.checks if record.parity else []:
         if check.status in ("FAIL", "INCONCLUSIVE", "SUSPICIOUS"):
             told = f" {check.title or check.name}: {words.shorten(check.detail, 300)}"
-            console.print(Text.assemble((check.status, _STYLES[check.status]), told))
+            console.print(Text.assemble((check.status, STYLES[check.status]), told))
     console.print()
     if verdict.random_weights:
         console.print(Text("RANDOM WEIGHTS: answers and task scores mean nothing.", style="bold yellow"))
@@ -58,12 +58,12 @@ def print_summary(record: RunRecord, console: Console) -> None:
     if verdict.not_examined:
         console.print(Text(f"not examined: {', '.join(verdict.not_examined)}", style="dim"))
     console.print(Text(f"speed: {speed_sentence(verdict.speed)}"))
-    console.print(Text.assemble((verdict.word, _STYLES.get(verdict.word, "bold yellow")), f": {verdict.headline}"))
+    console.print(Text.assemble((verdict.word, STYLES.get(verdict.word, "bold yellow")), f": {verdict.headline}"))
 
 
 def latency_table(rows: list[LatencyRow]) -> Table:
     """Medians and speed-ups of every case and side, the interval of a speed-up below it."""
-    table = _table("Latency", "Side", "TTFT ms", "prefill", "TPOT ms", "decode", "tok/s")
+    table = plain_table("Latency", "Side", "TTFT ms", "prefill", "TPOT ms", "decode", "tok/s")
     case = None
     for r in rows:
         if r.case != case:
@@ -87,7 +87,7 @@ def floor_table(record: RunRecord) -> Table | None:
     rows = floor_rows(record, case) if case else []
     if case is None or not rows:
         return None
-    table = _table(f"Distance to the memory floor, {case.label}", "Side", "TPOT", "x floor")
+    table = plain_table(f"Distance to the memory floor, {case.label}", "Side", "TPOT", "x floor")
     for r in rows:
         table.add_row(Text(words.shorten(r.side.title, 40)), words.ms(r.tpot.value), words.fixed(r.multiple))
     return table
@@ -99,7 +99,7 @@ def memory_table(record: RunRecord) -> Table | None:
     rows = memory_rows(record)
     if not rows:
         return None
-    table = _table("Memory and load", "Side", "peak", "model's part", "load")
+    table = plain_table("Memory and load", "Side", "peak", "model's part", "load")
     for r in rows:
         load = loads.get(r.side.label)
         table.add_row(
@@ -111,26 +111,25 @@ def memory_table(record: RunRecord) -> Table | None:
     return table
 
 
-def parity_table(record: RunRecord) -> Table | None:
+def parity_table(parity: Parity | None) -> Table | None:
     """One line for every check and task metric."""
-    parity = record.parity
     if parity is None:
         return None
-    table = _table(f"Parity, tier {words.shorten(parity.tier, 30)}", "Check", "bound", "limit", "status")
+    table = plain_table(f"Parity, tier {words.shorten(parity.tier, 30)}", "Check", "bound", "limit", "status")
     for c in parity.checks:
         held = c.bound if c.bound is not None else c.value
         table.add_row(
             Text(words.shorten(c.title or c.name, 32)),
             Text(words.shorten(words.number(held, c.unit, c.limit), 16)),
             Text(words.shorten(words.limit_text(c.limit, c.better, c.unit), 16)),
-            Text(c.status, style=_STYLES.get(c.status, "dim")),
+            Text(c.status, style=STYLES.get(c.status, "dim")),
         )
     for t in parity.tasks:
         table.add_row(
             Text(words.shorten(f"{t.task}: {t.metric}", 32)),
             words.difference(t.difference_bound),
             words.difference(t.limit),
-            Text(t.status, style=_STYLES.get(t.status, "dim")),
+            Text(t.status, style=STYLES.get(t.status, "dim")),
         )
     return table
 
@@ -139,7 +138,7 @@ def figures_table(record: RunRecord) -> Table | None:
     """The project's figures."""
     if not record.figures:
         return None
-    table = _table("Figures", "Figure", "limit", "measured", "")
+    table = plain_table("Figures", "Figure", "limit", "measured", "")
     for f in record.figures:
         word = "MET" if f.met else "MISSED"
         limit = f"{words.limit_text(f.limit, f.better)} {words.shorten(f.unit, 14)}"
@@ -147,12 +146,13 @@ def figures_table(record: RunRecord) -> Table | None:
             Text(words.shorten(f.name, 32)),
             Text(limit),
             words.fixed(f.value),
-            Text(word, style=_STYLES[word]),
+            Text(word, style=STYLES[word]),
         )
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
+    """A table that fits 80 columns: first column to the left, the others to the right."""
     table = Table(
         box=box.SIMPLE_HEAD,
         title=Text(title),

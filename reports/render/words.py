@@ -8,6 +8,7 @@ Try: ``python -c "from reports.render.words import ms; print(ms(0.0248))"``.
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 from decimal import Decimal
@@ -16,6 +17,7 @@ from reports.record import Check, RunRecord, Side
 from reports.stats import Estimate
 
 DASH = "–"
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 RATIO_NOTE = (
     "× means times as fast as the baseline: its time divided by this side's time, the geometric mean over "
     "rounds that ran back to back. Above 1 is faster. Brackets hold 95\u00a0% intervals."
@@ -167,6 +169,17 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s"
+
+
+def when(stamp: str) -> str:
+    """An ISO time in UTC as a reader writes it, such as ``24 Nov 2026, 02:39 UTC``; other text stays as it is."""
+    try:
+        at = datetime.datetime.fromisoformat(stamp.replace("Z", "+00:00"))
+    except ValueError:
+        return shorten(stamp, 40)
+    if at.tzinfo is not None:
+        at = at.astimezone(datetime.UTC)
+    return f"{at.day} {_MONTHS[at.month - 1]} {at.year}, {at:%H:%M}{' UTC' if at.tzinfo else ''}"
 
 
 def number(value: float | None, unit: str = "", limit: float | None = None) -> str:

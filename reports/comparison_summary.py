@@ -1,0 +1,160 @@
+"""What the pages of a comparison tabulate, derived once, so that HTML, Markdown, JUnit and terminal cannot disagree.
+
+Data only: formatting is in ``reports.render``.
+
+Try: ``python -c "from reports.comparison_summary import Digest; help(Digest)"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from reports.comparison import CaseRecord, ChangeStatus, Comparison, Result, SideName
+from reports.record import Check
+
+STATUS_ORDER: tuple[ChangeStatus, ...] = (
+    "REGRESSION",
+    "MISSING",
+    "INVALID",
+    "INCONCLUSIVE",
+    "IMPROVED",
+    "NEW",
+    "EQUIVALENT",
+)
+"""What a reviewer has to look at first stands first."""
+
+_RANK = {status: rank for rank, status in enumerate(STATUS_ORDER)}
+_METRIC_ORDER = ("tpot", "ttft", "total", "load", "peak_memory")
+
+
+@dataclass(frozen=True)
+class MetricGroup:
+    """All results of one metric, in the order in which the comparison holds them."""
+
+    metric: str
+    results: tuple[Result, ...]
+
+    @property
+    def gating(self) -> bool:
+        """Whether any of them gates."""
+        return any(r.gating for r in self.results)
+
+    def of(self, status: ChangeStatus, gating: bool | None = None) -> list[Result]:
+        """Those of one status; ``gating`` narrows to the gating or to the other ones."""
+        return [r for r in self.results if r.status == status and gating in (None, r.gating)]
+
+    @property
+    def leading(self) -> Result | None:
+        """The one to show large, of those with a figure: the most pressing status, of these the largest change."""
+        return min((r for r in self.results if r.ratio is not None), key=importance, default=None)
+
+
+@dataclass(frozen=True)
+class CaseGroup:
+    """One case: its results and the raw records behind them."""
+
+    case: str
+    index: int
+    results: tuple[Result, ...]
+    records: tuple[CaseRecord, ...]
+
+    @property
+    def pressing(self) -> bool:
+        """Whether anything moved or is undecided here."""
+        return any(r.status not in ("EQUIVALENT", "NEW") for r in self.results)
+
+    @property
+    def troubles(self) -> list[CaseRecord]:
+        """Records that were not measured well: out of memory, crashed, hung, disturbed."""
+        return [r for r in self.records if r.outcome != "ok"]
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A comparison with everything that more than one renderer needs."""
+
+    comparison: Comparison
+
+    @cached_property
+    def counts(self) -> dict[ChangeStatus, int]:
+        """Results by status, zeros included, in the order of ``STATUS_ORDER``."""
+        found = self.comparison.counts()
+        return {status: found.get(status, 0) for status in STATUS_ORDER}
+
+    @cached_property
+    def by_importance(self) -> list[Result]:
+        """All results, the most pressing first; equal ones keep their order."""
+        return sorted(self.comparison.results, key=importance)
+
+    @cached_property
+    def metrics(self) -> list[MetricGroup]:
+        """Results by metric: gating ones first, decode before prefill before the rest."""
+        found: dict[str, list[Result]] = {}
+        for r in self.comparison.results:
+            found.setdefault(r.metric, []).append(r)
+        groups = [MetricGroup(metric, tuple(results)) for metric, results in found.items()]
+        return sorted(groups, key=lambda g: (not g.gating, _metric_rank(g.metric)))
+
+    @cached_property
+    def cases(self) -> list[CaseGroup]:
+        """Results and records by case, the most pressing case first; ``index`` is the case's place in the file."""
+        results: dict[str, list[Result]] = {}
+        records: dict[str, list[CaseRecord]] = {}
+        for r in self.comparison.results:
+            results.setdefault(r.case, []).append(r)
+        for record in self.comparison.records:
+            records.setdefault(record.case, []).append(record)
+        groups = [
+            CaseGroup(case, i, tuple(sorted(found, key=lambda r: _metric_rank(r.metric))), tuple(records.get(case, ())))
+            for i, (case, found) in enumerate(results.items())
+        ]
+        return sorted(groups, key=lambda g: min(importance(r) for r in g.results))
+
+    @cached_property
+    def case_index(self) -> dict[str, int]:
+        """Place of each case in the file: the number in its anchor."""
+        return {g.case: g.index for g in self.cases}
+
+    @property
+    def parity_fails(self) -> bool:
+        """Whether the candidate was shown to be another model: then no speed-up counts."""
+        return self.comparison.parity_outcome == "FAIL"
+
+    @cached_property
+    def leading_check(self) -> Check | None:
+        """The parity check to show beside a speed-up: the worst, and of equals the mean KL divergence."""
+        checks = self.comparison.parity.checks if self.comparison.parity else []
+        order = ("FAIL", "INCONCLUSIVE", "SUSPICIOUS", "PASS", "REPORTED")
+        return min(checks, key=lambda c: (order.index(c.status), "kl" not in c.name.lower()), default=None)
+
+    @property
+    def more_pairs(self) -> int | None:
+        """Pairs that would decide every undecided gating result beyond those measured; ``None``: nothing to say."""
+        wanted = [
+            r.pairs_needed - r.valid_pairs
+            for r in self.comparison.results
+            if r.gating and r.status == "INCONCLUSIVE" and r.pairs_needed
+        ]
+        return max(1, *wanted) if wanted else None
+
+
+def importance(result: Result) -> tuple[int, bool, float]:
+    """Sort key: pressing statuses first, gating before not gating, larger changes before smaller ones."""
+    size = abs(result.ratio - 1) if result.ratio is not None else 0.0
+    return _RANK[result.status], not result.gating, -size
+
+
+def samples_by_side(records: Iterable[CaseRecord], metric: str) -> dict[SideName, list[float]]:
+    """Raw samples of a metric on each side, of the records that count (outcome ``ok``)."""
+    found: dict[SideName, list[float]] = {}
+    for record in records:
+        if record.side is not None and record.outcome == "ok":
+            found.setdefault(record.side, []).extend(record.metrics.get(metric, []))
+    return {side: values for side, values in found.items() if values}
+
+
+def _metric_rank(metric: str) -> tuple[int, str]:
+    known = metric in _METRIC_ORDER
+    return (_METRIC_ORDER.index(metric) if known else len(_METRIC_ORDER), metric)

@@ -1,0 +1,249 @@
+"""The page of a comparison: one self-contained ``index.html`` with the verdict on its first screen.
+
+Everything from a comparison is data: jinja2 escapes it. A large family stays light: the first rows of the table are in
+the page, the rest wait in an inert ``<template>`` for the script; the forest plot and the cases' pictures are cut, and
+the page says by how much.
+
+Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_html as h;
+print(len(h.render_comparison(c.Comparison.model_validate_json(pathlib.Path('report.json').read_text()))))"``.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from reports.comparison import ComparedSide, Comparison, Result
+from reports.comparison_summary import STATUS_ORDER, CaseGroup, Digest, MetricGroup
+from reports.render import comparison_plots as plots
+from reports.render import comparison_words as cw
+from reports.render import svg, words
+from reports.render.environment import environment
+
+ROWS_SHOWN, FOREST_SHOWN, CASES_SHOWN, OPENED, EXAMPLES_SHOWN = 200, 60, 40, 3, 10
+TROUBLES_SHOWN, HISTORY_SHOWN, WARNINGS_SHOWN = 12, 60, 40
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, formatted; ``keys`` are the values that its columns sort by."""
+
+    result: Result
+    anchor: str
+    metric: str
+    glyph: str
+    tone: str
+    note: str
+    base: str
+    candidate: str
+    keys: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class ForestGroup:
+    """The forest plot of one metric."""
+
+    title: str
+    forest: plots.Forest
+
+
+@dataclass(frozen=True)
+class CaseView:
+    """One case with its pictures."""
+
+    group: CaseGroup
+    opened: bool
+    metrics: tuple[tuple[Result, tuple[plots.Figure, ...]], ...]
+    trace: plots.Figure | None
+
+
+def render_comparison(comparison: Comparison, source: str = "report.json") -> str:
+    """The whole page of a comparison; equal comparisons give equal bytes. ``source`` names the JSON beside the page."""
+    env = environment(
+        value=cw.value,
+        tidy=cw.tidy,
+        signed=cw.signed,
+        signed_interval=cw.signed_interval,
+        ratio=cw.ratio_text,
+        ratio_interval=cw.ratio_interval,
+        p=cw.p_text,
+        change=cw.change,
+        case_text=cw.case_text,
+        check_line=cw.check_line,
+        metric_name=cw.metric_name,
+        metric_title=cw.metric_title,
+        status_tone=lambda r: _tone(r, parity_fails),
+        glyph=lambda status: cw.GLYPHS[status],
+        spark=plots.sparkline,
+    )
+    digest = Digest(comparison)
+    parity_fails = digest.parity_fails
+    return env.get_template("comparison.html.j2").render(_context(digest) | {"source": source})
+
+
+def _tone(result: Result, parity_fails: bool) -> str:
+    """A speed-up of another model is no success."""
+    return "fail" if result.status == "IMPROVED" and parity_fails else cw.TONES[result.status]
+
+
+def _context(digest: Digest) -> dict[str, Any]:
+    c = digest.comparison
+    views = _cases(digest)
+    shown = {v.group.case for v in views}
+    rows = [_row(r, digest, shown) for r in digest.by_importance]
+    first, second = cw.verdict_sentences(digest)
+    return {
+        "c": c,
+        "digest": digest,
+        "word": cw.OUTCOMES[c.verdict.outcome],
+        "first": first,
+        "second": second,
+        "parity": c.parity,
+        "parity_word": cw.parity_word(digest),
+        "parity_tone": cw.parity_tone(digest),
+        "parity_line": cw.parity_line(digest),
+        "parity_short": cw.parity_short(digest),
+        "parity_mark": cw.parity_mark(digest),
+        "leading_check": digest.leading_check,
+        "answers": [(g, g.leading) for g in digest.metrics if g.leading is not None][:2],
+        "machine_line": cw.machine_line(c),
+        "sure_line": cw.sure_line(c),
+        "differences": cw.differences(c),
+        "meanings": cw.STATUS_MEANINGS,
+        "tones": cw.TONES,
+        "statuses": STATUS_ORDER,
+        "forests": _forests(digest),
+        "rows": rows[:ROWS_SHOWN],
+        "more_rows": rows[ROWS_SHOWN:],
+        "page_size": ROWS_SHOWN,
+        "cases": views,
+        "shown_cases": shown,
+        "cases_cut": len(digest.cases) - len(views),
+        "history": c.history[:HISTORY_SHOWN],
+        "warnings": c.warnings[:WARNINGS_SHOWN],
+        "warnings_cut": max(len(c.warnings) - WARNINGS_SHOWN, 0),
+        "troubles_shown": TROUBLES_SHOWN,
+        "examples": c.parity.examples[:EXAMPLES_SHOWN] if c.parity else [],
+        "shapes": svg.shapes(),
+        "command": shlex.join(c.command),
+        "facts": _facts(digest),
+        "glossary": cw.GLOSSARY,
+        "hashes": ("Weights SHA-256", "Spec digest", "Fingerprint"),
+    }
+
+
+def _row(r: Result, digest: Digest, shown: set[str]) -> Row:
+    note = cw.parity_short(digest) if r.status == "IMPROVED" else "" if r.gating else "not gating"
+    return Row(
+        result=r,
+        anchor=f"case-{digest.case_index[r.case]}" if r.case in shown else "",
+        metric=cw.metric_name(r.metric),
+        glyph=cw.GLYPHS[r.status],
+        tone=_tone(r, digest.parity_fails),
+        note=note,
+        base=cw.value(r.base_median, r.unit),
+        candidate=cw.value(r.candidate_median, r.unit),
+        keys=(
+            STATUS_ORDER.index(r.status),
+            _key(r.base_median),
+            _key(r.candidate_median),
+            _key(r.ratio),
+            _key(r.p_holm),
+            r.valid_pairs,
+        ),
+    )
+
+
+def _key(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _forests(digest: Digest) -> list[ForestGroup]:
+    """A plot a metric, gating ones on one axis and the others on theirs; of a large family the most pressing only."""
+    shown = digest.by_importance[:FOREST_SHOWN]
+    chosen, gates = {id(r) for r in shown}, {g.metric for g in digest.metrics if g.gating}
+    axes = {gating: plots.forest_axis([r for r in shown if (r.metric in gates) == gating]) for gating in (True, False)}
+    groups = []
+    for group in digest.metrics:
+        found = [r for r in group.results if id(r) in chosen]
+        if found:
+            drawn = plots.forest(found, axes[group.gating], len(group.results) - len(found))
+            groups.append(ForestGroup(_forest_title(group), drawn))
+    return groups
+
+
+def _forest_title(group: MetricGroup) -> str:
+    return cw.metric_title(group.metric) + ("" if group.gating else " (not gating)")
+
+
+def _cases(digest: Digest) -> list[CaseView]:
+    views = []
+    for rank, group in enumerate(digest.cases[:CASES_SHOWN]):
+        metrics = tuple(
+            (
+                r,
+                tuple(f for f in (plots.pairs_plot(r), plots.distribution(r, group.records)) if f is not None),
+            )
+            for r in group.results
+        )
+        trace = plots.machine_trace(group.records)
+        views.append(CaseView(group, rank < OPENED and group.pressing, metrics, trace))
+    return views
+
+
+def _facts(digest: Digest) -> list[tuple[str, list[tuple[str, str]]]]:
+    c, f = digest.comparison, digest.comparison.family
+    priors = [
+        f"{cw.metric_name(m)} {f.prior_sd[m]:.2%}, {df:.1f} df" for m, df in f.prior_df.items() if m in f.prior_sd
+    ]
+    statistics = [
+        ("Family", f"{f.size} gating results, {len(c.results)} in all"),
+        ("Alpha", f"{f.alpha:g}, family-wise"),
+        ("Method", f.method),
+        ("Pairs", f"{f.planned_pairs} planned, {f.most_pairs} at most"),
+        ("Extension", f.extension_rule),
+        *((f"Margin, {cw.metric_name(m)}", f"{v * 100:g} %") for m, v in f.margins.items()),
+        *([("Variance prior", "; ".join(priors))] if priors else []),
+    ]
+    run = [
+        ("Started", words.when(c.created_utc)),
+        ("Took", words.duration(c.duration_s)),
+        ("Seed", words.DASH if c.seed is None else str(c.seed)),
+        ("Processes", f"{len(c.records):,} recorded, {sum(r.outcome != 'ok' for r in c.records):,} not counted"),
+        ("Measured in pairs", "yes, interleaved" if c.paired else "no"),
+    ]
+    found = [("Statistics", statistics), ("Run", run), ("Base", _side(c.base)), ("Candidate", _side(c.candidate))]
+    if c.machine is not None:
+        m = c.machine
+        load = words.DASH if m.load_average_1m is None else f"{m.load_average_1m:.2f}"
+        machine = [
+            ("CPU", m.cpu),
+            ("Cores", str(m.cores)),
+            ("GPU", m.gpu or "none"),
+            ("Memory", words.size(m.memory_bytes)),
+            ("System", m.os),
+            ("Python", m.python),
+            ("Load average, 1 min", load),
+            ("Fingerprint", m.fingerprint),
+        ]
+        found.append(("Machine", machine))
+    found.append(("Versions", list({"llama-onnx-bench": c.tool_version, **c.versions}.items())))
+    return found
+
+
+def _side(side: ComparedSide) -> list[tuple[str, str]]:
+    told = [
+        ("Label", side.label),
+        ("Given as", side.text),
+        ("Model", side.model),
+        ("Precision", side.precision),
+        ("Folder", side.folder),
+        ("Provider", side.provider),
+        ("Environment", side.venv),
+        ("Revision", side.revision),
+        ("Weights SHA-256", side.weights_sha256),
+        ("Spec digest", side.spec_digest),
+    ]
+    extra = {**side.options, **side.details, **side.versions}
+    return [(name, value) for name, value in told if value] + [(k, str(v)) for k, v in extra.items()]

@@ -1,0 +1,83 @@
+"""``junit.xml`` of a comparison: one test case a result, so that a CI system's test view shows what moved.
+
+A failure is what makes the exit code: a gating result that is worse, missing, undecided or disturbed, a speed-up
+without parity, a parity check. The first test case is the verdict itself, so the file and the exit code agree.
+
+Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_junit as j;
+print(j.render_comparison_junit(c.Comparison.model_validate_json(pathlib.Path('report.json').read_text())))"``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from xml.etree import ElementTree as ET
+
+from reports.comparison import CaseRecord, Comparison, Result
+from reports.comparison_summary import Digest
+from reports.render import comparison_words as cw
+from reports.render.junit import add, case_of, clean, finished, parity_cases, suite_of
+
+_FAILING = {
+    "REGRESSION": "regression",
+    "MISSING": "missing",
+    "INCONCLUSIVE": "inconclusive",
+    "INVALID": "invalid",
+}
+
+
+def render_comparison_junit(comparison: Comparison) -> str:
+    """JUnit XML of a comparison (the Jenkins dialect that GitHub, GitLab and Jenkins viewers read)."""
+    digest = Digest(comparison)
+    seconds: dict[str, float] = defaultdict(float)
+    troubles: dict[str, list[CaseRecord]] = defaultdict(list)
+    for record in comparison.records:
+        seconds[record.case] += record.duration_s or 0.0
+        if record.last_lines:
+            troubles[record.case].append(record)
+    root = ET.Element("testsuites", name="llama-onnx-bench compare")
+    suites = [suite_of(root, "verdict", [_verdict(digest)], comparison.created_utc)]
+    counted: set[str] = set()
+    cases = []
+    for r in comparison.results:
+        # A process measures all metrics of a case at once: its time counts once.
+        time = 0.0 if r.case in counted else seconds[r.case]
+        counted.add(r.case)
+        cases.append(_result(r, digest, time, troubles[r.case]))
+    suites.append(suite_of(root, "compare", cases, comparison.created_utc))
+    if comparison.parity is not None:
+        suites.append(suite_of(root, "parity", parity_cases(comparison.parity), comparison.created_utc))
+    return finished(root, suites, comparison.duration_s)
+
+
+def _verdict(digest: Digest) -> ET.Element:
+    c = digest.comparison
+    case = case_of("compare", "verdict", 0.0)
+    told = "\n".join([cw.headline(digest), *c.verdict.reasons[:50]])
+    if c.verdict.exit_code:
+        add(case, "failure", c.verdict.outcome.lower(), told)
+    else:
+        ET.SubElement(case, "system-out").text = clean(told)
+    return case
+
+
+def _result(r: Result, digest: Digest, seconds: float, troubles: list[CaseRecord]) -> ET.Element:
+    case = case_of(f"compare.{cw.metric_name(r.metric).replace(' ', '_')}", r.case, seconds)
+    interval = f", 95 % interval {cw.signed_interval(r)}" if r.low is not None else ""
+    message = (
+        f"{r.status}: {r.reason}. Change {cw.signed(r.ratio)}{interval}; "
+        f"{cw.value(r.candidate_median, r.unit)} against {cw.value(r.base_median, r.unit)}; "
+        f"p (Holm) {cw.p_text(r.p_holm)}; {r.valid_pairs} pairs; margin {r.margin * 100:g} %"
+    )
+    if r.status == "IMPROVED":
+        message += f"; {cw.parity_short(digest)}"
+    kind = _FAILING.get(r.status)
+    if r.status == "IMPROVED" and digest.parity_fails:
+        kind = "parity"
+    for record in troubles[:3]:
+        message += f"\n{record.side or 'unpaired'}, {record.outcome}: " + "\n".join(record.last_lines[-10:])
+    if kind and r.gating and not digest.comparison.advisory:
+        add(case, "failure", kind, message)
+    else:
+        note = "advisory, does not gate. " if digest.comparison.advisory else "" if r.gating else "does not gate. "
+        ET.SubElement(case, "system-out").text = clean(note + message)
+    return case

@@ -1,0 +1,130 @@
+"""``report.md`` of a comparison: fit for a pull-request comment, the verdict in its first line, always cut cleanly.
+
+Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_markdown as m;
+print(m.render_comparison_markdown(c.Comparison.model_validate_json(pathlib.Path('report.json').read_text())))"``.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from reports.comparison import ChangeStatus, Comparison, Result
+from reports.comparison_summary import Digest
+from reports.render import comparison_words as cw
+from reports.render import words
+from reports.render.markdown import LIMIT, LISTED, escape, fenced, parity_blocks, table, within
+
+_MARKS: dict[ChangeStatus, str] = {
+    "REGRESSION": "🔺",
+    "MISSING": "➖",
+    "INVALID": "🚫",
+    "INCONCLUSIVE": "❔",
+    "IMPROVED": "🔽",
+    "NEW": "🆕",
+    "EQUIVALENT": "▫️",
+}
+_OUTCOMES = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔"}
+_OPEN_ROWS, _FOLDED_ROWS = 30, 60
+
+
+def render_comparison_markdown(comparison: Comparison) -> str:
+    """GitHub-flavoured Markdown under 65,000 characters, whatever the comparison holds."""
+    c, digest = comparison, Digest(comparison)
+    first, second = cw.verdict_sentences(digest)
+    blocks = [f"**{_OUTCOMES[c.verdict.outcome]} {cw.OUTCOMES[c.verdict.outcome]}: {escape(first, 600)}**"]
+    if second:
+        blocks.append(escape(second, 1200))
+    if c.advisory:
+        blocks.append(f"> **Advisory, nothing gates:** {escape(c.advisory_reason or 'not measured in pairs', 400)}")
+    blocks += [_counts(digest), _facts(digest), *_reasons(c), *_results(digest)]
+    if c.parity is None:
+        blocks.append("### Parity\n\nParity was not examined: this may or may not still be the same model.")
+    else:
+        blocks += parity_blocks(c.parity)
+    blocks += [*_history(c), "### Repeat\n\n" + fenced(words.shorten(shlex.join(c.command), 2000))]
+    return within(blocks, LIMIT) + "\n"
+
+
+def _counts(digest: Digest) -> str:
+    told = [f"{_MARKS[s]} {n:,} {s.lower()}" for s, n in digest.counts.items() if n]
+    return " · ".join(told) or "no results"
+
+
+def _facts(digest: Digest) -> str:
+    c = digest.comparison
+    parity = f"{_OUTCOMES.get(c.parity_outcome or '', '❔')} {cw.parity_short(digest)}"
+    check = cw.check_line(digest.leading_check)
+    lines = [
+        f"- **Compared:** {escape(c.candidate.label)} against {escape(c.base.label)}",
+        f"- **Same model:** {escape(parity)}{f' ({escape(check, 300)})' if check else ''}",
+        f"- **How sure:** {escape(cw.sure_line(c), 400)}",
+        f"- **Machine:** {escape(cw.machine_line(c), 400)}",
+    ]
+    if found := cw.differences(c):
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        lines.insert(1, f"- **Differs:** {'; '.join(escape(d, 120) for d in found[:8])}{more}")
+    return "\n".join(lines)
+
+
+def _reasons(c: Comparison) -> list[str]:
+    reasons = [*(c.verdict.reasons if c.verdict.exit_code else []), *c.warnings]
+    if not reasons:
+        return []
+    lines = [f"- {escape(r, 400)}" for r in reasons[:LISTED]]
+    if len(reasons) > LISTED:
+        lines.append(f"- … {len(reasons) - LISTED} more are in index.html.")
+    return ["### Read this first\n\n" + "\n".join(lines)]
+
+
+def _results(digest: Digest) -> list[str]:
+    """What needs attention open, what did not move folded away."""
+    ordered = digest.by_importance
+    pressing = [r for r in ordered if r.status not in ("EQUIVALENT", "NEW")]
+    quiet = [r for r in ordered if r.status in ("EQUIVALENT", "NEW")]
+    found = []
+    if pressing:
+        found.append("### What changed or is open\n\n" + _table(pressing, digest, _OPEN_ROWS))
+    if quiet:
+        summary = f"<summary>{len(quiet):,} result{'s' * (len(quiet) != 1)} that did not move or are new</summary>"
+        found.append(f"<details>{summary}\n\n{_table(quiet, digest, _FOLDED_ROWS)}\n\n</details>")
+    return found
+
+
+def _table(results: list[Result], digest: Digest, rows: int) -> str:
+    head = ["Case", "Metric", "Status", "Base", "Candidate", "Change", "95\u00a0% interval", "p, Holm", "Pairs"]
+    text = table(head, [_cells(r, digest) for r in results[:rows]], 3)
+    if len(results) > rows:
+        text += f"\n\n… {len(results) - rows:,} more rows are in index.html."
+    return text
+
+
+def _cells(r: Result, digest: Digest) -> list[str]:
+    status = f"{_MARKS[r.status]} {r.status}"
+    if r.status == "IMPROVED":
+        status += f", {escape(cw.parity_short(digest))} {_OUTCOMES.get(digest.comparison.parity_outcome or '', '❔')}"
+    if not r.gating:
+        status += ", not gating"
+    return [
+        escape(r.case, 80),
+        escape(cw.metric_name(r.metric), 40),
+        status,
+        escape(cw.value(r.base_median, r.unit), 40),
+        escape(cw.value(r.candidate_median, r.unit), 40),
+        cw.signed(r.ratio),
+        cw.signed_interval(r) or words.DASH,
+        cw.p_text(r.p_holm).replace("<", "&lt;"),
+        f"{r.valid_pairs}, needs {r.pairs_needed}" if r.pairs_needed else str(r.valid_pairs),
+    ]
+
+
+def _history(c: Comparison) -> list[str]:
+    lines = [
+        f"- {escape(h.case, 80)}, {escape(cw.metric_name(h.metric), 40)}: {cw.change(s.ratio, h.unit)} since "
+        f"{words.when(h.points[s.index].at_utc) if s.index < len(h.points) else f'run {s.index}'} (p {cw.p_text(s.p)})"
+        for h in c.history
+        for s in h.steps
+    ]
+    if not lines:
+        return []
+    more = [f"- … {len(lines) - LISTED} more are in index.html."] if len(lines) > LISTED else []
+    return ["### Steps in the history (advisory)\n\n" + "\n".join([*lines[:LISTED], *more]).replace("<", "&lt;")]

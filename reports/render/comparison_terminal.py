@@ -1,0 +1,58 @@
+"""A comparison in the terminal: what moved and what is open as a table of 80 columns, the verdict last.
+
+Try: ``llama-onnx report comparison.json``.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from reports.comparison import Comparison
+from reports.comparison_summary import Digest
+from reports.render import comparison_words as cw
+from reports.render import words
+from reports.render.terminal import STYLES, parity_table, plain_table
+
+ROWS = 40
+_COLOURS = {"fail": "bold red", "open": "yellow", "pass": "green", "plain": "dim"}
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print results, parity, warnings and the verdict. Names are text, never rich markup."""
+    digest = Digest(comparison)
+    console.print(results_table(digest))
+    if (cut := len(comparison.results) - ROWS) > 0:
+        console.print(Text(f"{cut:,} less pressing results are in the page.", style="dim"))
+    if (parity := parity_table(comparison.parity)) is not None:
+        console.print()
+        console.print(parity)
+    else:
+        console.print("\nParity: not examined.")
+    console.print()
+    for warning in comparison.warnings[:20]:
+        console.print(Text.assemble(("warning: ", "yellow"), words.shorten(warning, 400)))
+    counts = ", ".join(f"{n:,} {s.lower()}" for s, n in digest.counts.items() if n)
+    console.print(Text(f"{counts or 'no results'}; {cw.sure_line(comparison)}"))
+    word = cw.OUTCOMES[comparison.verdict.outcome]
+    console.print(Text.assemble((word, STYLES.get(word, "bold yellow")), f": {cw.headline(digest)}"))
+
+
+def results_table(digest: Digest) -> Table:
+    """The most pressing results; a speed-up carries its parity."""
+    table = plain_table("Candidate against base", "Case", "metric", "change", "95 % interval", "pairs", "status")
+    for r in digest.by_importance[:ROWS]:
+        tone = "fail" if r.status == "IMPROVED" and digest.parity_fails else cw.TONES[r.status]
+        status = Text(f"{cw.GLYPHS[r.status]} {r.status}", style=_COLOURS[tone])
+        if r.status == "IMPROVED":
+            status.append(f"\n{cw.parity_short(digest)}", style="dim")
+        table.add_row(
+            Text(words.shorten(r.case, 30)),
+            Text(words.shorten(cw.metric_name(r.metric), 14)),
+            cw.signed(r.ratio),
+            cw.signed_interval(r),
+            f"{r.valid_pairs}/{r.pairs_needed}" if r.pairs_needed else str(r.valid_pairs),
+            status,
+        )
+    return table

@@ -1,0 +1,393 @@
+"""The sentences of a comparison: the verdict that a reviewer acts on, changes, values with their unit.
+
+A change is always the candidate's time (or size) against the base's: ``4.1 % slower`` is a ratio of 1.041.
+
+Try: ``python -c "import reports.render.comparison_words as w; print(w.change(1.041, 's'))"``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from reports.comparison import ChangeStatus, Comparison, Result
+from reports.comparison_summary import Digest, MetricGroup
+from reports.record import Check
+from reports.render import words
+
+METRIC_NAMES = {
+    "tpot": "decode",
+    "ttft": "prefill",
+    "total": "end to end",
+    "load": "loading",
+    "peak_memory": "peak memory",
+}
+METRIC_TITLES = {
+    "tpot": "Decode, time per output token",
+    "ttft": "Prefill, time to first token",
+    "total": "End to end",
+    "load": "Load time",
+    "peak_memory": "Peak memory",
+}
+STATUS_MEANINGS: dict[ChangeStatus, str] = {
+    "REGRESSION": "slower (or larger) beyond the margin, and surely not noise",
+    "MISSING": "the base has it, the candidate could not be measured",
+    "INVALID": "the machine was disturbed, nothing can be said",
+    "INCONCLUSIVE": "the interval is too wide to decide",
+    "IMPROVED": "faster (or smaller) beyond the margin, and surely not noise",
+    "NEW": "the candidate has it, the base does not",
+    "EQUIVALENT": "shown to lie within the margin",
+}
+TONES: dict[ChangeStatus, str] = {
+    "REGRESSION": "fail",
+    "MISSING": "fail",
+    "INVALID": "open",
+    "INCONCLUSIVE": "open",
+    "IMPROVED": "pass",
+    "NEW": "plain",
+    "EQUIVALENT": "plain",
+}
+GLYPHS: dict[ChangeStatus, str] = {
+    "REGRESSION": "▶",
+    "MISSING": "−",
+    "INVALID": "✕",
+    "INCONCLUSIVE": "○",
+    "IMPROVED": "◀",
+    "NEW": "+",
+    "EQUIVALENT": "●",
+}
+"""Shapes, so that a status needs no colour: the triangles point where the marks of the forest plot lie."""
+
+GLOSSARY = (
+    ("Ratio", "The candidate's median against the base's, the geometric mean over pairs. 1.041 is 4.1\u00a0% slower."),
+    ("Pair", "Base and candidate measured back to back, each in a fresh process; the order alternates."),
+    ("Margin", "A change smaller than this does not matter, fixed before measuring. It is the grey band."),
+    ("Interval", "Where the true ratio lies with 95\u00a0% confidence, by a t-test on the logarithms of the pairs."),
+    (
+        "p, Holm",
+        "How likely so large a difference is if nothing changed, raised for the number of results that gate together. "
+        "It is held against alpha.",
+    ),
+    ("Gating", "Only these results decide the exit code. The others are measured beside them for reading."),
+    ("Null control", "A parity figure of PyTorch against itself: what no change looks like."),
+)
+
+OUTCOMES = {"PASS": "PASSED", "FAIL": "FAILED", "INCONCLUSIVE": "INCONCLUSIVE"}
+_PERCENT = "\u00a0%"
+_UNITS_OF_TIME = ("s", "seconds", "ms", "us", "ns")
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+def metric_name(metric: str) -> str:
+    """Such as ``decode`` for ``tpot``; a metric from elsewhere keeps its own name."""
+    return METRIC_NAMES.get(metric, words.shorten(metric, 60))
+
+
+def metric_title(metric: str) -> str:
+    """The name that heads a group of results."""
+    return METRIC_TITLES.get(metric, words.shorten(metric, 80))
+
+
+def value(number: float | None, unit: str) -> str:
+    """A median with its unit: seconds as milliseconds, bytes in decimal units, others as they come."""
+    if number is None:
+        return words.DASH
+    if unit in ("s", "seconds"):
+        return words.ms(number)
+    if unit in ("B", "bytes"):
+        return words.size(number)
+    return f"{words.fixed(number)} {words.shorten(unit, 20)}".strip()
+
+
+def percent(fraction: float) -> str:
+    """An unsigned share of a change: one decimal below 10 %."""
+    size = abs(fraction) * 100
+    return f"{size:.1f}\u00a0%" if size < 9.95 else f"{size:,.0f}\u00a0%"
+
+
+def signed(ratio: float | None) -> str:
+    """A ratio as a signed change, such as ``+4.1 %``, with a real minus sign; a dash where nothing was measured."""
+    if ratio is None:
+        return words.DASH
+    text = percent(ratio - 1)
+    if text.startswith("0.0"):
+        return text
+    return f"{'+' if ratio > 1 else '−'}{text}"
+
+
+def signed_interval(result: Result) -> str:
+    """Such as ``+3.0 to +5.2 %``; empty without an interval."""
+    if result.low is None or result.high is None:
+        return ""
+    low, high = (signed(x).removesuffix("\u00a0%") for x in (result.low, result.high))
+    return f"{low} to {high}\u00a0%"
+
+
+def ratio_text(number: float | None) -> str:
+    """A ratio with the digits that a 3 % margin needs: 1.041."""
+    return words.DASH if number is None else f"{number:.3f}"
+
+
+def ratio_interval(result: Result) -> str:
+    """Such as ``[1.030, 1.052]``; empty without an interval."""
+    return "" if result.low is None or result.high is None else f"[{result.low:.3f}, {result.high:.3f}]"
+
+
+def p_text(p: float | None) -> str:
+    """A p value: ``< 0.0001`` at the low end, two digits elsewhere."""
+    if p is None:
+        return words.DASH
+    if p < 1e-4:
+        return "<\u00a00.0001"
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.2g}"
+
+
+def direction(ratio: float, unit: str) -> str:
+    """``slower`` or ``faster``, ``larger`` or ``smaller``."""
+    worse, better = (
+        ("slower", "faster")
+        if unit in _UNITS_OF_TIME
+        else ("larger", "smaller")
+        if unit in ("B", "bytes")
+        else ("higher", "lower")
+    )
+    return worse if ratio > 1 else better
+
+
+def change(ratio: float, unit: str) -> str:
+    """A change in words: ``4.1 % slower``, ``2.6 times as fast``; percentages are of the base's time or size."""
+    if unit in _UNITS_OF_TIME and ratio <= 0.5:
+        return f"{words.fixed(1 / ratio)} times as fast"
+    if ratio >= 2:
+        return f"{words.fixed(ratio)} times as {'slow' if unit in _UNITS_OF_TIME else 'large'}"
+    return f"{percent(ratio - 1)} {direction(ratio, unit)}"
+
+
+def tidy(sentence: str) -> str:
+    """A sentence from a record with its per cent signs kept on the line of their number."""
+    return sentence.replace(" %", _PERCENT)
+
+
+def number_word(count: int) -> str:
+    """Small numbers as words, as in a sentence."""
+    return _NUMBERS[count] if count < len(_NUMBERS) else f"{count:,}"
+
+
+def headline(digest: Digest) -> str:
+    """The whole verdict in a few words: what moved, how sure, what did not, what is still open."""
+    return " ".join(part for part in verdict_sentences(digest) if part)
+
+
+def verdict_sentences(digest: Digest) -> tuple[str, str]:
+    """The verdict as a page sets it: the sentence that stands large, and what is to be known beside it."""
+    c = digest.comparison
+    if not c.results:
+        return "Nothing was compared: neither side holds a case.", ""
+    first = _parity_part(digest)
+    moved, rest = _moved(digest, gating=True), _rest(digest)
+    if moved:
+        sure = "as far as unpaired figures tell" if c.advisory else "we are sure"
+        told = f"This change made {_joined(moved)}; {sure}."
+        # Another model stands large alone: how fast it is comes second.
+        if digest.parity_fails:
+            rest.insert(0, told)
+        else:
+            first.append(told)
+    elif not first:
+        first, rest = rest[:1], rest[1:]
+    if c.parity_outcome in (None, "PASS") and any(r.status == "IMPROVED" for r in c.results):
+        # A speed-up never stands without its parity.
+        rest.insert(0, f"{parity_short(digest).capitalize()}.")
+    beside = _moved(digest, gating=False)
+    if beside:
+        rest.append(f"Outside the gate, {_joined(beside)}.")
+    return " ".join(first), " ".join(rest)
+
+
+def parity_word(digest: Digest) -> str:
+    """Yes, No, Undecided or Not examined: is it still the same model."""
+    outcome = digest.comparison.parity_outcome
+    return {"PASS": "Yes", "FAIL": "No", "INCONCLUSIVE": "Undecided"}.get(outcome or "", "Not examined")
+
+
+def parity_tone(digest: Digest) -> str:
+    """CSS class of the parity answer."""
+    return {"PASS": "pass", "FAIL": "fail"}.get(digest.comparison.parity_outcome or "", "open")
+
+
+def parity_short(digest: Digest) -> str:
+    """The words that stand beside every speed-up."""
+    parity, outcome = digest.comparison.parity, digest.comparison.parity_outcome
+    if parity is None or outcome is None:
+        return "parity not examined"
+    verb = {"PASS": "holds", "FAIL": "fails", "INCONCLUSIVE": "undecided"}[outcome]
+    return f"parity {verb} at {words.shorten(parity.tier, 20)}"
+
+
+def parity_mark(digest: Digest) -> str:
+    """A sign for the parity outcome."""
+    return {"PASS": "✓", "FAIL": "✕"}.get(digest.comparison.parity_outcome or "", "?")
+
+
+def check_line(check: Check | None) -> str:
+    """A check against its tier and its null control, such as ``Mean KL divergence 2.1e-11 nats, limit ≤ 1e-8``."""
+    if check is None:
+        return ""
+    held = check.bound if check.bound is not None else check.value
+    text = f"{words.shorten(check.title or check.name, 60)} {words.number(held, check.unit, check.limit)}"
+    if check.limit is not None:
+        text += f", limit {words.limit_text(check.limit, check.better)}"
+    if check.null_value is not None:
+        text += f", null control {words.number(check.null_value, '', check.limit)}"
+    return text
+
+
+def parity_line(digest: Digest) -> str:
+    """How many checks pass at which tier, and the leading one with its limit and null control."""
+    parity = digest.comparison.parity
+    if parity is None:
+        return "this comparison says nothing about the model's answers"
+    gated = [x.status for x in (*parity.checks, *parity.tasks) if x.status != "REPORTED"]
+    passed = sum(s in ("PASS", "SUSPICIOUS") for s in gated)
+    return f"{passed} of {len(gated)} checks pass at tier {words.shorten(parity.tier, 40)}"
+
+
+def case_text(result: Result) -> str:
+    """The case as a reader says it: ``batch 1, prompt 128`` where the parameters are known, else its name."""
+    p = result.parameters
+    if "batch" in p and "prompt" in p:
+        return f"batch {p['batch']}, prompt {p['prompt']}"
+    return words.shorten(result.case, 80)
+
+
+def machine_line(comparison: Comparison) -> str:
+    """The machine in one line."""
+    m = comparison.machine
+    if m is None:
+        return "not recorded"
+    parts = [m.cpu, f"{m.cores} core{'s' * (m.cores != 1)}", words.size(m.memory_bytes), m.os]
+    return " · ".join([m.gpu, *parts] if m.gpu else parts)
+
+
+def sure_line(comparison: Comparison) -> str:
+    """Family, alpha, margin and pairs in one line."""
+    family = comparison.family
+    measured = sorted({r.valid_pairs for r in comparison.results if r.valid_pairs})
+    pairs = f"{measured[0]} to {measured[-1]}" if len(measured) > 1 else str(measured[0]) if measured else "no"
+    kind = "valid pairs" if comparison.paired else "pairs (files, not interleaved)"
+    size = f"{family.size} gating result{'s' * (family.size != 1)}"
+    return f"{size}, α {family.alpha:g} (Holm), {margins_text(comparison)}, {pairs} {kind}"
+
+
+def margins_text(comparison: Comparison) -> str:
+    """Such as ``margin 3 %``, or one a metric where they differ."""
+    margins = {m: v for m, v in comparison.family.margins.items() if m in comparison.family.gating_metrics}
+    distinct = {f"{v * 100:g}\u00a0%" for v in margins.values()}
+    if len(distinct) == 1:
+        return f"margin {distinct.pop()}"
+    told = [f"{metric_name(m)} {v * 100:g}\u00a0%" for m, v in list(margins.items())[:4]]
+    return f"margins {', '.join(told)}" if told else "no margin"
+
+
+def differences(comparison: Comparison) -> list[str]:
+    """What is not the same on the two sides: weights, precision, provider, options, versions."""
+    found = []
+    sides = [
+        {
+            "model": s.model,
+            "precision": s.precision,
+            "weights": s.weights_sha256 and s.weights_sha256[:8],
+            "spec": s.spec_digest and s.spec_digest[:8],
+            "provider": s.provider,
+            "revision": s.revision,
+            **s.options,
+            **s.details,
+            **s.versions,
+        }
+        for s in (comparison.base, comparison.candidate)
+    ]
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        a, b = (side.get(name) for side in sides)
+        if a != b:
+            told = [words.DASH if x is None else words.shorten(str(x), 40) for x in (a, b)]
+            found.append(f"{words.shorten(name, 40)} {told[0]} → {told[1]}")
+    return found
+
+
+def _parity_part(digest: Digest) -> list[str]:
+    c = digest.comparison
+    if c.parity_outcome == "FAIL":
+        tier = f" at tier {words.shorten(c.parity.tier, 20)}" if c.parity else ""
+        lost = any(r.status == "IMPROVED" for r in c.results)
+        return [f"Not the same model: parity fails{tier}{', so no speed-up counts' if lost else ''}."]
+    return ["Parity is undecided."] if c.parity_outcome == "INCONCLUSIVE" else []
+
+
+def _moved(digest: Digest, gating: bool) -> list[str]:
+    """What got slower and what got faster, one phrase a metric, regressions first."""
+    return [
+        _phrase(group, hit, gating)
+        for status in ("REGRESSION", "IMPROVED")
+        for group in digest.metrics
+        if (hit := group.of(status, gating))
+    ]
+
+
+def _phrase(group: MetricGroup, hit: Sequence[Result], gating: bool) -> str:
+    name = metric_name(group.metric) + ("" if gating else " was")
+    ratios = sorted((r.ratio for r in hit if r.ratio is not None), key=lambda x: abs(math.log(x)))
+    size = _size(ratios, hit[0].unit) if ratios else hit[0].status.lower()
+    tested = sum(r.gating == gating for r in group.results)
+    if tested == 1:
+        return f"{name} {size}"
+    if len(hit) == 1:
+        return f"{name} {size} ({case_text(hit[0])})"
+    return f"{name} {size} in {f'all {tested}' if len(hit) == tested else f'{len(hit)} of {tested}'} cases"
+
+
+def _size(ratios: Sequence[float], unit: str) -> str:
+    """One change, or the span of several: ``3.8 to 5.1 % slower``."""
+    small, large = change(ratios[0], unit), change(ratios[-1], unit)
+    if small == large or "times" in large:
+        return large
+    return f"{percent(ratios[0] - 1).removesuffix(_PERCENT)} to {large}"
+
+
+def _rest(digest: Digest) -> list[str]:
+    """What did not move, what is undecided, and what could not be measured; gating results only."""
+    of = {s: sum(r.status == s and r.gating for r in digest.comparison.results) for s in digest.counts}
+    same, open_ = of["EQUIVALENT"], of["INCONCLUSIVE"]
+    others = {s: n for s, n in of.items() if n and s != "EQUIVALENT"}
+    parts = []
+    if same and not others:
+        every = f"all {same} results are" if same > 1 else "the one result is"
+        parts.append(f"Nothing moved: {every} within {_within_text(digest.comparison)}.")
+    elif same and set(others) <= {"REGRESSION", "IMPROVED"}:
+        parts.append("Nothing else moved.")
+    elif same:
+        parts.append(f"{_counted(same)} did not move.")
+    if open_:
+        more = digest.more_pairs
+        need = f" and need{'s' * (open_ == 1)} {more} more pair{'s' * (more != 1)}" if more else ""
+        parts.append(f"{_counted(open_)} could not be decided{need}.")
+    if count := of["INVALID"]:
+        parts.append(f"{_counted(count)} {'was' if count == 1 else 'were'} disturbed and cannot be judged.")
+    if count := of["MISSING"]:
+        parts.append(f"{_counted(count)} could not be measured for the candidate.")
+    if count := of["NEW"]:
+        parts.append(f"{_counted(count)} {'is' if count == 1 else 'are'} new.")
+    return parts or ["Nothing gates here: the results are for reading only."] * (not any(of.values()))
+
+
+def _within_text(comparison: Comparison) -> str:
+    text = margins_text(comparison)
+    return f"{text.removeprefix('margin ')} of the base" if text.startswith("margin ") else f"their {text}"
+
+
+def _counted(count: int) -> str:
+    """A number that begins a sentence."""
+    return number_word(count).capitalize()
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]

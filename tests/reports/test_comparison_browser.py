@@ -1,0 +1,200 @@
+"""A comparison's page in real Chromium: sort, filter, keyboard, dark mode, phone, print, axe, no console errors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from reports.render.comparison_html import ROWS_SHOWN, render_comparison
+from reports.render.html import render_html
+from tests.reports.comparison_examples import example_comparison
+
+CHROMIUM = Path("/usr/bin/chromium")
+REQUIRED = bool(os.environ.get("LLAMA_ONNX_REQUIRE_BROWSER"))
+HOSTILE = '<script>document.title="owned"</script><img src=x onerror=alert(1)>|"\'&'
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+
+if REQUIRED:
+    import axe_playwright_python.sync_playwright as axe_module
+    import playwright.sync_api as playwright_api
+else:
+    playwright_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright axe-playwright-python")
+    axe_module = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
+    )
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM.exists() and not REQUIRED, reason="no /usr/bin/chromium; apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright_api.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """Opens a page's text; fails at the end if anything was logged, thrown or asked from elsewhere."""
+    contexts, complaints = [], []
+
+    def open_(text, **options):
+        (tmp_path / "index.html").write_text(text, encoding="utf-8")
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda m: complaints.append(f"console: {m.text}"))
+        page.on("pageerror", lambda e: complaints.append(f"error: {e}"))
+        page.on("dialog", lambda d: (complaints.append("dialog"), d.dismiss()))
+        page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith("file:") else None)
+        page.goto((tmp_path / "index.html").as_uri())
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def column(page, number):
+    return page.eval_on_selector_all(f"#table tbody tr > :nth-child({number})", "cells => cells.map(c => c.innerText)")
+
+
+def big(count):
+    made = example_comparison()
+    one = made.results[1]
+    results = [one.model_copy(update={"case": f"case {i:05d}", "status": "EQUIVALENT"}) for i in range(count)]
+    return made.model_copy(update={"results": [*made.results, *results]})
+
+
+def test_sorts_by_mouse_and_by_keyboard(open_page):
+    page = open_page(render_comparison(example_comparison()))
+    first = page.locator("#table thead th").first
+    first.locator("button").click()
+    assert first.get_attribute("aria-sort") == "ascending"
+    names = [n.strip() for n in column(page, 1)]
+    # Numbers inside names sort as numbers.
+    assert names == sorted(names, key=lambda n: [int(part[1:]) for part in n.split("-")])
+    ratio = page.locator("#table thead th").nth(5)
+    ratio.locator("button").focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    assert ratio.get_attribute("aria-sort") == "descending"
+    assert first.get_attribute("aria-sort") is None
+    shown = [c.split("\n")[0].strip() for c in column(page, 6)]
+    figures = [float(c) for c in shown if c != "–"]
+    assert figures == sorted(figures, reverse=True)
+    assert len(figures) > 5
+    assert shown[len(figures) :] == ["–"] * (len(shown) - len(figures))
+
+
+def test_filters_by_text_and_status(open_page):
+    page = open_page(render_comparison(example_comparison()))
+    assert "18 of 18" in page.locator("#shown").inner_text()
+    page.locator("#find").fill("B4-P128")
+    assert {n.strip() for n in column(page, 1)} == {"b4-p128-n32"}
+    assert "3 of 18" in page.locator("#shown").inner_text()
+    page.locator("#find").fill("")
+    page.locator("input[value=REGRESSION]").focus()
+    page.keyboard.press("Space")
+    assert len(column(page, 1)) == 16
+    assert not any("REGRESSION" in c for c in column(page, 3))
+    page.locator("#find").fill("no such case")
+    assert column(page, 1) == []
+
+
+def test_large_family_is_paged_and_searched_whole(open_page):
+    page = open_page(render_comparison(big(1000)))
+    assert len(column(page, 1)) == ROWS_SHOWN
+    page.locator("#more").click()
+    assert len(column(page, 1)) == 2 * ROWS_SHOWN
+    page.locator("#find").fill("case 00999")
+    assert [n.strip() for n in column(page, 1)] == ["case 00999"]
+    assert page.locator("#more").is_hidden()
+
+
+def test_works_without_script(open_page):
+    page = open_page(render_comparison(example_comparison()), java_script_enabled=False)
+    assert page.locator("#table tbody tr").count() == 18
+    assert page.locator("#filter").is_hidden()
+
+
+def test_a_link_opens_its_case(open_page):
+    page = open_page(render_comparison(example_comparison()))
+    link = page.locator("#table tbody a", has_text="b1-p512-n32").first
+    target = link.get_attribute("href")
+    assert not page.locator(target).evaluate("e => e.open")
+    link.click()
+    assert page.locator(target).evaluate("e => e.open")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("page_kind", ["comparison", "failing parity", "run"])
+def test_axe_finds_nothing_serious(open_page, make_record, scheme, page_kind):
+    text = (
+        render_html(make_record())
+        if page_kind == "run"
+        else render_comparison(example_comparison(failing_parity=page_kind != "comparison"))
+    )
+    page = open_page(text, color_scheme=scheme)
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    found = axe_module.Axe().run(page).response["violations"]
+    serious = [(v["id"], v["nodes"][0]["html"][:120]) for v in found if v["impact"] in ("serious", "critical")]
+    assert serious == []
+
+
+def test_axe_sees_a_defect(open_page):
+    page = open_page(render_comparison(example_comparison()).replace('<html lang="en">', "<html>"))
+    found = axe_module.Axe().run(page).response["violations"]
+    assert any(v["impact"] in ("serious", "critical") for v in found)
+
+
+def test_dark_and_light_differ_and_both_are_readable(open_page):
+    text = render_comparison(example_comparison())
+    lightness = {}
+    for scheme in ("light", "dark"):
+        page = open_page(text, color_scheme=scheme)
+        read = "e => getComputedStyle(e)[%r].match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)"
+        lightness[scheme] = [page.locator("body").evaluate(read % name) for name in ("backgroundColor", "color")]
+    assert lightness["light"][0] > 700 > 150 > lightness["light"][1]
+    assert lightness["dark"][1] > 600 > 150 > lightness["dark"][0]
+
+
+@pytest.mark.parametrize("hostile", ["", "W" * 200, HOSTILE])
+def test_no_horizontal_scroll_on_a_phone(open_page, hostile):
+    page = open_page(render_comparison(example_comparison(hostile=hostile)), viewport={"width": 390, "height": 844})
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.locator(".results").evaluate("e => e.scrollWidth > e.clientWidth")
+
+
+def test_first_screen_holds_the_answer(open_page):
+    page = open_page(render_comparison(example_comparison()), viewport={"width": 1280, "height": 800})
+    for selector in ("h1", ".counts", ".answers", ".facts"):
+        box = page.locator(selector).bounding_box()
+        assert box["y"] + box["height"] <= 800, selector
+
+
+def test_names_stay_text(open_page):
+    page = open_page(render_comparison(example_comparison(hostile=HOSTILE)))
+    assert page.title().startswith("FAILED")
+    assert page.locator("#table tbody th", has_text=HOSTILE).count() == 3
+    assert page.locator("img").count() == 0
+    page.locator("#find").fill("<script>")
+    assert len(column(page, 1)) == 3
+
+
+def test_prints_every_case_and_no_controls(open_page):
+    page = open_page(render_comparison(example_comparison()))
+    page.emulate_media(media="print")
+    assert page.locator("#filter").is_hidden()
+    closed = page.locator("details.case:not([open]) .metric")
+    assert closed.count() > 0
+    assert all(closed.nth(i).bounding_box()["height"] > 50 for i in range(closed.count()))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
