@@ -1,4 +1,5 @@
-"""The command line: ``llama-onnx demo-model | random-model | export | inspect | generate | bench | report | doctor``.
+"""The command line: ``llama-onnx demo-model | random-model | export | inspect | generate | perplexity | bench | certify | verify |
+keygen | report | doctor``.
 
 ``--json`` puts one JSON document on standard output and everything else on standard error. Exit codes: 0 passed,
 1 a gate failed, 2 wrong input, 3 inconclusive, 4 this machine cannot run what was asked. Heavy libraries are imported
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
@@ -96,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "render a record.json again")
     report.add_argument("record", type=Path)
     report.add_argument("--out", type=Path, default=Path("reports/out"), help="folder of the page")
+
+    from bench import certify, perplexity_command
+
+    certify.add_commands(lambda name, text: add(name, _certificates, text))
+    perplexity_command.add_command(lambda name, text: add(name, _perplexity, text))
 
     add("doctor", _doctor, "which providers really load here, and what to install for the rest")
     return parser
@@ -326,6 +333,33 @@ def _report(args: argparse.Namespace) -> int:
         print_summary(record, Console())
         print(f"page: {page.resolve()}")
     return judge(record).exit_code
+
+
+@contextmanager
+def _units_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Progress in units of work on standard error, with the time left; silent when that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    from bench import perplexity_command
+
+    found = perplexity_command.run(args, _status, _units_bar)
+    if args.json:
+        _print_json(found)
+    else:
+        print("\n".join(perplexity_command.lines(found)))
+    return 0
+
+
+def _certificates(args: argparse.Namespace) -> int:
+    from bench import certify
+
+    run = {"keygen": certify.run_keygen, "certify": certify.run_certify, "verify": certify.run_verify}[args.command]
+    return run(args, _bytes_bar)
 
 
 def _doctor(args: argparse.Namespace) -> int:
