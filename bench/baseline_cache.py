@@ -1,10 +1,10 @@
 """The baseline's results, kept by content: the second folder against the same baseline costs half.
 
 Kept are whole fp32 logits of each scored window, as the session gave them: a KL divergence needs the whole
-distribution, top-k is not exact. That is ``tokens x vocabulary x 4`` bytes, 2 GB for the project's own texts on the demo
-model, so the cache has a bound (``LLAMA_ONNX_CACHE_GB``, 8 by default): what was used longest ago goes first, never the
-evaluation that is running. One file a window, renamed into place when complete, with its SHA-256: a killed run loses the
-window it was in, and a damaged file is found, said and computed again.
+distribution, top-k is not exact. That is ``tokens x vocabulary x 4`` bytes, 2 GB for the project's own texts on the
+demo model, so the cache has a bound (``LLAMA_ONNX_CACHE_GB``, 8 by default): what was used longest ago goes first,
+never the evaluation that is running. One file a window, renamed into place when complete, with its SHA-256: a killed
+run loses the window it was in, and a damaged file is found, said and computed again.
 
 The key holds everything that decides the bits: checkpoint files, precision, device, attention kernel, versions of torch
 and transformers, CPU model **and threads** (sums are split among them). Tokenizer and data need no place in it:

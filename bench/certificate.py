@@ -177,17 +177,17 @@ def read_result(document: Mapping[str, Any]) -> Result:
     derived = derived_verdict(statuses, failed_tests)
     stated = document.get("verdict", derived)
     words = {"PASSED": "PASS", "FAILED": "FAIL"}
-    stated = words.get(stated, stated) if isinstance(stated, str) else stated
+    answer: Any = words.get(stated, stated) if isinstance(stated, str) else stated
     # A gate may be stricter than its list of checks, never milder.
-    if stated not in ("PASS", "FAIL", "INCONCLUSIVE") or (stated == "PASS" and derived != "PASS"):
+    if answer not in ("PASS", "FAIL", "INCONCLUSIVE") or (answer == "PASS" and derived != "PASS"):
         raise CertificateError(
-            "contradiction", f"the result says {stated!r}, its checks say {derived}; certify what the gate wrote", 2
+            "contradiction", f"the result says {answer!r}, its checks say {derived}; certify what the gate wrote", 2
         )
     tier = str(parity.get("tier", document.get("tier", "unknown")))
     from bench.parity import TIERS
 
     margins = document.get("margins") or (asdict(TIERS[tier]) if tier in TIERS else {})
-    return Result(stated, tier, tuple(checks), tuple(tasks), margins, str(parity.get("dataset", "")), document)
+    return Result(answer, tier, tuple(checks), tuple(tasks), margins, str(parity.get("dataset", "")), document)
 
 
 def _no_result(why: str) -> CertificateError:

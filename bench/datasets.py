@@ -34,7 +34,7 @@ LANGUAGES = {
     "ru": "Russian",
 }
 NEW_TOKENS = {"qa": 24, "summarization": 64, "translation": 56, "rewriting": 48, "cnn_dailymail": 128}
-"""Most tokens generated for an item of each task: about twice what the references need (CNN/DailyMail: MLPerf's limit)."""
+"""Most tokens generated for an item of each task: about twice what the references need (CNN/DailyMail: MLPerf's)."""
 SUMMARIES = ("summarization", "cnn_dailymail")
 """Tasks that summarise: the second is scored as MLPerf scores CNN/DailyMail (:func:`bench.metrics.rouge_mlperf`)."""
 QA_EXAMPLE = "Text: The market opens at nine on Sunday.\nQuestion: When does the market open?\nAnswer: at nine\n\n"

@@ -75,14 +75,14 @@ def detokenise_wikitext(page: str) -> str:
         text = text.replace(old, new)
     for left, right in _PAIRS:
         inner = rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"
-        text = re.sub(inner, lambda m, a=left, b=right: f"{a}{m[1]}{b}", text)
+        text = re.sub(inner, rf"{left}\1{right}", text)
     for old, new in _LAST:
         text = text.replace(old, new)
     return text
 
 
 def wikitext_pages(lines: Iterable[str]) -> Iterator[str]:
-    """Rows of the line-by-line set -> pages, cut before each title (`` = Title = ``), blank lines as in the raw file."""
+    """Rows of the line-by-line set, put together to pages that start with a title; blank lines as in the raw file."""
     page: list[str] = []
     for row in lines:
         line = row.rstrip("\n") if row.strip() else " "

@@ -147,7 +147,7 @@ def question_answering(outputs: Sequence[str], references: Sequence[Sequence[str
 
 
 def score_task(task: str, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[Scored]:
-    """The metrics of a task: QA exact match and F1, summaries ROUGE (CNN/DailyMail as MLPerf), translation and rewriting BLEU."""
+    """The metrics of a task: QA exact match and F1, summaries ROUGE (CNN/DailyMail as MLPerf), the others BLEU."""
     if task == "qa":
         return question_answering(outputs, references)
     if task == "summarization":

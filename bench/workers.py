@@ -2,7 +2,7 @@
 
 Units of work (a window, a batch) are the same whatever the number of workers, each is computed by itself, and results
 are put in the units' order: so N workers give the digits of one. A worker that dies costs its unit a retry; an error
-*in* the work is not retried, it would come again. Without Ray, or with one worker, everything runs here in a plain loop.
+*in* the work is not retried, it would come again. Without Ray, or with one worker, all runs here in a plain loop.
 Machines that should take part are joined with Ray's own ``ray start``; ``RAY_ADDRESS`` then names the cluster.
 
 Try: ``llama-onnx perplexity FOLDER --dataset hf:wikitext --workers 2``.
@@ -145,7 +145,7 @@ def _on_ray(
             try:
                 answers[place] = ray.get(ready)
             except RayTaskError as e:
-                raise e.as_instanceof_cause() if not isinstance(e.cause, BenchError) else e.cause from None
+                raise e.cause from None  # what `work` raised, with Ray's own chain left out
             except RayActorError as e:
                 lost[place] += 1
                 if lost[place] > retries:
