@@ -76,17 +76,16 @@ def baseline_key(
     checkpoint: Path, precision: str = "fp32", device: str = "cpu", attention: str = "sdpa", threads: int | None = None
 ) -> BaselineKey:
     """The key of a checkpoint on PyTorch; reads every file of it once, loads neither torch nor transformers."""
-    from bench.environment import machine, versions
+    from bench.environment import cpu_name, machine, versions
 
     found = versions()
-    here = machine()
     return BaselineKey(
         weights_sha256=folder_digest(hash_baseline(checkpoint)["baseline"]),
         precision=precision,
         device=device,
         attention=attention,
         threads=threads or len(os.sched_getaffinity(0)),
-        cpu=here.cpu if device == "cpu" else f"{here.cpu}, {here.gpu}",
+        cpu=cpu_name() if device == "cpu" else f"{cpu_name()}, {machine().gpu}",
         torch=found.get("torch", "none"),
         transformers=found.get("transformers", "none"),
     )

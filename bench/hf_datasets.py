@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -233,6 +234,7 @@ def load_hf(text: str) -> Dataset:
     if spec.template.name == "wmt14":
         _direction(spec.config)
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said once, by the error
     rows = _local_rows(spec) if spec.path else _hub_rows(spec)
     if not rows:
         raise DatasetError(f"{text} has no rows; name another split with @SPLIT")
@@ -281,6 +283,7 @@ def _hub_rows(spec: Spec) -> list[Row]:
 
 def _local_rows(spec: Spec) -> list[Row]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     path = spec.path
     assert path is not None
@@ -304,7 +307,7 @@ def _local_rows(spec: Spec) -> list[Row]:
             return list(loaded)
     except KeyError:
         raise DatasetError(f"{spec.text}: no split {name or spec.template.split!r} in {path}; name it @SPLIT") from None
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as e:
         cause = e.__cause__ or e
         raise DatasetError(f"{spec.text}: {path} cannot be read ({_first_line(cause)}); get the copy again") from None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import datetime
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +138,7 @@ def test_missing_and_extra_file(certificate: Path, folder: Path, keys: Path) -> 
 
 def test_links_are_refused(certificate: Path, folder: Path, keys: Path, tmp_path: Path) -> None:
     shutil.move(folder / "model.onnx", tmp_path / "elsewhere")
-    os.symlink(tmp_path / "elsewhere", folder / "model.onnx")
+    (folder / "model.onnx").symlink_to(tmp_path / "elsewhere")
     refused("not-a-file", 2, certificate, folder, keys)
 
 
@@ -218,9 +217,7 @@ def test_dates(certificate: Path, folder: Path, keys: Path) -> None:
 def test_another_baseline(certificate: Path, folder: Path, keys: Path, baseline: Path, tmp_path: Path) -> None:
     other = shutil.copytree(baseline, tmp_path / "other")
     (other / "tokenizer.json").write_text("another merge")
-    assert "tokenizer/tokenizer.json" in refused(
-        "baseline-file-changed", 1, certificate, folder, keys, baseline=other
-    )
+    assert "tokenizer/tokenizer.json" in refused("baseline-file-changed", 1, certificate, folder, keys, baseline=other)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,11 @@ LINES = [
     " = A Second Page = \n",
     ' He said " no " and left . \n',
 ]
-ARTICLE = {"article": "The mayor opened the bridge. Mr. Hill spoke.", "highlights": "Bridge opened .\nHill spoke .", "id": "a1"}
+ARTICLE = {
+    "article": "The mayor opened the bridge. Mr. Hill spoke.",
+    "highlights": "Bridge opened .\nHill spoke .",
+    "id": "a1",
+}
 PAIR = {"translation": {"de": "Die Brücke ist alt.", "en": "The bridge is old."}}
 QUESTION = {
     "id": "q1",
@@ -138,7 +142,7 @@ def test_cnn_dailymail(tmp_path: Path) -> None:
 
 
 def test_rouge_as_mlperf() -> None:
-    output, reference = "Hill spoke. The bridge opened.", "The bridge opened. Hill spokes."
+    output, reference = "Hill spoke. The bridge opened.", "The bridge opened. Hill sang."
     scores = {s.metric: s.score for s in score_task("cnn_dailymail", [output], [[reference]])}
     assert scores["ROUGE-1"] == pytest.approx(80.0)  # 4 of 5 words
     assert scores["ROUGE-L"] == pytest.approx(60.0)  # one sequence: the order of sentences counts
@@ -200,7 +204,7 @@ def test_an_edited_copy_is_read_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hf:", "no template for an empty name"),
+        ("hf:", "no template for .an empty name"),
         ("hf:glue:cola", "no template for 'glue'"),
         ("hf:/nowhere", "say which set's format"),
         ("hf:/nowhere:glue", "unknown template|say which"),
