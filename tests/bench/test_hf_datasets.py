@@ -15,7 +15,14 @@ from bench.datasets import Dataset, Item, load_dataset, prompt_ids
 from bench.errors import DatasetError
 from bench.gate_names import metric_names
 from bench.metrics import rouge_mlperf, score_task
-from bench.word_perplexity import assemble, document_windows, rolling_windows, window_nats
+from bench.word_perplexity import (
+    as_check,
+    assemble,
+    document_windows,
+    rolling_windows,
+    window_nats,
+    word_perplexity,
+)
 
 datasets = pytest.importorskip("datasets")
 
@@ -131,6 +138,10 @@ def test_word_perplexity_of_a_real_session_is_the_models(
         with torch.inference_mode():
             loss = model(whole, labels=labels).loss
         assert nats == pytest.approx(float(loss) * len(w.targets), rel=1e-5)
+    whole_figure = word_perplexity(session, dataset, load_tokenizer(checkpoints()), 20)
+    assert whole_figure == assemble(dataset, windows, ours)
+    check = as_check(whole_figure, whole_figure)
+    assert check.value == pytest.approx(math.exp(sum(ours) / len(words * 3)))
 
 
 def test_cnn_dailymail(tmp_path: Path) -> None:
@@ -217,7 +228,7 @@ def test_names_that_are_refused(text: str, message: str) -> None:
 
 
 def test_missing_column_empty_and_broken_files(tmp_path: Path, wikitext: Path) -> None:
-    with pytest.raises(DatasetError, match="no column 'context'.*it has text"):
+    with pytest.raises(DatasetError, match=r"no column 'context'.*it has text"):
         load_dataset(f"hf:{wikitext}:squad")
     empty = tmp_path / "none"
     empty.mkdir()
