@@ -57,10 +57,9 @@ def run_keygen(args: argparse.Namespace, _bar: Bar) -> int:
 
 def _result(path: Path) -> dict[str, Any]:
     from bench.certificate import CertificateError
-    from bench.envelope import strict_json
 
     try:
-        raw = strict_json(path.read_bytes())
+        raw = json.loads(path.read_bytes())  # a record may hold NaN and Infinity; in the certificate they are text
     except (OSError, ValueError) as e:
         raise CertificateError("no-result", f"cannot read {path} ({e}); pass a result document", 2) from None
     if not isinstance(raw, dict):
@@ -70,11 +69,15 @@ def _result(path: Path) -> dict[str, Any]:
 
 def run_certify(args: argparse.Namespace, bar: Bar) -> int:
     """``llama-onnx certify RESULT FOLDER --baseline MODEL --certificate FILE``; exit code 1 or 3 for a non-PASS."""
-    from bench.certificate import make_certificate
+    from bench.certificate import CertificateError, make_certificate
     from bench.datasets import load_dataset
     from bench.envelope import seal
     from export.source import resolve
 
+    if args.certificate.absolute().resolve().is_relative_to(args.folder.expanduser().resolve()):
+        raise CertificateError(
+            "inside", f"{args.certificate} would be one more file of the folder that it certifies; put it beside", 2
+        )
     checkpoint = resolve(args.baseline).folder
     with bar("hashing") as progress:
         statement = make_certificate(

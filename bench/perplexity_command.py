@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ def open_baseline(checkpoint: Path, device: str, threads: int) -> Session:
     """The checkpoint on PyTorch in fp32, behind the cache."""
     from bench.baseline_cache import cached_baseline
 
-    return cached_baseline(checkpoint, "fp32", device, threads=threads)
+    return cached_baseline(checkpoint, "fp32", device, threads=threads, say=partial(print, file=sys.stderr))
 
 
 def scored(

@@ -83,10 +83,13 @@ class _Worker:
     """What runs in a worker: one session, one unit at a time."""
 
     def __init__(self, opener: Callable[[], Session], work: Callable[[Session, Any], Any]) -> None:
-        self._session, self._work = opener(), work
+        self._opener, self._work = opener, work
+        self._session: Session | None = None
 
     def run(self, unit: Any) -> Any:
-        """One unit."""
+        """One unit. The session is opened here, so that an error in opening comes back as what it is."""
+        if self._session is None:
+            self._session = self._opener()
         return self._work(self._session, unit)
 
 
@@ -121,7 +124,7 @@ def _on_ray(
     done: Callable[[int, Answer], None],
 ) -> list[Answer]:
     import ray
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
     started = _start_ray(workers)
     answers: dict[int, Answer] = {}
@@ -146,7 +149,7 @@ def _on_ray(
                 answers[place] = ray.get(ready)
             except RayTaskError as e:
                 raise e.cause from None  # what `work` raised, with Ray's own chain left out
-            except RayActorError as e:
+            except (RayActorError, OutOfMemoryError, WorkerCrashedError) as e:
                 lost[place] += 1
                 if lost[place] > retries:
                     raise WorkerError(

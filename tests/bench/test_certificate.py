@@ -292,6 +292,8 @@ def test_the_commands(folder: Path, baseline: Path, tmp_path: Path, capsys: pyte
     result, certificate = tmp_path / "result.json", tmp_path / "cert.json"
     result.write_text(json.dumps(parity()))
     assert main(["keygen", str(tmp_path / "k")]) == 0
+    inside = ["--baseline", str(baseline), "--certificate", str(folder / "cert.json")]
+    assert main(["certify", str(result), str(folder), *inside]) == 2
     common = [str(folder), "--baseline", str(baseline)]
     key, public = str(tmp_path / "k.pem"), str(tmp_path / "k.pub.pem")
     assert main(["certify", str(result), *common, "--certificate", str(certificate), "--key", key]) == 0

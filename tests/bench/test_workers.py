@@ -17,6 +17,7 @@ from bench.errors import BenchError
 from bench.perplexity_command import open_candidate
 from bench.word_perplexity import Window, window_nats
 from bench.workers import WorkerError, run_units
+from runtime.errors import SessionError
 from runtime.generate import generate
 from runtime.session import Session
 
@@ -143,6 +144,16 @@ def test_an_error_in_the_work_is_not_retried(ray: Any) -> None:
     with pytest.raises(ValueError, match="is bad"):
         run_units(nothing, fail, [1, 2, 3], workers=2, say=said.append)
     assert said == []
+
+
+def cannot_open() -> Any:
+    """An opener that fails."""
+    raise SessionError("no such folder")
+
+
+def test_a_session_that_cannot_be_opened_is_said_as_it_is(ray: Any) -> None:
+    with pytest.raises(SessionError, match="no such folder"):
+        run_units(cannot_open, lambda _, n: n, [1, 2], workers=2)
 
 
 def test_logits_travel_whole(ray: Any) -> None:
