@@ -128,10 +128,10 @@ def _on_ray(
 
     started = _start_ray(workers)
     answers: dict[int, Answer] = {}
+    running: dict[Any, tuple[Any, int]] = {}
     try:
         make = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Worker)
         waiting, lost = deque(range(len(units))), [0] * len(units)
-        running: dict[Any, tuple[Any, int]] = {}
 
         def give(actor: Any) -> None:
             if waiting:
@@ -148,6 +148,7 @@ def _on_ray(
             try:
                 answers[place] = ray.get(ready)
             except RayTaskError as e:
+                ray.kill(actor)
                 raise e.cause from None  # what `work` raised, with Ray's own chain left out
             except (RayActorError, OutOfMemoryError, WorkerCrashedError) as e:
                 lost[place] += 1
@@ -164,5 +165,7 @@ def _on_ray(
             give(actor)
         return [answers[k] for k in range(len(units))]
     finally:
+        for actor, _ in running.values():  # after an error the others would keep their CPUs
+            ray.kill(actor)
         if started:
             ray.shutdown()
