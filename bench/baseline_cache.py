@@ -6,9 +6,10 @@ demo model, so the cache has a bound (``LLAMA_ONNX_CACHE_GB``, 8 by default): wh
 never the evaluation that is running. One file a window, renamed into place when complete, with its SHA-256: a killed
 run loses the window it was in, and a damaged file is found, said and computed again.
 
-The key holds everything that decides the bits: checkpoint files, precision, device, attention kernel, versions of torch
-and transformers, CPU model **and threads** (sums are split among them). Tokenizer and data need no place in it:
-entries are found by the token ids themselves.
+The key holds everything that may decide the bits: checkpoint files, precision, device, attention kernel, versions of
+torch and transformers, CPU model and threads (one and two gave equal bits on a window of the demo model, but PyTorch does
+not promise it). Tokenizer and data need no place in it: entries are found by the token ids themselves. On that window
+(384 tokens, 75 MB) keeping took 0.42 s and reading with its SHA-256 0.06 s, computing 3 to 12 s on two busy cores.
 """
 
 from __future__ import annotations

@@ -14,11 +14,9 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from bench.errors import BenchError
-
-T = TypeVar("T")
 
 
 class JournalError(BenchError):
@@ -85,6 +83,12 @@ class Journal:
         while line:  # a raw write may be short
             line = line[self._file.write(line) :]
         self._done[name] = json.loads(json.dumps(value))
+
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The value under a name, computed and appended where it is not done yet."""
+        if name not in self:
+            self.put(name, compute())
+        return self.get(name)
 
     def close(self) -> None:
         """Release the lock; closing twice is allowed."""

@@ -265,6 +265,14 @@ def test_half_a_line_and_a_flipped_byte(tmp_path: Path) -> None:
         assert ("0" in journal, "1" in journal, "9" in journal) == (True, False, False)
 
 
+def test_remember_computes_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+    for _ in range(2):
+        with Journal(tmp_path / "j") as journal:
+            assert journal.remember("x", lambda: calls.append(1) or [0.1, 1e-300]) == [0.1, 1e-300]
+    assert calls == [1]
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with Journal(tmp_path / "j"), pytest.raises(JournalError, match="another process"):
         Journal(tmp_path / "j")
