@@ -7,7 +7,7 @@ never the evaluation that is running. One file a window, renamed into place when
 run loses the window it was in, and a damaged file is found, said and computed again.
 
 The key holds everything that may decide the bits: checkpoint files, precision, device, attention kernel, versions of
-torch and transformers, CPU model and threads (one and two gave equal bits on a window of the demo model, but PyTorch does
+torch and transformers, CPU model and threads (one and two gave equal bits on a window of the demo model; PyTorch does
 not promise it). Tokenizer and data need no place in it: entries are found by the token ids themselves. On that window
 (384 tokens, 75 MB) keeping took 0.42 s and reading with its SHA-256 0.06 s, computing 3 to 12 s on two busy cores.
 """
