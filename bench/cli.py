@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
@@ -107,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "render a record.json, or a comparison's report.json, again")
     report.add_argument("record", type=Path)
     report.add_argument("--out", type=Path, default=Path("reports/out"), help="folder of the page")
+
+    from bench import certify, perplexity_command
+
+    certify.add_commands(lambda name, text: add(name, _certificates, text))
+    perplexity_command.add_command(lambda name, text: add(name, _perplexity, text))
 
     doctor = add("doctor", _doctor, "which providers really load here, and what to install for the rest")
     doctor.add_argument(
@@ -296,6 +302,33 @@ def _report(args: argparse.Namespace) -> int:
         published.show(Console())
         print(f"page: {published.page.resolve()}")
     return published.exit_code
+
+
+@contextmanager
+def _units_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Progress in units of work on standard error, with the time left; silent when that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    from bench import perplexity_command
+
+    found = perplexity_command.run(args, _status, _units_bar)
+    if args.json:
+        _print_json(found)
+    else:
+        print("\n".join(perplexity_command.lines(found)))
+    return 0
+
+
+def _certificates(args: argparse.Namespace) -> int:
+    from bench import certify
+
+    run = {"keygen": certify.run_keygen, "certify": certify.run_certify, "verify": certify.run_verify}[args.command]
+    return run(args, _bytes_bar)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -20,7 +20,6 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from bench.datasets import load_file, load_shipped
 from bench.errors import BenchError
 from bench.gate_names import CHECKS, metric_names
 from bench.lock import machine_lock
@@ -53,7 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--batch-sizes", type=_numbers, default=(), help="for example 1,4")
     group.addoption("--prompt-lengths", type=_numbers, default=(), help="in tokens, for example 128,1024")
     group.addoption("--new-tokens", type=int, help="tokens generated in each latency round")
-    group.addoption("--dataset", type=Path, help="JSONL file in place of the project's data (bench/data/README.md)")
+    group.addoption(
+        "--dataset", help="JSONL file (bench/data/README.md) or hf:NAME[:CONFIG][@SPLIT] in place of the project's data"
+    )
     group.addoption("--threads", type=int, help="CPU threads of every side")
     group.addoption("--peers", action="store_true", help="torch.compile, onnxruntime-genai and llama.cpp beside it")
     group.addoption("--gguf", type=Path, help="the file that llama.cpp runs with --peers")
@@ -182,8 +183,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "check_name" in names:
         metafunc.parametrize("check_name", CHECKS)
     if "task_metric" in names:
-        dataset = load_file(run.options.dataset) if run.options.dataset else load_shipped()
-        metafunc.parametrize("task_metric", metric_names(dataset), ids=lambda pair: "-".join(pair))
+        metafunc.parametrize("task_metric", metric_names(run.dataset), ids=lambda pair: "-".join(pair))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -48,12 +48,16 @@ def _gpu() -> str | None:
         return None
 
 
-def machine() -> Machine:
-    """This machine. The fingerprint covers processor, cores, memory (in GiB), GPU and operating system."""
+def cpu_name() -> str:
+    """The processor's model, as its maker prints it."""
     import cpuinfo
 
-    info = cpuinfo.get_cpu_info()
-    cpu = str(info.get("brand_raw") or platform.processor() or platform.machine())
+    return str(cpuinfo.get_cpu_info().get("brand_raw") or platform.processor() or platform.machine())
+
+
+def machine() -> Machine:
+    """This machine. The fingerprint covers processor, cores, memory (in GiB), GPU and operating system."""
+    cpu = cpu_name()
     cores = len(os.sched_getaffinity(0))
     memory = psutil.virtual_memory().total
     gpu = _gpu()

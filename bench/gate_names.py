@@ -17,6 +17,7 @@ CHECKS = (
 METRICS = {
     "qa": ("exact match", "token F1"),
     "summarization": ("ROUGE-1", "ROUGE-2", "ROUGE-L"),
+    "cnn_dailymail": ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"),
     "translation": ("BLEU",),
     "rewriting": ("BLEU",),
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.datasets import Dataset, load_file, load_shipped
+from bench.datasets import Dataset, load_dataset, load_shipped
 from bench.environment import machine, versions
 from bench.gate import GateInputs, run_gate, text_windows, ticks_of
 from bench.measure import CpuBandwidth, CudaBandwidth, interleave, load_times, peak_memory
@@ -76,7 +76,7 @@ class Options:
     batch_sizes: tuple[int, ...] = ()
     prompt_lengths: tuple[int, ...] = ()
     new_tokens: int | None = None
-    dataset: Path | None = None
+    dataset: str | Path | None = None
     threads: int | None = None
     peers: bool = False
     gguf: Path | None = None
@@ -190,7 +190,7 @@ class Run:
     @cached_property
     def dataset(self) -> Dataset:
         """The user's dataset or the project's."""
-        return load_file(self.options.dataset) if self.options.dataset else load_shipped()
+        return load_dataset(self.options.dataset)
 
     @cached_property
     def tokenizer(self) -> Any:

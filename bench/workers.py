@@ -1,0 +1,171 @@
+"""One long evaluation on several processes, GPUs or machines, through Ray.
+
+Units of work (a window, a batch) are the same whatever the number of workers, each is computed by itself, and results
+are put in the units' order: so N workers give the digits of one. A worker that dies costs its unit a retry; an error
+*in* the work is not retried, it would come again. Without Ray, or with one worker, all runs here in a plain loop.
+Machines that should take part are joined with Ray's own ``ray start``; ``RAY_ADDRESS`` then names the cluster.
+
+Try: ``llama-onnx perplexity FOLDER --dataset hf:wikitext --workers 2``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+from bench.errors import BenchError
+from runtime.session import Session
+
+Unit = TypeVar("Unit")
+Answer = TypeVar("Answer")
+RETRIES = 2
+
+
+class WorkerError(BenchError):
+    """A unit that killed its worker again and again, or workers that cannot be started."""
+
+    exit_code = 4
+
+
+def run_units(
+    opener: Callable[[], Session],
+    work: Callable[[Session, Unit], Answer],
+    units: Sequence[Unit],
+    *,
+    workers: int = 1,
+    gpus_per_worker: float = 0,
+    retries: int = RETRIES,
+    say: Callable[[str], None] = lambda _: None,
+    done: Callable[[int, Answer], None] = lambda _i, _a: None,
+) -> list[Answer]:
+    """``work(session, unit)`` for every unit, in their order.
+
+    Args:
+        opener: loads a session; called once in each worker. Give it a fixed number of threads: digits depend on it.
+        work: must not depend on earlier units; sent to workers by cloudpickle, as ``opener`` is.
+        units: picklable.
+        workers: processes; more than there are units are not started.
+        gpus_per_worker: GPUs that Ray sets aside for each.
+        retries: how often a unit may lose its worker and be given to a new one.
+        say: told in a line when Ray is missing and when a worker died.
+        done: called here with (place, answer) as answers come in, in any order; for journals and progress bars.
+
+    Raises:
+        WorkerError: a unit lost its worker more than ``retries`` times, or no worker can start.
+        BenchError: fewer than one worker asked for.
+        Exception: what ``work`` raised.
+    """
+    if workers < 1:
+        raise BenchError(f"{workers} workers cannot do anything; give --workers 1 or more")
+    workers = min(workers, len(units))
+    if workers > 1 and find_spec("ray") is None:
+        say("Ray is not installed, so one process does all; pip install ray for more workers")
+        workers = 1
+    if workers > 1:
+        return _on_ray(opener, work, units, workers, gpus_per_worker, retries, say, done)
+    answers: list[Answer] = []
+    if not units:
+        return answers
+    session = opener()
+    try:
+        for k, unit in enumerate(units):
+            answers.append(work(session, unit))
+            done(k, answers[-1])
+    finally:
+        session.close()
+    return answers
+
+
+class _Worker:
+    """What runs in a worker: one session, one unit at a time."""
+
+    def __init__(self, opener: Callable[[], Session], work: Callable[[Session, Any], Any]) -> None:
+        self._opener, self._work = opener, work
+        self._session: Session | None = None
+
+    def run(self, unit: Any) -> Any:
+        """One unit. The session is opened here, so that an error in opening comes back as what it is."""
+        if self._session is None:
+            self._session = self._opener()
+        return self._work(self._session, unit)
+
+
+def _start_ray(workers: int) -> bool:
+    """Start Ray on this machine, or join the cluster of ``RAY_ADDRESS``; False when it runs already."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, configure_logging=False)
+        else:
+            ray.init(address="local", num_cpus=workers, object_store_memory=256 * 2**20, **options)
+    except (RuntimeError, OSError, ConnectionError, ValueError) as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise WorkerError(f"Ray cannot start ({first}); leave --workers out") from None
+    return True
+
+
+def _on_ray(
+    opener: Callable[[], Session],
+    work: Callable[[Session, Unit], Answer],
+    units: Sequence[Unit],
+    workers: int,
+    gpus: float,
+    retries: int,
+    say: Callable[[str], None],
+    done: Callable[[int, Answer], None],
+) -> list[Answer]:
+    import ray
+    from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+
+    started = _start_ray(workers)
+    answers: dict[int, Answer] = {}
+    running: dict[Any, tuple[Any, int]] = {}
+    try:
+        make = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Worker)
+        waiting, lost = deque(range(len(units))), [0] * len(units)
+
+        def give(actor: Any) -> None:
+            if waiting:
+                place = waiting.popleft()
+                running[actor.run.remote(units[place])] = (actor, place)
+            else:
+                ray.kill(actor)
+
+        for _ in range(workers):
+            give(make.remote(opener, work))
+        while running:
+            (ready, *_), _rest = ray.wait(list(running), num_returns=1)
+            actor, place = running.pop(ready)
+            try:
+                answers[place] = ray.get(ready)
+            except RayTaskError as e:
+                ray.kill(actor)
+                raise e.cause from None  # what `work` raised, with Ray's own chain left out
+            except (RayActorError, OutOfMemoryError, WorkerCrashedError) as e:
+                lost[place] += 1
+                if lost[place] > retries:
+                    raise WorkerError(
+                        f"unit {place + 1} of {len(units)} lost its worker {lost[place]} times "
+                        f"({str(e).splitlines()[0][:160]}); not enough memory for {workers} workers?"
+                    ) from None
+                say(f"a worker died on unit {place + 1} of {len(units)}; given to a new one")
+                waiting.appendleft(place)
+                actor = make.remote(opener, work)
+            else:
+                done(place, answers[place])
+            give(actor)
+        return [answers[k] for k in range(len(units))]
+    finally:
+        for actor, _ in running.values():  # after an error the others would keep their CPUs
+            ray.kill(actor)
+        if started:
+            ray.shutdown()
