@@ -1,4 +1,4 @@
-"""The command line: ``llama-onnx demo-model | random-model | export | inspect | generate | bench | report | doctor``.
+"""The command line: ``llama-onnx demo-model | random-model | export | inspect | generate | validate | bench | report | doctor``.
 
 ``--json`` puts one JSON document on standard output and everything else on standard error. Exit codes: 0 passed,
 1 a gate failed, 2 wrong input, 3 inconclusive, 4 this machine cannot run what was asked. Heavy libraries are imported
@@ -90,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--provider", default="cpu", help="cpu, cuda or tensorrt")
     generate.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+
+    from bench.validate_command import add_arguments
+
+    add_arguments(add("validate", _validate, "is this exported folder still the model? Named checks and a verdict"))
 
     add("bench", _bench, "run the suite: the same as `pytest bench/`, whose options it takes (--profile smoke, ...)")
 
@@ -277,6 +281,12 @@ def _generate(args: argparse.Namespace) -> int:
             }
         )
     return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from bench.validate_command import run
+
+    return run(args)
 
 
 def _bench(args: argparse.Namespace) -> int:

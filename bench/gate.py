@@ -21,13 +21,20 @@ from bench.parity import TIERS, Tier, TokenFigures, decide, teacher_forced_check
 from bench.workload import Profile, chunked
 from reports.record import Check, Example, Parity, Status, TaskMetric
 from runtime.generate import generate
-from runtime.session import Session
+from runtime.session import Logits, Session
 
 Tick = Callable[[str], None]
 BATCH = 8
 LENGTH_BAND = (0.9, 1.1)
 EXAMPLES_PER_TASK = 2
 LEAST_ITEMS = 12
+
+
+class Scores(Protocol):
+    """What teacher forcing needs of a side; a session is one, a baseline with a cache another."""
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Logits ``[length, vocab]`` fp32."""
 
 
 class Tokenizer(Protocol):
@@ -50,7 +57,7 @@ class Outputs:
 
 
 def score_windows(
-    candidate: Session, baseline: Session, windows: Sequence[Sequence[int]], tick: Tick = lambda _: None
+    candidate: Scores, baseline: Scores, windows: Sequence[Sequence[int]], tick: Tick = lambda _: None
 ) -> list[TokenFigures]:
     """Teacher-forced comparison, one entry a window."""
     figures = []
@@ -133,13 +140,16 @@ def _batches(items: Sequence[tuple[Item, list[int]]]) -> list[list[tuple[Item, l
 
 def run_generation(
     candidate: Session,
-    baseline: Session,
+    baseline: Session | None,
     items: Sequence[Item],
     tokenizer: Any,
     eos: Sequence[int],
     tick: Tick = lambda _: None,
+    baseline_tokens: Callable[[list[list[int]], int], tuple[tuple[int, ...], ...]] | None = None,
 ) -> list[Outputs]:
     """Greedy generation of every item on both sides, same batches, in the items' order.
+
+    ``baseline_tokens(prompts, limit)`` stands in for generating on ``baseline``, where its tokens are kept.
 
     Raises:
         DatasetError: an item is longer than the context.
@@ -160,8 +170,12 @@ def run_generation(
         prompts = [ids for _, ids in batch]
         limit = NEW_TOKENS[batch[0][0].task]
         ours = generate(candidate, prompts, limit, eos)
-        theirs = generate(baseline, prompts, limit, eos)
-        for (item, _), a, b in zip(batch, ours.tokens, theirs.tokens, strict=True):
+        theirs = (
+            baseline_tokens(prompts, limit)
+            if baseline is None or baseline_tokens
+            else generate(baseline, prompts, limit, eos).tokens
+        )
+        for (item, _), a, b in zip(batch, ours.tokens, theirs, strict=True):
             found[item.id] = Outputs(item, a, b)
         tick(f"generating batch {k + 1} of {len(batches)} ({batch[0][0].task})")
     return [found[item.id] for item in items]
