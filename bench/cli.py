@@ -1,4 +1,5 @@
-"""The command line: ``llama-onnx demo-model | random-model | export | inspect | generate | validate | bench | report | doctor``.
+"""The command line: ``llama-onnx demo-model | random-model | export | inspect | generate | validate |
+bench | report | doctor``.
 
 ``--json`` puts one JSON document on standard output and everything else on standard error. Exit codes: 0 passed,
 1 a gate failed, 2 wrong input, 3 inconclusive, 4 this machine cannot run what was asked. Heavy libraries are imported

@@ -218,7 +218,7 @@ def tail_tokens_needed(exceed: int, tokens: int, effect: float = 1.0) -> int:
 
 
 def chunks_needed(value: float, bound: float, limit: float, chunks: int) -> int:
-    """Chunks from which the bound of a mean would reach the limit: its distance shrinks with the root of their number."""
+    """Chunks from which a mean's bound would reach the limit: its distance shrinks with the root of their number."""
     if value == limit:
         return 0
     return math.ceil(chunks * ((bound - value) / (limit - value)) ** 2) if (bound - value) * (limit - value) > 0 else 0

@@ -154,7 +154,7 @@ class Baseline:
         return found
 
     def residuals(self, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
-        """Values inside each layer for one sequence: ``input``, ``qkv``, ``attention``, ``o_proj``, ``mlp``, ``output``.
+        """Values inside each layer: ``input``, ``qkv``, ``attention``, ``o_proj``, ``mlp``, ``output``.
 
         Each ``[length, width]`` fp32; ``input`` is the residual stream in front of the layer, ``output`` behind it.
         """

@@ -49,7 +49,7 @@ MOST_FINDINGS = 200
 
 @dataclass
 class Pairing:
-    """``weights``: expected initialiser name -> found one. ``unused``: found initialisers that nothing expected reads."""
+    """``weights``: expected initialiser name -> found one. ``unused``: found ones that nothing expected reads."""
 
     findings: list[Finding] = field(default_factory=list)
     weights: dict[str, str] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class _Graph:
                 for m in [_LAYER.search(n) if n in self.leaves else _IO_LAYER.match(n)]
                 if m
             ]
-            if not own:
+            if not own and not any(self.is_weight(n) for n in node.input):  # the head is in no layer
                 own = [layer for n in node.input if n in self.made and (layer := out[self.made[n][0]]) is not None]
             out.append(max(own) if own else None)
         return out
@@ -137,6 +137,7 @@ class _Walk:
     def __init__(self, expected: _Graph, found: _Graph) -> None:
         self.e, self.f = expected, found
         self.seen: set[tuple[str, str]] = set()
+        self.done: set[tuple[int, int]] = set()
         self.stack: list[tuple[str, str, int, str]] = []
         self.out: list[tuple[int, Finding]] = []
         self.pairing = Pairing()
@@ -199,7 +200,9 @@ class _Walk:
             return
         if out_index != made[1]:
             self.report(reader, slot, f"reads output {made[1]} of {node.op_type} ({node.name}), not output {out_index}")
-        self.node(k, wanted, node)
+        if (k, made[0]) not in self.done:  # once, however many of its outputs are read
+            self.done.add((k, made[0]))
+            self.node(k, wanted, node)
 
     def node(self, k: int, wanted: Any, node: Any) -> None:
         label = f"{wanted.op_type} ({node.name or wanted.name})"

@@ -7,6 +7,7 @@ Try: ``llama-onnx validate FOLDER --baseline demo --only mean_kld,long_context``
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -169,7 +170,7 @@ def chunked_prefill(s: Subject) -> Found:
     names = ["logits", *s.probe.present_names]
     past = None
     rows = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         found = s.probe.run(text[a:b], past, names)
         past = s.probe.presents(found)
         logits = found["logits"][0].astype(np.float32)

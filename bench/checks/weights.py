@@ -192,7 +192,10 @@ def _quantised(
     if not over.any():
         return None
     row, column = (int(x) for x in over.nonzero()[0])
-    return f"{int(over.sum()):,} of {over.numel():,} blocks are off by more than {method} may be (first: row {row}, block {column})"
+    return (
+        f"{int(over.sum()):,} of {over.numel():,} blocks are off by more than {method} may be "
+        f"(first: row {row}, block {column})"
+    )
 
 
 def _by_content(s: Subject) -> Found:

@@ -111,8 +111,8 @@ def table(rows: Sequence[Row], title: str) -> str:
         out += [
             f"{sum(r.good for r in defects)} of {len(defects)} defects failed, "
             f"{sum(r.first == r.wanted_first for r in defects)} by the expected check first; with the exact checks off "
-            f"the numbers alone fail {sum(bool(r.seen) for r in defects)}. Of {len(numeric)} defects in one layer that the "
-            f"numbers fail, localisation names the right layer for {sum(r.layer == r.layer_found for r in numeric)}.",
+            f"the numbers alone fail {sum(bool(r.seen) for r in defects)}. Of {len(numeric)} defects in one layer "
+            f"that the numbers fail, localisation names the right layer for {sum(r.layer == r.layer_found for r in numeric)}.",
             "",
             "| defect | verdict | first | other exact checks | numbers, exact checks aside | layer: is / found | s |",
             "| --- | --- | --- | --- | --- | --- | --- |",

@@ -128,7 +128,7 @@ class Defect:
 
 @dataclass(frozen=True)
 class Harmless:
-    """A change that must pass. ``around`` is a context in which the gate runs, for changes of the runtime's settings."""
+    """A change that must pass. ``around`` is a context that the gate runs in, for changes of the runtime's settings."""
 
     name: str
     change: Callable[[Workshop], None] = lambda _w: None
