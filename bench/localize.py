@@ -1,8 +1,9 @@
 """Where a folder leaves the baseline: the first layer, then the operator inside it.
 
-A copy of the scoring graph gets its inner values as outputs; PyTorch's come from hooks. Both run the same ids. The
-residual stream's error grows slowly from layer to layer by rounding; a defect shows as a step that is out of line with
-the steps before it. Inside that layer the first of qkv, attention, o_proj and mlp that is off names the operator.
+A copy of the scoring graph gets its inner values as outputs; PyTorch's come from hooks. Both run the same ids. What
+rounding does to each value is measured, not guessed: PyTorch in the folder's own precision (fp32: with another attention
+kernel) against PyTorch in fp32. The first of qkv, attention, o_proj, mlp and residual, layer by layer, that is off by
+several times as much names the place.
 Try: ``llama-onnx validate BAD_FOLDER --baseline demo``.
 """
 
@@ -20,11 +21,11 @@ from bench.checks.base import Subject
 from reports.validation import Place
 
 NORMS = ("SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
-NOISE = {"fp32": 2e-6, "fp16": 2e-3, "bf16": 2e-2}
-"""Relative error of one operator's result that rounding explains, by the type of the activations."""
-QUANTISED_NOISE = {"int8": 0.03, "int4": 0.15}
+FLOOR = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 8e-3}
+"""Relative error that always counts as rounding: a null control can be equal by chance."""
+QUANTISED = {"int8": 0.03, "int4": 0.15}
 STEP = 4.0
-"""A value is out of line when its error is this many times what its inputs' and rounding explain."""
+"""A value is out of line when its error is this many times what PyTorch's own is at that place."""
 OPERATORS = ("qkv", "attention", "o_proj", "mlp")
 TITLES = {
     "qkv": "the input norm or the QKV projection",
@@ -46,30 +47,32 @@ def localize(s: Subject) -> Place | None:
     ids = (s.windows[0] if s.windows else list(range(1, 33)))[:96]
     ours = _inner_values(s, ids)
     theirs = s.baseline.residuals(ids)
+    kind = s.manifest.activations if s.manifest.activations != "fp32" else "eager"
+    null = s.baseline.null_residuals(kind, ids)
+    floor = QUANTISED.get(s.manifest.precision, FLOOR[s.manifest.activations])
     layers = len(theirs)
-    noise = QUANTISED_NOISE.get(s.manifest.precision, NOISE[s.manifest.activations])
-    previous = _gap(ours["input.0"], theirs[0]["input"])
-    if previous > noise * STEP:
-        return _place(-1, "embedding", previous, 0.0, layers)
+    before = 0.0
+
+    def place(layer: int, operator: str, gap: float, noise: float) -> Place | None:
+        return _place(layer, operator, gap, before, layers) if gap > STEP * max(noise, floor) else None
+
+    first = _gap(ours["input.0"], theirs[0]["input"])
+    if found := place(-1, "embedding", first, 0.0):
+        return found
     for k in range(layers):
-        for name in OPERATORS:
-            found = ours.get(f"{name}.{k}")
-            if found is None:
+        values = [(n, f"{n}.{k}", theirs[k][n], null[k][n]) for n in OPERATORS]
+        if k + 1 < layers:
+            values.append(("output", f"input.{k + 1}", theirs[k + 1]["input"], null[k + 1]["input"]))
+        for operator, name, wanted, other in values:
+            if name not in ours:
                 continue
-            gap = _gap(found, theirs[k][name])
-            if gap > STEP * max(noise, previous):
-                return _place(k, name, gap, previous, layers)
-            if name != "mlp":
-                previous = max(previous, gap)
-        following = ours.get(f"input.{k + 1}")
-        if following is not None and k + 1 < layers:
-            gap = _gap(following, theirs[k + 1]["input"])
-            if gap > STEP * max(noise, previous):
-                return _place(k, "output", gap, previous, layers)
-            previous = max(gap, noise / STEP)
-    logits = s.baseline.score(ids)
-    gap = _gap(ours["logits"].astype(np.float32), logits)
-    return _place(layers, "head", gap, previous, layers) if gap > STEP * max(noise, previous) else None
+            gap = _gap(ours[name], wanted)
+            if found := place(k, operator, gap, _gap(other, wanted)):
+                return found
+            before = gap
+    wanted = s.baseline.score(ids)
+    gap = _gap(ours["logits"].astype(np.float32), wanted)
+    return place(layers, "head", gap, _gap(s.baseline.null_score(kind, ids), wanted))
 
 
 def _place(layer: int, operator: str, gap: float, before: float, layers: int) -> Place:
@@ -153,8 +156,20 @@ def inner_names(model: Any) -> dict[str, str]:
             if k and source.op_type.startswith("Skip"):
                 names[f"mlp.{k - 1}"] = source.input[0]
         product = next((r for r in readers.get(node.output[0], []) if r.op_type in ("MatMul", "MatMulNBits")), None)
-        following = readers.get(product.output[0], []) if product is not None else []
-        skip = next((r for r in following if r.op_type in NORMS), None)
         if product is not None:
-            names[f"o_proj.{k}"] = skip.input[0] if skip is not None else product.output[0]
+            names[f"o_proj.{k}"] = _before_norm(product.output[0], readers)
+    last = next((n for n in reversed(nodes) if n.op_type in NORMS), None)
+    if last is not None and last.op_type.startswith("Skip"):
+        names[f"mlp.{len(attentions) - 1}"] = last.input[0]
     return names
+
+
+def _before_norm(value: str, readers: dict[str, list[Any]]) -> str:
+    """The value itself, or behind the additions (bias, zero points) that stand between it and the next norm."""
+    for _ in range(3):
+        following = readers.get(value, [])
+        addition = next((r for r in following if r.op_type == "Add"), None)
+        if addition is None or any(r.op_type in NORMS for r in following):
+            break
+        value = addition.output[0]
+    return value

@@ -158,9 +158,14 @@ class Baseline:
 
         Each ``[length, width]`` fp32; ``input`` is the residual stream in front of the layer, ``output`` behind it.
         """
-        key = tuple(ids)
+        return self.null_residuals("fp32", ids)
+
+    def null_residuals(self, kind: str, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
+        """As :meth:`residuals`, by a null control (see :meth:`null_score`)."""
+        key = (kind, tuple(ids))
         if key not in self._residuals:
-            self._residuals[key] = _residuals(self.session.model, ids)
+            session = self.session if kind == "fp32" else self._null(kind)
+            self._residuals[key] = _residuals(session.model, ids)
         return self._residuals[key]
 
     def rope_rows(self, kind: str, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

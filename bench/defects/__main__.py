@@ -106,13 +106,14 @@ def table(rows: Sequence[Row], title: str) -> str:
     defects, fine = [r for r in rows if not r.harmless], [r for r in rows if r.harmless]
     layered = [r for r in defects if r.layer is not None]
     numeric = [r for r in layered if r.seen]
+    placed = sum(r.layer == r.layer_found for r in numeric)
     out = [f"## {title}", ""]
     if defects:
         out += [
             f"{sum(r.good for r in defects)} of {len(defects)} defects failed, "
             f"{sum(r.first == r.wanted_first for r in defects)} by the expected check first; with the exact checks off "
             f"the numbers alone fail {sum(bool(r.seen) for r in defects)}. Of {len(numeric)} defects in one layer "
-            f"that the numbers fail, localisation names the right layer for {sum(r.layer == r.layer_found for r in numeric)}.",
+            f"that the numbers fail, localisation names the right layer for {placed}.",
             "",
             "| defect | verdict | first | other exact checks | numbers, exact checks aside | layer: is / found | s |",
             "| --- | --- | --- | --- | --- | --- | --- |",
