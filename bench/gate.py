@@ -269,7 +269,7 @@ def _task_metric(group: str, candidate: Scored, baseline: Scored, cross: Scored,
     limit = -(1.0 - tier.task_ratio) * baseline.score
     items = len(candidate.statistics)
     settings = candidate.settings
-    if baseline.score >= FLOOR_SCORE:
+    if np.array_equal(candidate.statistics, baseline.statistics) or baseline.score >= FLOOR_SCORE:
         status = task_status(low, high, limit - 1e-12, items, tier)
     else:
         # 0.1 % of a score near 0 is a margin of nothing, and the score itself is noise: what can be asked is whether

@@ -1,7 +1,7 @@
 """Where a folder leaves the baseline: the first layer, then the operator inside it.
 
 A copy of the scoring graph gets its inner values as outputs; PyTorch's come from hooks. Both run the same ids. What
-rounding does to each value is measured, not guessed: PyTorch in the folder's own precision (fp32: with another attention
+rounding does to each value is measured, not guessed: PyTorch in the folder's own precision (fp32: another attention
 kernel) against PyTorch in fp32. The first of qkv, attention, o_proj, mlp and residual, layer by layer, that is off by
 several times as much names the place.
 Try: ``llama-onnx validate BAD_FOLDER --baseline demo``.
