@@ -48,7 +48,7 @@ class Mode:
 
 MODES = {
     "quick": Mode("quick", 128, 8, 3, 2, False),
-    "standard": Mode("standard", 384, None, None, 16, True),
+    "standard": Mode("standard", 384, None, 8, 16, True),
 }
 
 
@@ -124,9 +124,7 @@ class Subject:
     @cached_property
     def conversion(self) -> Conversion:
         """What the export makes of the *baseline's* configuration: the graphs to compare with."""
-        from export.convert import convert
-
-        return convert(self.baseline.config, self.spec, self.manifest.data_file)
+        return self.baseline.conversion(self.spec, self.manifest.data_file)
 
     def graph(self, role: str) -> Any:
         """``decode`` or ``scoring`` graph of the folder, without its external data."""

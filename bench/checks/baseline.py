@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.convert import head_dim_of
+from export.convert import Conversion, convert, head_dim_of
 from export.pipeline import eos_ids, load_config
 from export.source import Source
+from export.spec import ExportSpec
 from export.weights import Checkpoint
 from runtime.generate import generate
 from runtime.session import Logits, SessionInfo
@@ -49,6 +50,7 @@ class Baseline:
         self._tokens: dict[Any, Tokens] = {}
         self._continued: dict[Any, tuple[Past, Logits]] = {}
         self._residuals: dict[Any, list[dict[str, NDArray[np.float32]]]] = {}
+        self._conversions: dict[tuple[str, str], Conversion] = {}
         self._nulls: dict[str, TorchSession] = {}
 
     @property
@@ -65,6 +67,13 @@ class Baseline:
     def tensors(self) -> Checkpoint:
         """The checkpoint's tensors, read one by one."""
         return Checkpoint(self.checkpoint)
+
+    def conversion(self, spec: ExportSpec, data_file: str) -> Conversion:
+        """What the export makes of this configuration; traced once for each request."""
+        key = (spec.digest, data_file)
+        if key not in self._conversions:
+            self._conversions[key] = convert(self.config, spec, data_file)
+        return self._conversions[key]
 
     @cached_property
     def eos(self) -> tuple[int, ...]:
