@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.datasets import NEW_TOKENS, Dataset, Item, prompt_ids
 from bench.errors import DatasetError
 from bench.metrics import Scored, difference_interval, score_interval, score_task
-from bench.parity import TIERS, Tier, TokenFigures, decide, teacher_forced_checks, token_figures
+from bench.parity import TIERS, Tier, TokenFigures, decide, explained_tail, teacher_forced_checks, token_figures
 from bench.workload import Profile, chunked
 from reports.record import Check, Example, Parity, Status, TaskMetric
 from runtime.generate import generate
@@ -247,7 +248,7 @@ def task_metrics(outputs: Sequence[Outputs], tokenizer: Any, tier: Tier, seed: i
             strict=True,
         )
         for candidate, baseline, cross in pairs:
-            rows.append(_task_metric(group, candidate, baseline, cross, tier, seed))
+            rows.append(_task_metric(group, candidate, baseline, cross, tier, seed, ours == theirs))
     return rows
 
 
@@ -264,12 +265,14 @@ def task_status(low: float, high: float, limit: float, items: int, tier: Tier) -
     return "REPORTED" if status == "INCONCLUSIVE" and tier.name != "fp32" else status
 
 
-def _task_metric(group: str, candidate: Scored, baseline: Scored, cross: Scored, tier: Tier, seed: int) -> TaskMetric:
+def _task_metric(
+    group: str, candidate: Scored, baseline: Scored, cross: Scored, tier: Tier, seed: int, same: bool
+) -> TaskMetric:
     low, high = difference_interval(candidate, baseline, seed)
     limit = -(1.0 - tier.task_ratio) * baseline.score
     items = len(candidate.statistics)
     settings = candidate.settings
-    if np.array_equal(candidate.statistics, baseline.statistics) or baseline.score >= FLOOR_SCORE:
+    if same or baseline.score >= FLOOR_SCORE:
         status = task_status(low, high, limit - 1e-12, items, tier)
     else:
         # 0.1 % of a score near 0 is a margin of nothing, and the score itself is noise: what can be asked is whether
@@ -339,6 +342,27 @@ class GateInputs:
     seed: int
 
 
+def _teacher_forced(
+    inputs: GateInputs, windows: Sequence[Sequence[int]], figures: Sequence[TokenFigures], tick: Tick
+) -> list[Check]:
+    """The statistics beside their null control; in fp16 and bf16 also against what PyTorch itself loses there."""
+    tier, baseline = inputs.tier, inputs.baseline
+    if not inputs.null:
+        return teacher_forced_checks(figures, [], tier, inputs.seed)
+    other = inputs.null()
+    null = score_windows(other, baseline, windows[: inputs.profile.null_windows], tick)
+    checks = teacher_forced_checks(figures, null, tier, inputs.seed)
+    if tier.name in ("fp16", "bf16") and tier.tail_kld is not None:
+
+        def own_loss(k: int) -> NDArray[np.float64]:
+            return null[k].kld if k < len(null) else score_windows(other, baseline, [windows[k]])[0].kld
+
+        tail = next(k for k, c in enumerate(checks) if c.name == "tail_kld")
+        checks[tail] = explained_tail(checks[tail], figures, own_loss, tier.tail_kld)
+    other.close()
+    return checks
+
+
 def run_gate(inputs: GateInputs, tick: Tick = lambda _: None) -> Parity:
     """Everything, in order; the result goes into the record.
 
@@ -352,12 +376,7 @@ def run_gate(inputs: GateInputs, tick: Tick = lambda _: None) -> Parity:
         checks += consistency_check(inputs.candidate, windows, tier)
         tick("consistency of the candidate with itself")
         figures = score_windows(inputs.candidate, inputs.baseline, windows, tick)
-        null: list[TokenFigures] = []
-        if inputs.null:
-            other = inputs.null()
-            null = score_windows(other, inputs.baseline, windows[: profile.null_windows], tick)
-            other.close()
-        checks = teacher_forced_checks(figures, null, tier, inputs.seed) + checks
+        checks = _teacher_forced(inputs, windows, figures, tick) + checks
     groups = inputs.dataset.groups(profile.items)
     items = [item for members in groups.values() for item in members]
     tasks: list[TaskMetric] = []

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.checks.base import SEED, Found, Subject
-from bench.parity import TokenFigures, kld_rows, null_ratio_check, teacher_forced_checks, token_figures
+from bench.parity import TokenFigures, explained_tail, kld_rows, null_ratio_check, teacher_forced_checks, token_figures
 from reports.record import Check
 from reports.validation import Finding, worst
 
@@ -29,6 +29,9 @@ def _one(name: str) -> Callable[[Subject], Found]:
         if not s.windows:
             return Found("SKIPPED", "the dataset has no prose to score")
         found = next(c for c in teacher_forced(s) if c.name == name)
+        if name == "tail_kld" and s.manifest.precision in ("fp16", "bf16") and s.tier.tail_kld is not None:
+            found = explained_tail(found, s.figures, lambda k: _own_loss(s, k), s.tier.tail_kld)
+            s.baseline.drop_nulls()
         if not s.mode.judges_tails and name in ("tail_kld", "top1_agreement"):
             status = "FAIL" if found.status == "FAIL" else "REPORTED"
             found = found.model_copy(update={"status": status})
@@ -60,6 +63,16 @@ def null_figures(s: Subject) -> list[TokenFigures]:
         s.__dict__["_null"] = cached
     found: list[TokenFigures] = cached
     return found
+
+
+def _own_loss(s: Subject, k: int) -> NDArray[np.float64]:
+    """What PyTorch in the folder's precision loses over one window, ``[tokens]``."""
+    null = null_figures(s)
+    if k < len(null):
+        return null[k].kld
+    ids = s.windows[k]
+    s.tick(f"PyTorch's own loss, window {k + 1}")
+    return token_figures(s.baseline.null_score(s.manifest.activations, ids), s.baseline.score(ids), ids).kld
 
 
 def of_figures(figures: Sequence[Check], findings: Sequence[Finding] = ()) -> Found:
