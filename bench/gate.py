@@ -149,10 +149,12 @@ def run_generation(
     eos: Sequence[int],
     tick: Tick = lambda _: None,
     baseline_tokens: Callable[[list[list[int]], int], tuple[tuple[int, ...], ...]] | None = None,
+    most: int | None = None,
 ) -> list[Outputs]:
     """Greedy generation of every item on both sides, same batches, in the items' order.
 
-    ``baseline_tokens(prompts, limit)`` stands in for generating on ``baseline``, where its tokens are kept.
+    ``baseline_tokens(prompts, limit)`` stands in for generating on ``baseline``, where its tokens are kept; ``most``
+    caps the new tokens of every task.
 
     Raises:
         DatasetError: an item is longer than the context.
@@ -171,7 +173,7 @@ def run_generation(
     batches = _batches(encoded)
     for k, batch in enumerate(batches):
         prompts = [ids for _, ids in batch]
-        limit = NEW_TOKENS[batch[0][0].task]
+        limit = min(NEW_TOKENS[batch[0][0].task], most or NEW_TOKENS[batch[0][0].task])
         ours = generate(candidate, prompts, limit, eos)
         theirs = (
             baseline_tokens(prompts, limit)

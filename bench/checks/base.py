@@ -35,7 +35,8 @@ SEED = 20_261_124
 class Mode:
     """How much is measured. ``window`` tokens a chunk, at most ``windows`` of them; ``items`` of each task group.
 
-    ``judges_tails``: whether so many tokens can decide the tail and top-1; if not they are reported.
+    ``new_tokens`` caps each generation (None: the task's own length), ``places`` the places that behaviour checks look
+    at. ``judges_tails``: whether so many tokens can decide the tail and top-1; if not they are reported.
     """
 
     name: str
@@ -44,10 +45,12 @@ class Mode:
     null_windows: int | None
     items: int
     judges_tails: bool
+    new_tokens: int | None = None
+    places: int | None = None
 
 
 MODES = {
-    "quick": Mode("quick", 128, 8, 3, 2, False),
+    "quick": Mode("quick", 128, 6, 1, 1, False, new_tokens=16, places=1),
     "standard": Mode("standard", 384, None, 8, 16, True),
 }
 

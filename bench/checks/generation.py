@@ -19,7 +19,14 @@ def outputs_of(s: Subject) -> list[Outputs]:
         groups = s.dataset.groups(s.mode.items)
         items = [item for members in groups.values() for item in members]
         cached = run_generation(
-            s.candidate, None, items, s.tokenizer, s.manifest.eos_token_ids, s.tick, baseline_tokens=s.baseline.tokens
+            s.candidate,
+            None,
+            items,
+            s.tokenizer,
+            s.manifest.eos_token_ids,
+            s.tick,
+            baseline_tokens=s.baseline.tokens,
+            most=s.mode.new_tokens,
         )
         s.__dict__["_outputs"] = cached
     found: list[Outputs] = cached

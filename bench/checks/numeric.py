@@ -161,7 +161,7 @@ def decode_steps(s: Subject) -> Found:
     text = _text(s, 160)
     whole = s.baseline.score(text)
     rows = []
-    for start, steps in ((3, 12), (len(text) - 25, 24)):
+    for start, steps in ((3, 12), (len(text) - 25, 24))[: s.mode.places]:
         if start < 1 or start + steps > len(text):
             continue
         logits = s.candidate.prefill([text[:start]], reserve=steps).copy()
@@ -199,11 +199,8 @@ def batch_rows(s: Subject) -> Found:
     lengths = [max(1, n) for n in lengths]
     whole = s.baseline.score(text)
     rows = []
-    for title, order in (
-        ("as given", lengths),
-        ("shortest first", sorted(lengths)),
-        ("longest first", sorted(lengths)[::-1]),
-    ):
+    orders = {"as given": lengths, "shortest first": sorted(lengths), "longest first": sorted(lengths)[::-1]}
+    for title, order in list(orders.items())[: s.mode.places]:
         logits = s.candidate.prefill([text[:n] for n in order], reserve=2).copy()
         for step in range(3):
             wanted = np.stack([whole[n - 1 + step] for n in order])
@@ -230,7 +227,7 @@ def long_context(s: Subject) -> Found:
     if original and original + new < end:
         places["the original rope context"] = int(original) - new // 2
     rows = []
-    for title, length in places.items():
+    for title, length in list(places.items())[: None if original else s.mode.places]:
         if length < 1:
             continue
         past, wanted = s.baseline.continued(text, length, tail)
