@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from export.manifest import Manifest
 from runtime.errors import SessionError
+from runtime.ort_session import OrtSession
 
 _NUMPY = {"fp32": np.float32, "fp16": np.float16}
 
@@ -46,6 +47,23 @@ class GraphProbe:
         self._manifest = manifest
         self.dtype = _NUMPY[manifest.kv.dtype]
         self._inputs = {i.name for i in self._session.get_inputs()}
+
+    @classmethod
+    def of(cls, session: OrtSession) -> GraphProbe:
+        """Over the scoring graph that a session has open already, so that its weights are in memory once.
+
+        Raises:
+            SessionError: as above; or the session does not run on the CPU.
+        """
+        if session.manifest.kv.dtype not in _NUMPY:
+            raise SessionError(f"a {session.manifest.kv.dtype} cache cannot be probed: numpy has no such type")
+        session.score([0])  # opens it
+        made = cls.__new__(cls)
+        made._session = session._scoring
+        made._manifest = session.manifest
+        made.dtype = _NUMPY[session.manifest.kv.dtype]
+        made._inputs = {i.name for i in made._session.get_inputs()}
+        return made
 
     def run(
         self,

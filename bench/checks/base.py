@@ -183,7 +183,7 @@ class Subject:
         """The scoring graph, with a cache of the check's own."""
         from runtime.probe import GraphProbe
 
-        return GraphProbe(self.folder / self.manifest.scoring_graph, self.manifest, self.threads)
+        return GraphProbe.of(self.candidate)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -212,7 +212,7 @@ class Subject:
 
     def close(self) -> None:
         """Free what was opened for this folder; the baseline stays."""
-        for name in ("candidate", "probe"):
+        for name in ("probe", "candidate"):
             opened = self.__dict__.pop(name, None)
             if opened is not None:
                 opened.close()

@@ -7,7 +7,8 @@ Try: ``llama-onnx validate FOLDER --baseline demo --only mean_kld``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,18 +103,30 @@ class Baseline:
         key = (kind, tuple(ids))
         if key in self._scores:
             return self._scores[key]
-        session = self.session if kind == "fp32" else self._null(kind)
-        logits = session.score(ids)
+        with self._as(kind) as session:
+            logits = session.score(ids)
         if logits.nbytes <= self._room:
             self._room -= logits.nbytes
             self._scores[key] = logits.copy()
         return logits
 
-    def _null(self, kind: str) -> TorchSession:
-        if kind not in self._nulls:
-            precision, attention = ("fp32", "eager") if kind == "eager" else (kind, "sdpa")
-            self._nulls[kind] = TorchSession(self.checkpoint, precision, attention=attention, threads=self.threads)
-        return self._nulls[kind]
+    @contextmanager
+    def _as(self, kind: str) -> Iterator[TorchSession]:
+        """The model as a null control has it: ``eager`` is the same weights through another attention kernel."""
+        if kind == "eager":
+            model = self.session.model
+            usual = model.config._attn_implementation
+            model.set_attn_implementation("eager")
+            try:
+                yield self.session
+            finally:
+                model.set_attn_implementation(usual)
+        elif kind == "fp32":
+            yield self.session
+        else:
+            if kind not in self._nulls:
+                self._nulls[kind] = TorchSession(self.checkpoint, kind, threads=self.threads)
+            yield self._nulls[kind]
 
     def drop_nulls(self) -> None:
         """Free the null controls' models, so that never more than two models are in memory for long."""
@@ -173,8 +186,8 @@ class Baseline:
         """As :meth:`residuals`, by a null control (see :meth:`null_score`)."""
         key = (kind, tuple(ids))
         if key not in self._residuals:
-            session = self.session if kind == "fp32" else self._null(kind)
-            self._residuals[key] = _residuals(session.model, ids)
+            with self._as(kind) as session:
+                self._residuals[key] = _residuals(session.model, ids)
         return self._residuals[key]
 
     def rope_rows(self, kind: str, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
