@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.checks.base import MODES, Subject
+from bench.datasets import load_file
 from bench.defects.harmless import HARMLESS
 from bench.defects.in_files import DEFECTS as IN_FILES
 from bench.defects.in_graph import DEFECTS as IN_GRAPH
@@ -144,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="a good export (default: one is made)")
     parser.add_argument("--mode", default="quick", choices=list(MODES))
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--dataset", type=Path, help="texts, JSONL (default: the project's own)")
     parser.add_argument("--only", help="part of a name")
     parser.add_argument("--list", action="store_true", help="names only")
     parser.add_argument("--out", type=Path, help="Markdown file that the table is written to (rows beside it as JSON)")
@@ -162,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from export.spec import ExportSpec
 
             export_model(ExportSpec(args.model, args.precision), good)
-        subject = make_subject(good, args.model, MODES[args.mode], memo_bytes=MEMO_BYTES)
+        dataset = load_file(args.dataset) if args.dataset else None
+        subject = make_subject(good, args.model, MODES[args.mode], dataset, memo_bytes=MEMO_BYTES)
         started = time.perf_counter()
         for d in chosen:
             row = (run_defect if isinstance(d, Defect) else run_harmless)(d, subject, good, work)  # type: ignore[operator]
@@ -172,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             err.print(shown, markup=False, highlight=False, soft_wrap=True)
             if args.out:
-                _write(args.out, rows, f"{args.model}, {args.precision}, mode {args.mode}")
+                _write(args.out, rows, f"{subject.baseline.source.name}, {args.precision}, mode {args.mode}")
         subject.baseline.close()
         err.print(f"{len(rows)} folders in {time.perf_counter() - started:.0f} s")
     return 0 if all(r.good for r in rows) else 1
