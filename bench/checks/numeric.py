@@ -137,7 +137,8 @@ def _kld_check(
 
 
 def _text(s: Subject, length: int) -> list[int]:
-    """Ids of the dataset's prose, as many as asked for if there are."""
+    """Ids of the dataset's prose, as many as asked for if there are so many, and a few less than the context."""
+    length = min(length, s.manifest.context_length - 4)
     out: list[int] = []
     for window in s.windows:
         out += window

@@ -22,10 +22,10 @@ from reports.validation import Finding
 if TYPE_CHECKING:
     from export.convert import WeightRecipe
 
-RATIO = {"rtn": 1.0, "hqq": 1.02, "kquant": 1.3, "gptq": 6.0}
-"""Largest squared error of a block against round-to-nearest's, by method. hqq keeps a grid only where it is better;
-kquant weighs errors by magnitude, gptq moves error between columns: both are also held to :data:`WHOLE`."""
-WHOLE = {"rtn": 1.0, "hqq": 1.02, "kquant": 1.3, "gptq": 3.0}
+RATIO = {"rtn": 1.0, "hqq": 1.02, "kquant": 1.3, "gptq": float("inf")}
+"""Largest squared error of a block against round-to-nearest's, by method. hqq keeps a grid only where it is better,
+kquant weighs errors by magnitude; gptq moves error between columns on purpose, so only whole tensors can be held."""
+WHOLE = {"rtn": 1.0, "hqq": 1.02, "kquant": 1.3, "gptq": 10.0}
 """The same over a whole tensor."""
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -205,7 +205,7 @@ def _by_content(s: Subject) -> Found:
     reader = TensorReader(s.folder)
     stored: dict[tuple[Any, ...], list[Any]] = {}
     for tensor in s.graph("decode").graph.initializer:
-        if len(tensor.dims) and torch.tensor(list(tensor.dims)).prod() > 64:
+        if len(tensor.dims) and torch.tensor(list(tensor.dims)).prod() > 8:
             stored.setdefault(tuple(tensor.dims), []).append(tensor)
     dtype = TORCH_DTYPE.get(s.manifest.precision)
     if dtype is None:
