@@ -175,11 +175,12 @@ def run_generation(
         prompts = [ids for _, ids in batch]
         limit = min(NEW_TOKENS[batch[0][0].task], most or NEW_TOKENS[batch[0][0].task])
         ours = generate(candidate, prompts, limit, eos)
-        theirs = (
-            baseline_tokens(prompts, limit)
-            if baseline is None or baseline_tokens
-            else generate(baseline, prompts, limit, eos).tokens
-        )
+        if baseline_tokens is not None:
+            theirs = baseline_tokens(prompts, limit)
+        elif baseline is not None:
+            theirs = generate(baseline, prompts, limit, eos).tokens
+        else:
+            raise ValueError("give a baseline, or where its tokens are kept")
         for (item, _), a, b in zip(batch, ours.tokens, theirs, strict=True):
             found[item.id] = Outputs(item, a, b)
         tick(f"generating batch {k + 1} of {len(batches)} ({batch[0][0].task})")
