@@ -150,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="names only")
     parser.add_argument("--out", type=Path, help="Markdown file that the table is written to (rows beside it as JSON)")
     args = parser.parse_args(argv)
-    chosen = [d for d in (*DEFECTS, *HARMLESS) if not args.only or args.only.lower() in d.name.lower()]
+    everything: tuple[Defect | Harmless, ...] = (*DEFECTS, *HARMLESS)
+    chosen = [d for d in everything if not args.only or args.only.lower() in d.name.lower()]
     if args.list:
         print("\n".join(d.name for d in chosen))
         return 0
@@ -168,7 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         subject = make_subject(good, args.model, MODES[args.mode], dataset, memo_bytes=MEMO_BYTES)
         started = time.perf_counter()
         for d in chosen:
-            row = (run_defect if isinstance(d, Defect) else run_harmless)(d, subject, good, work)  # type: ignore[operator]
+            if isinstance(d, Defect):
+                row = run_defect(d, subject, good, work)
+            else:
+                row = run_harmless(d, subject, good, work)
             rows.append(row)
             shown = (
                 f"{row.verdict:<12} {'' if row.good else '!!! '}{row.name}: {row.reason[:140]} ({row.seconds:.0f} s)"

