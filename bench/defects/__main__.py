@@ -169,10 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subject = make_subject(good, args.model, MODES[args.mode], dataset, memo_bytes=MEMO_BYTES)
         started = time.perf_counter()
         for d in chosen:
-            if isinstance(d, Defect):
-                row = run_defect(d, subject, good, work)
-            else:
-                row = run_harmless(d, subject, good, work)
+            row = run_defect(d, subject, good, work) if isinstance(d, Defect) else run_harmless(d, subject, good, work)
             rows.append(row)
             shown = (
                 f"{row.verdict:<12} {'' if row.good else '!!! '}{row.name}: {row.reason[:140]} ({row.seconds:.0f} s)"
