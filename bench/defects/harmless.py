@@ -180,7 +180,7 @@ def _other_numerics(w: Workshop) -> None:
     for name in ("model.rope_cos", "model.rope_sin"):
         with w.weight(name) as table:
             some = rng.random(table.shape) < 0.1
-            table[some] = np.nextafter(table[some], table.dtype.type(2))
+            table[some] = np.nextafter(table[some], table.dtype.type(0))
 
 
 def _tokenizer_again(w: Workshop) -> None:
