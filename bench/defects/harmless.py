@@ -22,18 +22,19 @@ def _session_options(**settings: Any) -> Iterator[None]:
     from runtime import ort_session
 
     ort: Any = vars(ort_session)["ort"]  # the runtime owns onnxruntime; here only its options are changed
-    base = ort.SessionOptions
+    base: Any = ort.SessionOptions
+
+    def keep(options: Any, name: str, value: Any) -> None:
+        if name not in settings:
+            base.__setattr__(options, name, value)
+
+    fixed = type("FixedOptions", (base,), {"__setattr__": keep})
 
     def made() -> Any:
-        options = _Fixed()
+        options = fixed()
         for name, value in settings.items():
             getattr(base, name).fset(options, value)
         return options
-
-    class _Fixed(base):  # type: ignore[misc]
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name not in settings:
-                super().__setattr__(name, value)
 
     with patch.object(ort, "SessionOptions", made):
         yield
