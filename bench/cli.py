@@ -93,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=128)
     add_generate_options(generate)
 
+    from bench.validate_command import add_arguments
+
+    add_arguments(add("validate", _validate, "is this exported folder still the model? Named checks and a verdict"))
+
     add("bench", _bench, "run the suite: the same as `pytest bench/`, whose options it takes (--profile smoke, ...)")
 
     from bench import compare_command, history_command, sweep
@@ -257,6 +261,12 @@ def _generate(args: argparse.Namespace) -> int:
     from bench.generate_text import run
 
     return run(args, ERR)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from bench.validate_command import run
+
+    return run(args)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -157,6 +157,18 @@ def score_task(task: str, outputs: Sequence[str], references: Sequence[Sequence[
     return [bleu(outputs, references)]
 
 
+def score_interval(scored: Scored, seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """One-sided 95 % bounds (lower, upper) of one score: bootstrap over items."""
+    n = len(scored.statistics)
+    rng = np.random.default_rng(seed)
+    values = np.empty(resamples)
+    for k in range(resamples):
+        weights = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
+        values[k] = scored.score_of(weights @ scored.statistics)
+    low, high = np.quantile(values, [0.05, 0.95])
+    return float(low), float(high)
+
+
 def difference_interval(
     candidate: Scored, baseline: Scored, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:

@@ -84,6 +84,12 @@ class TorchSession:
         """What runs."""
         return self._info
 
+    @property
+    def model(self) -> Any:
+        """The transformers model itself, for those who look inside it (the gate's localisation)."""
+        self._require_open()
+        return self._model
+
     def _require_open(self) -> None:
         if self._model is None:
             raise SessionError("the session is closed; open a new one")

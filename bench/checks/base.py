@@ -1,0 +1,222 @@
+"""What a check gets and gives: the subject (folder, baseline, settings) with everything heavy made once and shared.
+
+A check is a function ``Subject -> Found``; :mod:`bench.checks.registry` names them. Nothing heavy is imported here,
+so that ``validate --list-checks`` starts at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.manifest import MANIFEST_NAME, Manifest
+from reports.record import Check, Example, TaskMetric
+from reports.validation import Finding, Kind, Outcome
+
+if TYPE_CHECKING:
+    from bench.checks.baseline import Baseline
+    from bench.checks.canonical import Pairing
+    from bench.datasets import Dataset
+    from bench.parity import Tier, TokenFigures
+    from export.convert import Conversion
+    from export.spec import ExportSpec
+    from runtime.ort_session import OrtSession
+    from runtime.probe import GraphProbe
+
+Tick = Callable[[str], None]
+SEED = 20_261_124
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How much is measured. ``window`` tokens a chunk, at most ``windows`` of them; ``items`` of each task group.
+
+    ``new_tokens`` caps each generation (None: the task's own length), ``places`` the places that behaviour checks look
+    at. ``judges_tails``: whether so many tokens can decide the tail and top-1; if not they are reported.
+    """
+
+    name: str
+    window: int
+    windows: int | None
+    null_windows: int | None
+    items: int
+    judges_tails: bool
+    new_tokens: int | None = None
+    places: int | None = None
+
+
+MODES = {
+    "quick": Mode("quick", 128, 6, 1, 1, False, new_tokens=16, places=1),
+    "standard": Mode("standard", 384, None, 8, 16, True),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a check found; ``figure`` is its line on the terminal."""
+
+    status: Outcome
+    figure: str
+    findings: Sequence[Finding] = ()
+    figures: Sequence[Check] = ()
+    tasks: Sequence[TaskMetric] = ()
+    notes: Sequence[str] = ()
+    examples: Sequence[Example] = ()
+
+
+@dataclass(frozen=True)
+class CheckSpec:
+    """One named check: what it looks at in one sentence, and what it catches (both stand in docs/gate.md)."""
+
+    name: str
+    kind: Kind
+    looks_at: str
+    catches: str
+    run: Callable[[Subject], Found]
+
+
+def exact(findings: Sequence[Finding], good: str, notes: Sequence[str] = ()) -> Found:
+    """PASS with ``good``, or FAIL naming the first finding."""
+    if not findings:
+        return Found("PASS", good, notes=notes)
+    first = findings[0]
+    more = f" (+{len(findings) - 1} more)" if len(findings) > 1 else ""
+    return Found("FAIL", f"{first.where}: {first.what}{more}", findings=findings, notes=notes)
+
+
+@dataclass
+class Subject:
+    """One folder under test beside its baseline."""
+
+    folder: Path
+    baseline: Baseline
+    mode: Mode
+    dataset: Dataset
+    provider: str = "cpu"
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    tick: Tick = lambda _message: None
+
+    # -- what is in the folder ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The folder's manifest, or the one made up for a folder from elsewhere; hashes are another check's."""
+        from runtime.loading import read_folder
+
+        return read_folder(self.folder, verify=False)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the folder carries our manifest with the description of a fused graph."""
+        return (self.folder / MANIFEST_NAME).is_file() and self.manifest.target != "plain"
+
+    @cached_property
+    def spec(self) -> ExportSpec:
+        """The request that the manifest says it was made from."""
+        from dataclasses import fields
+
+        from export.spec import ExportSpec
+
+        known = {f.name for f in fields(ExportSpec)}
+        return ExportSpec(**{k: v for k, v in self.manifest.spec.items() if k in known})
+
+    @cached_property
+    def conversion(self) -> Conversion:
+        """What the export makes of the *baseline's* configuration: the graphs to compare with."""
+        return self.baseline.conversion(self.spec, self.manifest.data_file)
+
+    def graph(self, role: str) -> Any:
+        """``decode`` or ``scoring`` graph of the folder, without its external data."""
+        return self._graphs[role]
+
+    @cached_property
+    def _graphs(self) -> dict[str, Any]:
+        import onnx
+
+        names = {"decode": self.manifest.decode_graph, "scoring": self.manifest.scoring_graph}
+        loaded = {n: onnx.load(self.folder / n, load_external_data=False) for n in set(names.values())}
+        return {role: loaded[n] for role, n in names.items()}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The graphs that are really two."""
+        return ("decode",) if self.manifest.decode_graph == self.manifest.scoring_graph else ("decode", "scoring")
+
+    @cached_property
+    def pairings(self) -> dict[str, Pairing]:
+        """Expected against found graph, by role (only where :attr:`ours`)."""
+        from bench.checks.canonical import pair_graphs
+
+        wanted = {
+            "decode": self.conversion.decode if self.manifest.decode_logits == "last" else self.conversion.scoring,
+            "scoring": self.conversion.scoring,
+        }
+        return {role: pair_graphs(wanted[role], self.graph(role)) for role in self.roles}
+
+    # -- what runs ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tier(self) -> Tier:
+        """Margins of the precision that the folder claims."""
+        from bench.parity import TIERS
+
+        return TIERS[self.manifest.precision]
+
+    @property
+    def tail_limit(self) -> float:
+        """Largest KL divergence that a single place may have, nats; int4 has no tail margin, ten means stand in."""
+        return self.tier.tail_kld if self.tier.tail_kld is not None else 10 * self.tier.mean_kld
+
+    @cached_property
+    def candidate(self) -> OrtSession:
+        """The folder on ONNX Runtime."""
+        from runtime.loading import load
+
+        return load(self.folder, self.provider, self.threads, verify=False, huge_pages=False)
+
+    @cached_property
+    def probe(self) -> GraphProbe:
+        """The scoring graph, with a cache of the check's own."""
+        from runtime.probe import GraphProbe
+
+        return GraphProbe.of(self.candidate)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The baseline's tokenizer: both sides get the same ids."""
+        from runtime.text import load_tokenizer
+
+        return load_tokenizer(self.baseline.checkpoint)
+
+    @cached_property
+    def windows(self) -> list[list[int]]:
+        """Token windows, from every text in turn so that few windows still see every kind of text."""
+        from bench.workload import chunked
+
+        size = min(self.mode.window, self.baseline.config.max_position_embeddings)
+        per_text = [chunked(self.tokenizer(t)["input_ids"], size) for t in self.dataset.prose()]
+        width = max((len(w) for w in per_text), default=0)
+        mixed = [w[k] for k in range(width) for w in per_text if k < len(w)]
+        return mixed[: self.mode.windows] if self.mode.windows else mixed
+
+    @cached_property
+    def figures(self) -> list[TokenFigures]:
+        """Teacher-forced comparison of every window."""
+        from bench.gate import score_windows
+
+        return score_windows(self.candidate, self.baseline, self.windows, self.tick)
+
+    def close(self) -> None:
+        """Free what was opened for this folder; the baseline stays."""
+        for name in ("probe", "candidate"):
+            opened = self.__dict__.pop(name, None)
+            if opened is not None:
+                opened.close()
+
+    def at(self, folder: Path) -> Subject:
+        """The same settings over another folder."""
+        return replace(self, folder=folder)

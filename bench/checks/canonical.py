@@ -1,0 +1,271 @@
+"""Two graphs walked in lock-step from their outputs: equal but for node order, names, opset and stored form?
+
+The export re-derived from the configuration is the expected side. Walking backwards pairs every expected value with
+the found one that stands in its place, and every weight recipe with the initialiser that is really read there, which
+is what the weight audit then compares. Differences are reported in the expected graph's order, so the first one is
+where the graphs part. Try: ``python -m pytest tests/bench/test_canonical.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from reports.validation import Finding
+
+COMMUTATIVE = ("Add", "Mul", "Min", "Max")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "GroupQueryAttention": {
+        "do_rotary": 0,
+        "rotary_interleaved": 0,
+        "local_window_size": -1,
+        "softcap": 0.0,
+        "smooth_softmax": 0,
+        "qk_output": 0,
+    },
+    "SimplifiedLayerNormalization": {"axis": -1, "epsilon": 1e-5, "stash_type": 1},
+    "SkipSimplifiedLayerNormalization": {"epsilon": 1e-12},
+    "RMSNormalization": {"axis": -1, "epsilon": 1e-5, "stash_type": 1},
+    "Attention": {"is_causal": 0, "softcap": 0.0, "qk_matmul_output_mode": 0},
+    "RotaryEmbedding": {"interleaved": 0, "rotary_embedding_dim": 0, "num_heads": 0},
+    "Gather": {"axis": 0},
+    "Concat": {},
+    "Reshape": {"allowzero": 0},
+    "ReduceSum": {"keepdims": 1, "noop_with_empty_axes": 0},
+    "ArgMax": {"axis": 0, "keepdims": 1, "select_last_index": 0},
+    "GatherND": {"batch_dims": 0},
+    "Cast": {"saturate": 1},
+    "Shape": {"start": 0},
+    "MatMulNBits": {"accuracy_level": 0, "bits": 4},
+}
+"""Values that an attribute has when it is not written, by operator (ONNX and ONNX Runtime's operator documentation)."""
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_IO_LAYER = re.compile(r"(?:past_key_values|present)\.(\d+)\.")
+MOST_FINDINGS = 200
+
+
+@dataclass
+class Pairing:
+    """``weights``: expected initialiser name -> found one. ``unused``: found ones that nothing expected reads."""
+
+    findings: list[Finding] = field(default_factory=list)
+    weights: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+
+def attributes_of(node: Any) -> dict[str, Any]:
+    """Attributes with their defaults filled in, floats as fp32 sees them, tensors as arrays."""
+    import onnx
+
+    values = dict(DEFAULTS.get(node.op_type, {}))
+    for a in node.attribute:
+        v = onnx.helper.get_attribute_value(a)
+        values[a.name] = onnx.numpy_helper.to_array(v).tolist() if isinstance(v, onnx.TensorProto) else v
+    return {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in values.items()}
+
+
+class _Graph:
+    """Who makes each value, and what is a leaf; ``Identity`` is looked through, constants are initialisers."""
+
+    def __init__(self, model: Any) -> None:
+        graph = model.graph
+        self.inputs = {i.name: i for i in graph.input}
+        self.outputs = {o.name: o for o in graph.output}
+        self.leaves: dict[str, Any] = {t.name: t for t in graph.initializer}
+        self.made: dict[str, tuple[int, int]] = {}
+        self.nodes = list(graph.node)
+        self.alias: dict[str, str] = {}
+        for k, node in enumerate(self.nodes):
+            if node.op_type == "Identity":
+                self.alias[node.output[0]] = node.input[0]
+            elif node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+                self.leaves[node.output[0]] = node.attribute[0].t
+            else:
+                self.made |= {name: (k, i) for i, name in enumerate(node.output) if name}
+        self.layers = self._layers()
+
+    def resolve(self, name: str) -> str:
+        while name in self.alias:
+            name = self.alias[name]
+        return name
+
+    def producer(self, name: str) -> Any:
+        found = self.made.get(name)
+        return self.nodes[found[0]] if found else None
+
+    def is_weight(self, name: str) -> bool:
+        tensor = self.leaves.get(name)
+        return tensor is not None and (len(tensor.external_data) > 0 or int(np.prod(list(tensor.dims))) > 64)
+
+    def _layers(self) -> list[int | None]:
+        """Layer of each node: by the weights and cache values that it reads, else that of its producers."""
+        out: list[int | None] = []
+        for node in self.nodes:
+            own = [
+                int(m[1])
+                for n in node.input
+                for m in [_LAYER.search(n) if n in self.leaves else _IO_LAYER.match(n)]
+                if m
+            ]
+            if not own and not any(self.is_weight(n) for n in node.input):  # the head is in no layer
+                own = [layer for n in node.input if n in self.made and (layer := out[self.made[n][0]]) is not None]
+            out.append(max(own) if own else None)
+        return out
+
+
+def _kind(graph: _Graph, name: str) -> str:
+    if name in graph.inputs:
+        return f"input {name}"
+    if name in graph.leaves:
+        return "weight" if graph.is_weight(name) else "constant"
+    node = graph.producer(name)
+    return f"{node.op_type}" if node is not None else "nothing"
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    from onnx import numpy_helper
+
+    if a.data_type != b.data_type or list(a.dims) != list(b.dims):
+        return False
+    return bool(np.array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b)))
+
+
+class _Walk:
+    def __init__(self, expected: _Graph, found: _Graph) -> None:
+        self.e, self.f = expected, found
+        self.seen: set[tuple[str, str]] = set()
+        self.done: set[tuple[int, int]] = set()
+        self.stack: list[tuple[str, str, int, str]] = []
+        self.out: list[tuple[int, Finding]] = []
+        self.pairing = Pairing()
+        self.read: set[str] = set()
+
+    def report(self, order: int, where: str, what: str) -> None:
+        layer = self.e.layers[order] if 0 <= order < len(self.e.nodes) else None
+        if len(self.out) < MOST_FINDINGS:
+            prefix = f"layer {layer}, " if layer is not None else ""
+            self.out.append((order, Finding(where=prefix + where, what=what, layer=layer)))
+
+    def run(self) -> Pairing:
+        for name in self.e.outputs:
+            if name not in self.f.outputs:
+                self.report(-1, f"output {name}", "is missing")
+            else:
+                self.stack.append((name, name, len(self.e.nodes), f"output {name}"))
+        for name in self.f.outputs.keys() - self.e.outputs.keys():
+            self.report(-1, f"output {name}", "is not one that this model has")
+        for kind, ours, theirs in (("input", self.e.inputs, self.f.inputs), ("output", self.e.outputs, self.f.outputs)):
+            for name in ours.keys() & theirs.keys():
+                a, b = ours[name].type.tensor_type, theirs[name].type.tensor_type
+                if a.elem_type != b.elem_type:
+                    self.report(-1, f"{kind} {name}", f"has ONNX type {b.elem_type}, not {a.elem_type}")
+        while self.stack:
+            a, b, reader, slot = self.stack.pop()
+            a, b = self.e.resolve(a), self.f.resolve(b)
+            if (a, b) in self.seen:
+                continue
+            self.seen.add((a, b))
+            self.value(a, b, reader, slot)
+        self.pairing.findings = [finding for _, finding in sorted(self.out, key=lambda pair: pair[0])]
+        big = [n for n in self.f.leaves if self.f.is_weight(n)]
+        self.pairing.unused = [n for n in big if n not in self.read]
+        return self.pairing
+
+    def value(self, a: str, b: str, reader: int, slot: str) -> None:
+        if a in self.e.inputs or b in self.f.inputs:
+            if a != b:
+                self.report(reader, slot, f"reads {self.describe(b)} where {self.describe_expected(a)} belongs")
+            return
+        if a in self.e.leaves:
+            self.leaf(a, b, reader, slot)
+            return
+        k, out_index = self.e.made[a]
+        wanted = self.e.nodes[k]
+        made = self.f.made.get(b)
+        if made is None:
+            self.report(reader, slot, f"reads {self.describe(b)} where the result of {wanted.op_type} belongs")
+            return
+        node = self.f.nodes[made[0]]
+        if (node.op_type, node.domain.replace("ai.onnx", "")) != (wanted.op_type, wanted.domain):
+            self.report(k, slot, f"is made by {node.op_type} ({node.name}) where {wanted.op_type} belongs")
+            # A node put in between: go on behind it, so that one edit is one finding.
+            for name in node.input:
+                source = self.f.producer(self.f.resolve(name))
+                if source is not None and source.op_type == wanted.op_type:
+                    self.stack.append((a, name, reader, slot))
+                    return
+            return
+        if out_index != made[1]:
+            self.report(reader, slot, f"reads output {made[1]} of {node.op_type} ({node.name}), not output {out_index}")
+        if (k, made[0]) not in self.done:  # once, however many of its outputs are read
+            self.done.add((k, made[0]))
+            self.node(k, wanted, node)
+
+    def node(self, k: int, wanted: Any, node: Any) -> None:
+        label = f"{wanted.op_type} ({node.name or wanted.name})"
+        ours, theirs = attributes_of(wanted), attributes_of(node)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                self.report(k, label, f"{name} is {theirs.get(name)}, the configuration demands {ours.get(name)}")
+        a, b = _stripped(wanted.input), _stripped(node.input)
+        if len(a) != len(b):
+            self.report(k, label, f"has {len(b)} inputs, not {len(a)}")
+        if wanted.op_type in COMMUTATIVE and len(a) == len(b) == 2:
+            kinds_a = [_kind(self.e, self.e.resolve(x)) for x in a]
+            kinds_b = [_kind(self.f, self.f.resolve(x)) for x in b]
+            if kinds_a != kinds_b and kinds_a == kinds_b[::-1]:
+                b = b[::-1]
+        for i, (x, y) in enumerate(zip(a, b, strict=False)):
+            if bool(x) != bool(y):
+                self.report(k, label, f"input {i} is {'there' if y else 'left out'}, which it must not be")
+            elif x:
+                self.stack.append((x, y, k, f"input {i} of {label}"))
+
+    def leaf(self, a: str, b: str, reader: int, slot: str) -> None:
+        if b not in self.f.leaves:
+            self.report(reader, slot, f"reads {self.describe(b)} where {self.describe_expected(a)} belongs")
+            return
+        wanted, tensor = self.e.leaves[a], self.f.leaves[b]
+        self.read.add(b)
+        if not self.e.is_weight(a):
+            if not _same_constant(wanted, tensor):
+                self.report(reader, slot, f"the constant {b} has another value or type")
+            return
+        if wanted.data_type != tensor.data_type or list(wanted.dims) != list(tensor.dims):
+            self.report(
+                reader,
+                slot,
+                f"{b} has ONNX type {tensor.data_type} and shape {list(tensor.dims)}, "
+                f"not {wanted.data_type} and {list(wanted.dims)}",
+            )
+        if a != b and b in self.e.leaves:
+            self.report(reader, slot, f"reads {b} where {a} belongs")
+        elif self.pairing.weights.setdefault(a, b) != b:
+            # Two copies of a tied weight are harmless; the audit compares both.
+            self.pairing.weights[f"{a}#{len(self.pairing.weights)}"] = b
+
+    def describe(self, name: str) -> str:
+        return f"the {_kind(self.f, name)} {name}" if name not in self.f.inputs else f"the input {name}"
+
+    def describe_expected(self, name: str) -> str:
+        return f"the input {name}" if name in self.e.inputs else f"the {_kind(self.e, name)} {name}"
+
+
+def _stripped(names: Any) -> list[str]:
+    out = list(names)
+    while out and not out[-1]:
+        out.pop()
+    return out
+
+
+def pair_graphs(expected: Any, found: Any) -> Pairing:
+    """Compare two ``onnx.ModelProto``; neither needs its external data."""
+    return _Walk(_Graph(expected), _Graph(found)).run()
+
+
+def layers_of(model: Any) -> list[int | None]:
+    """Decoder layer of each node, by the weights and cache values that it reads."""
+    return _Graph(model).layers

@@ -1,0 +1,99 @@
+"""Checks of what a user reads: greedy generations on both sides and the scores of four tasks.
+
+Try: ``llama-onnx validate FOLDER --baseline demo --only greedy,tasks``.
+"""
+
+from __future__ import annotations
+
+from bench.checks.base import SEED, Found, Subject
+from bench.checks.numeric import of_figures
+from bench.gate import Outputs, examples, greedy_checks, run_generation, task_metrics
+from reports.record import Check
+from reports.validation import worst
+
+
+def outputs_of(s: Subject) -> list[Outputs]:
+    """Both sides' generations, made once for a subject."""
+    cached = s.__dict__.get("_outputs")
+    if cached is None:
+        groups = s.dataset.groups(s.mode.items)
+        items = [item for members in groups.values() for item in members]
+        cached = run_generation(
+            s.candidate,
+            None,
+            items,
+            s.tokenizer,
+            s.manifest.eos_token_ids,
+            s.tick,
+            baseline_tokens=s.baseline.tokens,
+            most=s.mode.new_tokens,
+        )
+        s.__dict__["_outputs"] = cached
+    found: list[Outputs] = cached
+    return found
+
+
+def _figure(s: Subject, name: str) -> Found:
+    found = outputs_of(s)
+    if not found:
+        return Found("SKIPPED", "the dataset has nothing to generate from")
+    check = next(c for c in greedy_checks(found, s.tier) if c.name == name)
+    result = of_figures([check])
+    return Found(result.status, f"{check.value:.4g} ({check.detail})", figures=[check])
+
+
+def greedy(s: Subject) -> Found:
+    """Share of greedy generations equal token for token, and where the first one parts."""
+    return _figure(s, "greedy_tokens")
+
+
+def length_band(s: Subject) -> Found:
+    """Length of the outputs over the baseline's, 0.9 to 1.1 both ways."""
+    return _figure(s, "length_band")
+
+
+def end_token(s: Subject) -> Found:
+    """As many generations end by themselves as the baseline's do."""
+    found = outputs_of(s)
+    if not found:
+        return Found("SKIPPED", "the dataset has nothing to generate from")
+    ends = set(s.baseline.eos)
+    ours, theirs = (
+        sum(bool(t) and t[-1] in ends for t in side)
+        for side in zip(*((o.candidate, o.baseline) for o in found), strict=True)
+    )
+    # Rounding flips a few tokens in lossy tiers: as many generations may end otherwise as may differ at all.
+    allowed = max(1, round((1 - s.tier.greedy) * len(found)))
+    check = Check(
+        name="end_token",
+        title="Generations that end by themselves",
+        status="PASS" if abs(ours - theirs) <= allowed else "FAIL",
+        value=float(ours),
+        bound=None,
+        limit=float(theirs),
+        better="equal",
+        null_value=None,
+        samples=len(found),
+        unit="",
+        detail=f"{ours} of {len(found)} end with an end token, the baseline's {theirs}; {allowed} may differ",
+    )
+    return Found(check.status, check.detail, figures=[check])
+
+
+def tasks(s: Subject) -> Found:
+    """BLEU, ROUGE, exact match and F1 against the references and against the baseline's own outputs."""
+    found = outputs_of(s)
+    if not found:
+        return Found("SKIPPED", "the dataset has nothing to generate from")
+    metrics = task_metrics(found, s.tokenizer, s.tier, SEED)
+    status = worst([m.status for m in metrics])
+    if status == "INCONCLUSIVE" and not s.mode.judges_tails:
+        status = "REPORTED"
+    bad = [m for m in metrics if m.status == "FAIL"]
+    least = min(metrics, key=lambda m: m.candidate - m.baseline)
+    shown = bad[0] if bad else least
+    figure = (
+        f"{len(metrics)} scores, largest loss {shown.baseline - shown.candidate:.2f} points "
+        f"({shown.metric} on {shown.task}: {shown.candidate:.2f} against {shown.baseline:.2f}, {shown.items} items)"
+    )
+    return Found(status, figure, tasks=metrics, examples=examples(found, s.tokenizer))

@@ -1,0 +1,242 @@
+"""Exact checks of what stands around the graph: configuration, tokenizer, chat template, special ids, generation.
+
+A wrong merge or a lost end token changes what every user sees, and no teacher-forced figure sees it.
+Try: ``llama-onnx validate FOLDER --baseline demo --only tokenizer,chat_template,special_ids``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.checks.base import Found, Subject, exact
+from reports.validation import Finding
+
+VOLATILE = {
+    "_name_or_path",
+    "_commit_hash",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "architectures",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "llama_onnx_origin",
+    "name_or_path",
+}
+"""Keys of a configuration that say nothing about what the model computes."""
+STRESS = (
+    "The quick brown fox: 3.14159, 1,000,000 and 42!",
+    "  leading, trailing and   many spaces \t tabs\n\nnew lines  ",
+    "naïve café, Straße, łódź, Ελλάδα, Привет, 你好世界, こんにちは, 안녕하세요, مرحبا",
+    "def f(x):\n    return {'a': [x ** 2 for _ in range(10)]}  # code",
+    "emoji 🙂👍🏽 and symbols ∑∫√ → ≤ €",
+    "don't I'll we're JOHN'S iPhone x86_64 a/b\\c user@example.org",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaa 0000000000 ----------",
+)
+CHATS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "Hello."}],
+    [{"role": "system", "content": "Be short."}, {"role": "user", "content": "  What is 2+2?\n"}],
+    [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three <b>&"},
+    ],
+)
+MOST_TEXTS = 60
+
+
+def config(s: Subject) -> Found:
+    """config.json against the baseline's, but for keys that say nothing about the model."""
+    from transformers import AutoConfig
+
+    path = s.folder / "config.json"
+    if not path.is_file():
+        return Found("REPORTED", "no config.json in the folder")
+    try:
+        ours = AutoConfig.from_pretrained(s.folder, local_files_only=True).to_dict()
+    except (ValueError, OSError, KeyError, TypeError) as e:
+        return exact([Finding(where="config.json", what=str(e).splitlines()[0][:160])], "")
+    theirs = s.baseline.config.to_dict()
+    findings = _differences("config.json", ours, theirs)
+    return exact(findings, "config.json describes the baseline")
+
+
+def _differences(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
+    keys = sorted((ours.keys() | theirs.keys()) - VOLATILE)
+    return [
+        Finding(where=f"{where}, {k}", what=f"is {ours.get(k)!r}, the baseline has {theirs.get(k)!r}"[:200])
+        for k in keys
+        if ours.get(k) != theirs.get(k)
+    ]
+
+
+def _tokenizer_json(folder: Path) -> dict[str, Any] | None:
+    """tokenizer.json as the tokenizers library writes it again: another serialisation of it reads the same."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    raw: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())
+    # Set by the last caller, not by the model.
+    return {k: v for k, v in raw.items() if k not in ("truncation", "padding", "version")}
+
+
+def tokenizer(s: Subject) -> Found:
+    """The tokenizer's parts one by one, and the ids of many texts, with the way back."""
+    from runtime.errors import SessionError
+    from runtime.text import load_tokenizer
+
+    try:
+        ours, theirs = load_tokenizer(s.folder), s.tokenizer
+    except SessionError as e:
+        return exact([Finding(where="tokenizer", what=str(e))], "")
+    findings = []
+    a, b = _tokenizer_json(s.folder), _tokenizer_json(s.baseline.checkpoint)
+    if a is not None and b is not None:
+        findings += _parts(a, b)
+    texts = [*STRESS, *(t for item in s.dataset.items for t in item.fields.values())]
+    step = max(1, len(texts) // MOST_TEXTS)
+    chosen = [*STRESS, *texts[len(STRESS) :: step]]
+    for text in chosen:
+        left, right = ours(text)["input_ids"], theirs(text)["input_ids"]
+        if left != right:
+            k = next(
+                (i for i, (x, y) in enumerate(zip(left, right, strict=False)) if x != y), min(len(left), len(right))
+            )
+            findings.append(
+                Finding(where=f"text {text[:40]!r}", what=f"token {k} is {left[k : k + 1]}, not {right[k : k + 1]}")
+            )
+            break
+        if ours.decode(left) != theirs.decode(right):
+            findings.append(Finding(where=f"text {text[:40]!r}", what="decodes to another text"))
+            break
+    return exact(findings, f"every part equal, {len(chosen)} texts give the same ids and come back")
+
+
+def _parts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
+    findings = []
+    for part in sorted(ours.keys() | theirs.keys()):
+        x, y = ours.get(part), theirs.get(part)
+        if x == y:
+            continue
+        if part != "model" or not isinstance(x, dict) or not isinstance(y, dict):
+            findings.append(Finding(where=f"tokenizer.json, {part}", what="is not the baseline's"))
+            continue
+        for key in sorted(x.keys() | y.keys()):
+            v, w = x.get(key), y.get(key)
+            if v == w:
+                continue
+            what = "is not the baseline's"
+            if isinstance(v, list) and isinstance(w, list):
+                k = next((i for i, (p, q) in enumerate(zip(v, w, strict=False)) if p != q), min(len(v), len(w)))
+                what = (
+                    f"differs from entry {k} on ({v[k : k + 1]}, the baseline has {w[k : k + 1]}; {len(v)} of {len(w)})"
+                )
+            elif isinstance(v, dict) and isinstance(w, dict):
+                n = [t for t in v.keys() | w.keys() if v.get(t) != w.get(t)]
+                what = f"differs in {len(n)} entries, such as {sorted(n)[0]!r}"
+            findings.append(Finding(where=f"tokenizer.json, model.{key}", what=what))
+    return findings
+
+
+def chat_template(s: Subject) -> Found:
+    """The chat template, as text and by what it makes of three conversations."""
+    from runtime.errors import SessionError
+    from runtime.text import load_tokenizer
+
+    try:
+        ours = load_tokenizer(s.folder)
+    except SessionError as e:
+        return exact([Finding(where="tokenizer", what=str(e))], "")
+    theirs = s.tokenizer
+    a, b = getattr(ours, "chat_template", None), getattr(theirs, "chat_template", None)
+    if not a and not b:
+        return Found("REPORTED", "neither side has a chat template")
+    if not a or not b:
+        return exact([Finding(where="chat template", what="is missing" if b else "is one that the baseline lacks")], "")
+    findings = []
+    for k, chat in enumerate(CHATS):
+        for prompt in (True, False):
+            left, right = (_render(t, chat, prompt) for t in (ours, theirs))
+            if left != right:
+                findings.append(
+                    Finding(
+                        where=f"chat template, conversation {k + 1}",
+                        what=f"gives {_around(left, right)!r}, the baseline's gives {_around(right, left)!r}",
+                    )
+                )
+    notes = [] if a == b else ["the template's text differs, what it renders does not"]
+    return exact(findings, f"{2 * len(CHATS)} renderings equal" + (", template equal" if a == b else ""), notes)
+
+
+def _render(tokenizer: Any, chat: list[dict[str, str]], prompt: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt))
+    except Exception as e:  # whatever a template raises (it may refuse a system message) has to be the same
+        return f"raises {type(e).__name__}"
+
+
+def _around(text: str, other: str) -> str:
+    k = next((i for i, (x, y) in enumerate(zip(text, other, strict=False)) if x != y), min(len(text), len(other)))
+    return text[max(0, k - 10) : k + 30]
+
+
+def special_ids(s: Subject) -> Found:
+    """bos, eos, pad and unk ids of tokenizer, manifest, genai_config.json; the added tokens."""
+    from runtime.errors import SessionError
+    from runtime.text import load_tokenizer
+
+    try:
+        ours = load_tokenizer(s.folder)
+    except SessionError as e:
+        return exact([Finding(where="tokenizer", what=str(e))], "")
+    theirs = s.tokenizer
+    findings = []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+        a, b = getattr(ours, name, None), getattr(theirs, name, None)
+        if a != b:
+            findings.append(Finding(where=f"tokenizer, {name}", what=f"is {a}, the baseline's is {b}"))
+    if ours.get_added_vocab() != theirs.get_added_vocab():
+        differ = sorted(set(ours.get_added_vocab().items()) ^ set(theirs.get_added_vocab().items()))
+        findings.append(Finding(where="tokenizer, added tokens", what=f"differ, such as {differ[0]}"))
+    wanted = s.baseline.eos
+    if tuple(s.manifest.eos_token_ids) != wanted:
+        findings.append(
+            Finding(
+                where="eos_token_ids", what=f"generation ends at {list(s.manifest.eos_token_ids)}, not {list(wanted)}"
+            )
+        )
+    genai = s.folder / "genai_config.json"
+    if genai.is_file():
+        model = json.loads(genai.read_text(encoding="utf-8")).get("model", {})
+        value = model.get("eos_token_id")
+        have = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+        if have != wanted:
+            findings.append(
+                Finding(where="genai_config.json, eos_token_id", what=f"is {list(have)}, not {list(wanted)}")
+            )
+        context = model.get("context_length")
+        if context not in (None, s.baseline.config.max_position_embeddings):
+            findings.append(Finding(where="genai_config.json, context_length", what=f"is {context}"))
+    return exact(findings, f"bos, eos {list(wanted)}, pad, unk and {len(theirs.get_added_vocab())} added tokens equal")
+
+
+def generation_config(s: Subject) -> Found:
+    """generation_config.json against the baseline's: end tokens and sampling settings."""
+    ours, theirs = (_json(f / "generation_config.json") for f in (s.folder, s.baseline.checkpoint))
+    if ours is None and theirs is None:
+        return Found("REPORTED", "neither side has a generation_config.json")
+    if ours is None:
+        return exact([Finding(where="generation_config.json", what="is missing")], "")
+    return exact(_differences("generation_config.json", ours, theirs or {}), "generation settings equal")
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return raw if isinstance(raw, dict) else {"": raw}

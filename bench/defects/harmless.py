@@ -1,0 +1,249 @@
+"""Changes that alter nothing a user could notice: the gate has to let every one pass.
+
+Try: ``python -m bench.defects --list``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from bench.defects.workshop import NUMPY, Harmless, Workshop
+
+
+@contextmanager
+def _session_options(**settings: Any) -> Iterator[None]:
+    """Sessions of the runtime with other options than its own."""
+    from runtime import ort_session
+
+    ort: Any = vars(ort_session)["ort"]  # the runtime owns onnxruntime; here only its options are changed
+    base: Any = ort.SessionOptions
+
+    def keep(options: Any, name: str, value: Any) -> None:
+        if name not in settings:
+            base.__setattr__(options, name, value)
+
+    fixed = type("FixedOptions", (base,), {"__setattr__": keep})
+
+    def made() -> Any:
+        options = fixed()
+        for name, value in settings.items():
+            getattr(base, name).fset(options, value)
+        return options
+
+    with patch.object(ort, "SessionOptions", made):
+        yield
+
+
+def _basic_optimisation() -> Any:
+    from runtime import ort_session
+
+    return _session_options(graph_optimization_level=vars(ort_session)["ort"].GraphOptimizationLevel.ORT_ENABLE_BASIC)
+
+
+def _other_options() -> Any:
+    return _session_options(enable_cpu_mem_arena=False, enable_mem_pattern=False)
+
+
+def _other_batch() -> Any:
+    return patch("bench.gate.BATCH", 3)
+
+
+def _longer_buffer() -> Any:
+    return patch("runtime.kv_cache.BLOCK", 320)
+
+
+def _newer_opset(w: Workshop) -> None:
+    def change(model: Any) -> None:
+        for o in model.opset_import:
+            if not o.domain:
+                o.version += 1
+
+    w.graphs(change)
+
+
+def _node_order(w: Workshop) -> None:
+    """Another topological order, drawn at random."""
+
+    def change(model: Any) -> None:
+        rng = np.random.default_rng(3)
+        nodes = list(model.graph.node)
+        made = {name: k for k, n in enumerate(nodes) for name in n.output if name}
+        waiting = {k: {made[i] for i in n.input if i in made} for k, n in enumerate(nodes)}
+        order: list[int] = []
+        ready = [k for k, need in waiting.items() if not need]
+        while ready:
+            k = ready.pop(int(rng.integers(len(ready))))
+            order.append(k)
+            for other, need in waiting.items():
+                if k in need:
+                    need.discard(k)
+                    if not need:
+                        ready.append(other)
+        del model.graph.node[:]
+        model.graph.node.extend([nodes[k] for k in order])
+
+    w.graphs(change)
+
+
+def _names(w: Workshop) -> None:
+    """Other names for nodes, inner values and initialisers; inputs and outputs keep theirs."""
+
+    def change(model: Any) -> None:
+        graph = model.graph
+        kept = {v.name for v in (*graph.input, *graph.output)} | {""}
+        new: dict[str, str] = {}
+
+        def renamed(name: str) -> str:
+            return name if name in kept else new.setdefault(name, f"v{len(new)}")
+
+        for tensor in graph.initializer:
+            tensor.name = renamed(tensor.name)
+        for k, node in enumerate(graph.node):
+            node.name = f"n{k}"
+            for names in (node.input, node.output):
+                for i, name in enumerate(names):
+                    names[i] = renamed(name)
+        del graph.value_info[:]
+
+    w.graphs(change)
+
+
+def _data_layout(w: Workshop) -> None:
+    """The weights in the opposite order, at other offsets, in a file of another name."""
+    m = w.manifest
+    old, name = w.folder / m.data_file, "weights.bin"
+    places: dict[tuple[int, int], int] = {}
+    with old.open("rb") as source, (w.folder / name).open("wb") as target:
+        for weight in sorted(m.weights, key=lambda x: -x.offset):
+            target.write(bytes(-target.tell() % 64))
+            places[weight.offset, weight.nbytes] = target.tell()
+            source.seek(weight.offset)
+            target.write(source.read(weight.nbytes))
+
+    def change(model: Any) -> None:
+        for tensor in model.graph.initializer:
+            if tensor.external_data:
+                place = {e.key: e.value for e in tensor.external_data}
+                new = places[int(place["offset"]), int(place["length"])]
+                del tensor.external_data[:]
+                for key, value in (("location", name), ("offset", new), ("length", place["length"])):
+                    tensor.external_data.add(key=key, value=str(value))
+
+    w.graphs(change)
+    old.unlink()
+
+    def describe(raw: dict[str, Any]) -> None:
+        raw["data_file"] = name
+        for weight in raw["weights"]:
+            weight["offset"] = places[weight["offset"], weight["nbytes"]]
+
+    w.json("manifest.json", describe)
+
+
+def _small_inside(w: Workshop) -> None:
+    """Norm weights stored in the graph itself."""
+    m = w.manifest
+    content = {x.name: x for x in m.weights if "norm" in x.name}
+
+    def change(model: Any) -> None:
+        for tensor in model.graph.initializer:
+            if tensor.name in content and content[tensor.name].dtype in NUMPY:
+                place = {e.key: e.value for e in tensor.external_data}
+                with (w.folder / place["location"]).open("rb") as f:
+                    f.seek(int(place["offset"]))
+                    tensor.raw_data = f.read(int(place["length"]))
+                del tensor.external_data[:]
+                tensor.data_location = 0
+
+    w.graphs(change)
+
+
+def _all_logits(w: Workshop) -> None:
+    """One graph for both purposes, with logits of every position."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["files"].pop(raw["decode_graph"], None)
+        (w.folder / raw["decode_graph"]).unlink()
+        raw.update(decode_graph=raw["scoring_graph"], decode_logits="all")
+
+    w.json("manifest.json", change)
+
+
+def _other_numerics(w: Workshop) -> None:
+    """Rotary tables one unit in the last place off here and there, as another PyTorch's sine gives them."""
+    rng = np.random.default_rng(9)
+    for name in ("model.rope_cos", "model.rope_sin"):
+        with w.weight(name) as table:
+            some = rng.random(table.shape) < 0.1
+            table[some] = np.nextafter(table[some], table.dtype.type(0))
+
+
+def _tokenizer_again(w: Workshop) -> None:
+    """tokenizer.json without indents, merges in their older form."""
+    path = w.own("tokenizer.json")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    merges = raw["model"].get("merges")
+    if merges and isinstance(merges[0], list):
+        raw["model"]["merges"] = [" ".join(pair) for pair in merges]
+    path.write_text(json.dumps(raw), encoding="utf-8")
+
+
+def _identities(w: Workshop) -> None:
+    def change(model: Any) -> None:
+        from onnx import helper
+
+        products = [n for n in model.graph.node if n.op_type == "MatMul" and n.output[0] != "logits"][:4]
+        for k, node in enumerate(products):
+            value = node.output[0]
+            node.output[0] = f"{value}.same"
+            at = next(i for i, n in enumerate(model.graph.node) if n.output and n.output[0] == f"{value}.same")
+            model.graph.node.insert(at + 1, helper.make_node("Identity", [f"{value}.same"], [value], name=f"same_{k}"))
+
+    w.graphs(change)
+
+
+def _notes(w: Workshop) -> None:
+    def change(model: Any) -> None:
+        model.producer_name, model.producer_version, model.doc_string = "another tool", "9.9", "hello"
+        for node in model.graph.node:
+            node.doc_string = "a note"
+
+    w.graphs(change)
+    (w.folder / "README.md").write_text("About this model.\n", encoding="utf-8")
+
+
+def _template_comment(w: Workshop) -> None:
+    path = w.folder / "chat_template.jinja"
+    if path.is_file():
+        path = w.own(path.name)
+        path.write_text("{#- a comment -#}" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    else:
+        w.json("tokenizer_config.json", lambda raw: raw.update(chat_template="{#- a -#}" + raw["chat_template"]))
+
+
+HARMLESS: tuple[Harmless, ...] = (
+    Harmless("nothing"),
+    Harmless("one thread", threads=1),
+    Harmless("another batch size", around=_other_batch),
+    Harmless("basic graph optimisation", around=_basic_optimisation),
+    Harmless("no memory arena, no memory pattern", around=_other_options),
+    Harmless("a KV buffer of another length", around=_longer_buffer),
+    Harmless("the next opset", _newer_opset),
+    Harmless("nodes in another order", _node_order),
+    Harmless("other names of nodes, values and weights", _names),
+    Harmless("another layout of the external data", _data_layout),
+    Harmless("norm weights inside the graph", _small_inside),
+    Harmless("logits of every position", _all_logits),
+    Harmless("identities put in", _identities),
+    Harmless("producer, notes and a README", _notes),
+    Harmless("rotary tables by another sine", _other_numerics),
+    Harmless("tokenizer file serialised again", _tokenizer_again),
+    Harmless("a comment in the chat template", _template_comment),
+)
+"""Beside these, fp32 -> fp16 in its own tier: the whole catalogue runs over an fp16 export as well."""

@@ -1,0 +1,276 @@
+"""Defects of stored weights, tables, tokenizer and configuration files. Try: ``python -m bench.defects --list``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bench.defects.workshop import Defect, Workshop, layer_at
+
+
+def _config(w: Workshop) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(w.checkpoint, local_files_only=True)
+
+
+def _name(w: Workshop, part: str) -> str:
+    """Name of a weight in the layer that single-layer defects sit in."""
+    return f"model.layers.{layer_at(w.manifest.kv.layers)}.{part}.weight"
+
+
+def _tables(w: Workshop, change: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    """Rewrite both rotary tables; ``change(positions, frequencies)`` gives the ones to compute with."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = _config(w)
+    frequencies = LlamaRotaryEmbedding(config).inv_freq.double().numpy()
+    positions = np.arange(config.max_position_embeddings, dtype=np.float64)
+    positions, frequencies = change(positions, frequencies)
+    angles = positions[:, None] * frequencies[None]
+    for name, function in (("model.rope_cos", np.cos), ("model.rope_sin", np.sin)):
+        with w.weight(name) as table:
+            table[:] = function(angles)
+
+
+def _base(factor: float) -> Callable[[Workshop], None]:
+    def change(w: Workshop) -> None:
+        config = _config(w)
+        base = float(config.rope_theta)
+        size = w.manifest.kv.head_dim
+        exponents = np.arange(0, size, 2) / size
+        _tables(
+            w,
+            lambda positions, frequencies: (
+                positions,
+                frequencies * (base**exponents) / ((base * factor) ** exponents),
+            ),
+        )
+
+    return change
+
+
+def _scale_ignored(w: Workshop) -> None:
+    """Behind a quarter of the context the positions are not the model's, as when rotary scaling is left out there."""
+
+    def change(positions: Any, frequencies: Any) -> tuple[Any, Any]:
+        cut = len(positions) // 4
+        return np.where(positions < cut, positions, cut + (positions - cut) / 2), frequencies
+
+    _tables(w, change)
+
+
+def _row_of_table(w: Workshop) -> None:
+    with w.weight("model.rope_sin") as table:
+        table[len(table) // 2] *= 0.5
+
+
+def _key_times(factor: float) -> Callable[[Workshop], None]:
+    def change(w: Workshop) -> None:
+        config, size = _config(w), w.manifest.kv.head_dim
+        first = config.num_attention_heads * size
+        with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
+            weight[:, first : first + config.num_key_value_heads * size] *= factor
+
+    return change
+
+
+def _kv_heads_swapped(w: Workshop) -> None:
+    config, size = _config(w), w.manifest.kv.head_dim
+    start = config.num_attention_heads * size
+    with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
+        for offset in (start, start + config.num_key_value_heads * size):
+            a, b = slice(offset, offset + size), slice(offset + size, offset + 2 * size)
+            weight[:, a], weight[:, b] = weight[:, b].copy(), weight[:, a].copy()
+
+
+def _query_rows_permuted(w: Workshop) -> None:
+    """The order of rotary halves that another layout has, as when a converter forgets to undo it."""
+    config, size = _config(w), w.manifest.kv.head_dim
+    with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
+        for head in range(config.num_attention_heads):
+            part = weight[:, head * size : (head + 1) * size].copy()
+            weight[:, head * size : (head + 1) * size] = (
+                part.reshape(len(part), 2, size // 2).swapaxes(1, 2).reshape(len(part), size)
+            )
+
+
+def _square_transposed(w: Workshop) -> None:
+    with w.weight(_name(w, "self_attn.o_proj")) as weight:
+        n = min(weight.shape)
+        weight[:n, :n] = weight[:n, :n].T.copy()
+
+
+def _norm_left_out(w: Workshop) -> None:
+    with w.weight(_name(w, "post_attention_layernorm")) as weight:
+        weight[:] = 1.0
+
+
+def _noise(name: str, size: float) -> Callable[[Workshop], None]:
+    def change(w: Workshop) -> None:
+        rng = np.random.default_rng(5)
+        with w.weight(name) as weight:
+            for start in range(0, len(weight), 1024):
+                rows = weight[start : start + 1024]
+                rows *= (1 + size * rng.standard_normal(rows.shape)).astype(weight.dtype)
+
+    return change
+
+
+def _stale_file(w: Workshop) -> None:
+    """As another fine-tune's: every down projection a little different."""
+    rng = np.random.default_rng(6)
+    for layer in range(w.manifest.kv.layers):
+        with w.weight(f"model.layers.{layer}.mlp.down_proj.weight") as weight:
+            weight *= (1 + 0.01 * rng.standard_normal(weight.shape)).astype(weight.dtype)
+
+
+def _frequent(w: Workshop) -> tuple[int, int]:
+    from runtime.text import load_tokenizer
+
+    ids = [
+        i
+        for text in ("the cat sat on the mat and it was big", " the of and")
+        for i in load_tokenizer(w.checkpoint)(text)["input_ids"]
+    ]
+    first = ids[0]
+    return first, next(i for i in ids if i != first)
+
+
+def _rows_swapped(w: Workshop) -> None:
+    a, b = _frequent(w)
+    with w.weight("model.embed_tokens.weight") as weight:
+        weight[[a, b]] = weight[[b, a]].copy()
+
+
+def _rare_row_zeroed(w: Workshop) -> None:
+    with w.weight("model.embed_tokens.weight") as weight:
+        weight[-5] = 0
+
+
+def _to_int4(w: Workshop) -> None:
+    import torch
+
+    from export.quantize import dequantize, quantize
+
+    with w.weight(_name(w, "mlp.up_proj")) as weight:
+        rows = torch.from_numpy(np.asarray(weight).T.astype(np.float32).copy())
+        packed = quantize(rows, 4, 32, "rtn", symmetric=True)
+        weight[:] = dequantize(packed, 4, 32, rows.shape[1]).numpy().T
+
+
+def _to_lower(w: Workshop) -> None:
+    """One matrix rounded to a shorter type than claimed: fp16 under fp32, bf16 under fp16."""
+    import torch
+
+    with w.weight(_name(w, "mlp.down_proj")) as weight:
+        kind = torch.float16 if weight.dtype == np.float32 else torch.bfloat16
+        weight[:] = torch.from_numpy(np.array(weight)).to(kind).float().numpy()
+
+
+def _flipped_bit(w: Workshop) -> None:
+    with w.weight(_name(w, "mlp.gate_proj")) as weight:
+        raw = weight.view(np.uint8).reshape(-1)
+        raw[4 * (raw.size // 8) + weight.dtype.itemsize - 1] ^= 1
+
+
+def _merge_swapped(w: Workshop) -> None:
+    def change(raw: dict[str, Any]) -> None:
+        model = raw["model"]
+        if model.get("merges"):
+            merges = model["merges"]
+            merges[40], merges[41] = merges[41], merges[40]
+        else:  # a vocabulary without merges: two words change places
+            words = sorted(model["vocab"], key=model["vocab"].get)
+            a, b = words[-1], words[-2]
+            model["vocab"][a], model["vocab"][b] = model["vocab"][b], model["vocab"][a]
+
+    w.json("tokenizer.json", change)
+
+
+def _no_end_token(w: Workshop) -> None:
+    w.json("manifest.json", lambda raw: raw.update(eos_token_ids=[]))
+    if (w.folder / "generation_config.json").is_file():
+        w.json("generation_config.json", lambda raw: raw.pop("eos_token_id", None))
+
+
+def _other_template(w: Workshop) -> None:
+    template = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    if (w.folder / "chat_template.jinja").is_file():
+        w.own("chat_template.jinja").write_text(template, encoding="utf-8")
+    else:
+        w.json("tokenizer_config.json", lambda raw: raw.update(chat_template=template))
+
+
+def _other_pad(w: Workshop) -> None:
+    def change(raw: dict[str, Any]) -> None:
+        raw["eos_token"] = (
+            raw.get("bos_token") if raw.get("eos_token") != raw.get("bos_token") else raw.get("unk_token")
+        )
+
+    w.json("tokenizer_config.json", change)
+    if (w.folder / "special_tokens_map.json").is_file():
+        w.json("special_tokens_map.json", change)
+
+
+def _temperature(w: Workshop) -> None:
+    w.json("generation_config.json", lambda raw: raw.update(temperature=0.3, do_sample=True))
+
+
+def _rope_theta(w: Workshop) -> None:
+    w.json("config.json", lambda raw: raw.update(rope_theta=raw.get("rope_theta", 10000.0) * 1.01))
+
+
+def _context(w: Workshop) -> None:
+    w.json("manifest.json", lambda raw: raw.update(context_length=raw["context_length"] // 2))
+
+
+def _claims_fp32(w: Workshop) -> None:
+    """The manifest claims another precision than the weights are stored in."""
+
+    def change(raw: dict[str, Any]) -> None:
+        other = "fp16" if raw["precision"] == "fp32" else "fp32"
+        raw.update(precision=other)
+        raw["spec"].update(precision=other, activations=other)
+
+    w.json("manifest.json", change)
+
+
+def _flipped_byte(w: Workshop) -> None:
+    path = w.own(w.manifest.data_file)
+    with path.open("r+b") as f:
+        f.seek(path.stat().st_size // 3)
+        byte = f.read(1)
+        f.seek(-1, 1)
+        f.write(bytes([byte[0] ^ 1]))
+
+
+DEFECTS: tuple[Defect, ...] = (
+    Defect("rope base off by 1 %", _base(1.01), "rotary_tables"),
+    Defect("rope base off by 0.1 %", _base(1.001), "rotary_tables"),
+    Defect("rotary scale ignored beyond a quarter of the context", _scale_ignored, "rotary_tables"),
+    Defect("one row of the sine table halved", _row_of_table, "rotary_tables"),
+    Defect("one layer's K times 1.01", _key_times(1.01), "weights", True),
+    Defect("two KV heads exchanged, one layer", _kv_heads_swapped, "weights", True),
+    Defect("query rows in another rotary order, one layer", _query_rows_permuted, "weights", True),
+    Defect("output projection transposed, one layer", _square_transposed, "weights", True),
+    Defect("norm weight of one layer left out", _norm_left_out, "weights", True),
+    Defect("lm_head of another checkpoint", _noise("lm_head.weight", 0.05), "weights"),
+    Defect("data file of another fine-tune", _stale_file, "weights"),
+    Defect("embedding rows of two frequent tokens exchanged", _rows_swapped, "weights"),
+    Defect("one rare token's row zeroed", _rare_row_zeroed, "weights", visible=False),
+    Defect("one matrix quantised to int4 under a claimed float", _to_int4, "weights", True),
+    Defect("one matrix rounded to a shorter type", _to_lower, "weights", True),
+    Defect("one bit of one weight flipped, hashes resealed", _flipped_bit, "weights", True),
+    Defect("a byte flipped in the weight file", _flipped_byte, "files", sealed=False, visible=False),
+    Defect("wrong tokenizer merge", _merge_swapped, "tokenizer", visible=False),
+    Defect("missing end token", _no_end_token, "manifest"),
+    Defect("wrong chat template", _other_template, "chat_template", visible=False),
+    Defect("another end token in the tokenizer", _other_pad, "special_ids", visible=False),
+    Defect("another temperature in generation_config.json", _temperature, "generation_config", visible=False),
+    Defect("another rope base in config.json", _rope_theta, "config", visible=False),
+    Defect("half the context length in the manifest", _context, "manifest", visible=False),
+    Defect("another precision claimed", _claims_fp32, "manifest"),
+)

@@ -1,0 +1,142 @@
+"""A copy of a good folder that can be edited: cheap to make, and resealed so that no hash gives the edit away.
+
+Files are hard links until one is opened for editing, so forty copies of a model cost nothing.
+Try: ``python -m pytest tests/bench/test_defects.py -k workshop``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
+
+NUMPY = {"fp32": np.float32, "fp16": np.float16, "uint8": np.uint8}
+
+
+class Workshop:
+    """One editable copy.
+
+    Args:
+        good: the folder to copy; it is never changed.
+        folder: where the copy appears.
+        checkpoint: the baseline's checkpoint, for defects that need its configuration.
+    """
+
+    def __init__(self, good: Path, folder: Path, checkpoint: Path) -> None:
+        self.folder, self.checkpoint = folder, checkpoint
+        folder.mkdir(parents=True)
+        self._known = {}
+        for path in good.iterdir():
+            if not path.is_file():
+                continue
+            self._known[path.name] = path.stat()
+            try:
+                os.link(path.resolve(), folder / path.name)
+            except OSError:
+                shutil.copyfile(path, folder / path.name)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The copy's manifest as it stands."""
+        return read_manifest(self.folder)
+
+    def own(self, name: str) -> Path:
+        """A file of the copy's own, safe to write to."""
+        path = self.folder / name
+        if path.exists() and path.stat().st_nlink > 1:
+            spare = path.with_name(name + ".copy")
+            shutil.copyfile(path, spare)
+            spare.replace(path)
+        return path
+
+    def graphs(self, change: Callable[[Any], None], roles: tuple[str, ...] = ("decode", "scoring")) -> None:
+        """Edit the ``onnx.ModelProto`` of some graphs."""
+        import onnx
+
+        m = self.manifest
+        names = {"decode": m.decode_graph, "scoring": m.scoring_graph}
+        for name in dict.fromkeys(names[r] for r in roles):
+            model = onnx.load(self.folder / name, load_external_data=False)
+            change(model)
+            path = self.own(name)
+            onnx.save_model(model, path)
+
+    @contextmanager
+    def weight(self, name: str) -> Iterator[NDArray[Any]]:
+        """A stored weight as a writable array, in the shape and type of the manifest."""
+        m = self.manifest
+        found = next(w for w in m.weights if w.name == name)
+        array: NDArray[Any] = np.memmap(
+            self.own(m.data_file), NUMPY[found.dtype], "r+", offset=found.offset, shape=found.shape
+        )
+        yield array
+        array.flush()  # type: ignore[attr-defined]
+
+    def json(self, name: str, change: Callable[[dict[str, Any]], None]) -> None:
+        """Edit a JSON object of the folder."""
+        path = self.own(name)
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        change(raw)
+        path.write_text(json.dumps(raw, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def reseal(self) -> None:
+        """Write sizes and hashes of the files as they are now: only a real look finds the edit."""
+        raw = json.loads((self.folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        for path in sorted(self.folder.iterdir()):
+            if path.name == MANIFEST_NAME:
+                continue
+            before = self._known.get(path.name)
+            now = path.stat()
+            same = before is not None and now.st_ino == before.st_ino
+            if not same or path.name not in raw["files"]:
+                raw["files"][path.name] = {"size": now.st_size, "sha256": sha256_of(path)}
+        raw["files"] = {k: v for k, v in raw["files"].items() if (self.folder / k).is_file()}
+        path = self.own(MANIFEST_NAME)
+        path.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        """Remove the copy."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One deliberate defect.
+
+    ``first`` is the check that has to name it first; ``layer`` the decoder layer that it sits in (None: no single
+    one), as the fraction of the model's depth that :func:`layer_at` turns into a number; ``sealed`` False leaves the
+    manifest's hashes as they were.
+    """
+
+    name: str
+    change: Callable[[Workshop], None]
+    first: str
+    in_layer: bool = False
+    visible: bool = True
+    sealed: bool = True
+
+
+@dataclass(frozen=True)
+class Harmless:
+    """A change that must pass. ``around`` is a context that the gate runs in, for changes of the runtime's settings."""
+
+    name: str
+    change: Callable[[Workshop], None] = lambda _w: None
+    around: Callable[[], Any] | None = None
+    precision: str | None = None
+    threads: int | None = None
+
+
+def layer_at(layers: int) -> int:
+    """The layer that single-layer defects sit in: past the first third, so that something is in front and behind."""
+    return layers // 3

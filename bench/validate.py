@@ -1,0 +1,184 @@
+"""``llama-onnx validate``: is this exported folder still the model? Named checks, a verdict, and why.
+
+Exact checks run first and cost seconds; numbers follow. A check that raises has failed: a folder that stops the
+runtime is no folder to ship. Try: ``llama-onnx validate FOLDER --baseline demo --mode quick``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.checks.base import MODES, CheckSpec, Found, Mode, Subject
+from bench.checks.registry import BY_NAME, CHECKS
+from bench.errors import BenchError
+from reports.validation import CheckResult, Finding, Validation, decide_verdict
+
+if TYPE_CHECKING:
+    from bench.checks.baseline import Baseline
+    from bench.datasets import Dataset
+
+OnResult = Callable[[CheckResult], None]
+
+
+def chosen_checks(only: str | None, mode: str) -> tuple[tuple[CheckSpec, ...], Mode]:
+    """The checks asked for, in their own order.
+
+    Raises:
+        BenchError: a name that is no check, or no mode.
+    """
+    if mode not in MODES:
+        raise BenchError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    if not only:
+        return CHECKS, MODES[mode]
+    names = [n.strip() for n in only.split(",") if n.strip()]
+    strange = [n for n in names if n not in BY_NAME]
+    if strange or not names:
+        raise BenchError(f"no check named {', '.join(strange) or only!r}; see llama-onnx validate --list-checks")
+    return tuple(c for c in CHECKS if c.name in names), MODES[mode]
+
+
+def run_check(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
+    """One check, timed; whatever it raises is its FAIL."""
+    started = time.perf_counter()
+    try:
+        found = spec.run(subject)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as e:  # the runtime's, the graph's or the data's: all of them mean that it cannot be shipped so
+        text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:240]}"
+        found = Found("FAIL", f"stopped: {text}", [Finding(where=spec.name, what=f"stopped: {text}")])
+    return (
+        CheckResult(
+            name=spec.name,
+            kind=spec.kind,
+            status=found.status,
+            figure=found.figure,
+            seconds=time.perf_counter() - started,
+            findings=list(found.findings)[:50],
+            figures=list(found.figures),
+            tasks=list(found.tasks),
+            notes=list(found.notes),
+        ),
+        found,
+    )
+
+
+def run_checks(
+    subject: Subject, specs: Iterable[CheckSpec], on_result: OnResult = lambda _r: None
+) -> list[tuple[CheckResult, Found]]:
+    """The checks in order. A folder that cannot even be read fails the first one, and the rest is not run."""
+    done: list[tuple[CheckResult, Found]] = []
+    for spec in specs:
+        subject.tick(spec.name)
+        done.append(run_check(spec, subject))
+        on_result(done[-1][0])
+        if not _readable(subject):
+            break
+    return done
+
+
+def _readable(subject: Subject) -> bool:
+    try:
+        return subject.manifest is not None
+    except Exception:
+        return False
+
+
+def validate(
+    subject: Subject,
+    specs: Sequence[CheckSpec] = CHECKS,
+    localize: bool = True,
+    on_result: OnResult = lambda _r: None,
+) -> Validation:
+    """Everything, in order; localisation on a FAIL of the numbers.
+
+    Args:
+        subject: folder, baseline, mode and data.
+        specs: which checks.
+        localize: whether to look for the place.
+        on_result: told each result as it comes.
+    """
+    from bench.environment import machine, versions
+
+    started = time.perf_counter()
+    done = run_checks(subject, specs, on_result)
+    results = [r for r, _ in done]
+    place = None
+    notes: list[str] = []
+    if localize and any(r.kind != "exact" and r.status == "FAIL" for r in results):
+        from bench.localize import localize as find_place
+
+        subject.tick("localising")
+        try:
+            place = find_place(subject)
+            if place is None:
+                notes.append(
+                    "localisation: no layer leaves the baseline in one pass; look at decode, batches, tokenizer"
+                )
+        except Exception as e:
+            notes.append(f"localisation stopped: {type(e).__name__}: {str(e)[:200]}")
+    verdict, reasons = decide_verdict(results)
+    if verdict == "PASS" and not subject.mode.judges_tails:
+        notes.append("quick mode: tails and top-1 are reported, standard mode judges them")
+    if not subject.__dict__.get("manifest"):
+        tier = "unknown"
+    else:
+        tier = subject.manifest.precision
+        if not subject.ours:
+            notes.append("not a fused folder of ours: attributes, weights by content and numbers were checked")
+    return Validation(
+        folder=subject.folder.resolve().name,
+        baseline=f"{subject.baseline.source.name} ({subject.baseline.source.origin}), PyTorch fp32",
+        mode=subject.mode.name,
+        tier=tier,
+        dataset=f"{subject.dataset.name} (SHA-256 {subject.dataset.sha256[:16]})",
+        settings={
+            "provider": subject.provider,
+            "threads": subject.threads,
+            "window": subject.mode.window,
+            "windows": subject.mode.windows,
+            "items": subject.mode.items,
+        },
+        results=results,
+        examples=[e for _, f in done for e in f.examples],
+        place=place,
+        verdict=verdict,
+        reasons=reasons,
+        seconds=time.perf_counter() - started,
+        machine=machine(),
+        versions=versions(),
+        notes=notes,
+    )
+
+
+def make_subject(
+    folder: Path,
+    model: str,
+    mode: Mode,
+    dataset: Dataset | None = None,
+    threads: int | None = None,
+    memo_bytes: int = 0,
+    status: Callable[[str], None] = lambda _s: None,
+) -> Subject:
+    """A subject from what the command line says.
+
+    Raises:
+        ExportError: the baseline cannot be found.
+        ManifestError: no such folder.
+    """
+    import os
+
+    from bench.checks.baseline import Baseline
+    from bench.datasets import load_shipped
+    from export.manifest import ManifestError
+    from export.source import resolve
+
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
+    threads = threads or len(os.sched_getaffinity(0))
+    baseline: Baseline = Baseline(resolve(model, status=status), threads, memo_bytes)
+    return Subject(folder, baseline, mode, dataset or load_shipped(), threads=threads)

@@ -1,0 +1,95 @@
+"""The body of ``llama-onnx validate``: options in, lines and an exit code out.
+
+Try: ``llama-onnx validate --list-checks``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from bench.checks.registry import CHECKS
+from bench.errors import BenchError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own options."""
+    parser.add_argument("folder", type=Path, nargs="?", help="the exported folder")
+    parser.add_argument("--baseline", metavar="MODEL", help="'demo', a checkpoint folder, a .gguf file or a hub id")
+    parser.add_argument("--mode", default="standard", help="quick (under a minute) or standard (default)")
+    parser.add_argument("--only", metavar="CHECK,...", help="run these checks alone")
+    parser.add_argument("--list-checks", action="store_true", help="name the checks and what each catches")
+    parser.add_argument("--dataset", type=Path, help="your own texts, JSONL (bench/data/README.md)")
+    parser.add_argument(
+        "--localize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a FAIL of the numbers name the layer and operator (default)",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write validation.json there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List, or validate; the verdict's exit code.
+
+    Raises:
+        BenchError: no folder or baseline given, or names that are not known.
+    """
+    if args.list_checks:
+        return _list(args.json)
+    if args.folder is None or not args.baseline:
+        raise BenchError("give the exported folder and --baseline MODEL (a checkpoint folder, or 'demo')")
+    from bench.datasets import load_file
+    from bench.validate import chosen_checks, make_subject, validate
+    from reports.render.validation import print_check, print_verdict
+
+    specs, mode = chosen_checks(args.only, args.mode)
+    err = Console(stderr=True)
+    out = err if args.json else Console()
+    dataset = load_file(args.dataset) if args.dataset else None
+    subject = make_subject(
+        args.folder,
+        args.baseline,
+        mode,
+        dataset,
+        args.threads,
+        status=lambda m: err.print(m, style="dim", markup=False),
+    )
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("reading the folder", total=None)
+        subject.tick = lambda message: bar.update(task, description=message)
+        try:
+            found = validate(subject, specs, args.localize, lambda r: print_check(r, out))
+        finally:
+            subject.close()
+            subject.baseline.close()
+    print_verdict(found, out)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "validation.json").write_text(found.to_json(), encoding="utf-8")
+    if args.json:
+        sys.stdout.write(found.to_json())
+    return found.exit_code
+
+
+def _list(as_json: bool) -> int:
+    if as_json:
+        rows = [{"name": c.name, "kind": c.kind, "looks_at": c.looks_at, "catches": c.catches} for c in CHECKS]
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return 0
+    table = Table(title="Checks, in the order in which they run", title_justify="left")
+    for column in ("check", "kind", "looks at", "catches"):
+        table.add_column(column)
+    for c in CHECKS:
+        table.add_row(c.name, c.kind, Text(c.looks_at), Text(c.catches))
+    Console().print(table)
+    return 0

@@ -1,0 +1,115 @@
+"""Runs a folder's graph with a cache of the caller's own, and shows values from inside it.
+
+The gate needs what a :class:`runtime.session.Session` hides: a prompt in several chunks, a past of any length without
+computing it, and the residual stream between layers. Not for serving: everything is copied.
+Try: ``python -m pytest tests/bench/test_checks.py -k chunked``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from export.manifest import Manifest
+from runtime.errors import SessionError
+from runtime.ort_session import OrtSession
+
+_NUMPY = {"fp32": np.float32, "fp16": np.float16}
+
+
+class GraphProbe:
+    """One graph of a folder on ONNX Runtime's CPU provider.
+
+    Args:
+        path: the graph; its data files beside it.
+        manifest: of the folder.
+        threads: intra-op threads.
+
+    Raises:
+        SessionError: ONNX Runtime cannot open the graph, or its cache is of a type that numpy lacks (bf16).
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
+        if manifest.kv.dtype not in _NUMPY:
+            raise SessionError(f"a {manifest.kv.dtype} cache cannot be probed: numpy has no such type")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self._session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # onnxruntime raises its own C++-bound classes
+            raise SessionError(f"onnxruntime cannot open {path}: {str(e).splitlines()[0][:300]}") from None
+        self._manifest = manifest
+        self.dtype = _NUMPY[manifest.kv.dtype]
+        self._inputs = {i.name for i in self._session.get_inputs()}
+
+    @classmethod
+    def of(cls, session: OrtSession) -> GraphProbe:
+        """Over the scoring graph that a session has open already, so that its weights are in memory once.
+
+        Raises:
+            SessionError: as above; or the session does not run on the CPU.
+        """
+        if session.manifest.kv.dtype not in _NUMPY:
+            raise SessionError(f"a {session.manifest.kv.dtype} cache cannot be probed: numpy has no such type")
+        session.score([0])  # opens it
+        made = cls.__new__(cls)
+        made._session = session._scoring
+        made._manifest = session.manifest
+        made.dtype = _NUMPY[session.manifest.kv.dtype]
+        made._inputs = {i.name for i in made._session.get_inputs()}
+        return made
+
+    def run(
+        self,
+        ids: Sequence[int],
+        past: Sequence[tuple[NDArray[Any], NDArray[Any]]] | None = None,
+        outputs: Sequence[str] = ("logits",),
+    ) -> dict[str, NDArray[Any]]:
+        """One row of new tokens behind a past.
+
+        Args:
+            ids: the new tokens.
+            past: per layer a key and a value ``[1, kv_heads, tokens, head_dim]``; None for none.
+            outputs: names of graph outputs.
+
+        Raises:
+            SessionError: ONNX Runtime stopped.
+        """
+        kv = self._manifest.kv
+        length = past[0][0].shape[2] if past else 0
+        total = length + len(ids)
+        feeds: dict[str, Any] = {
+            "input_ids": np.asarray([ids], np.int64),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(length, total, dtype=np.int64)[None],
+        }
+        empty = np.zeros((1, kv.kv_heads, 0, kv.head_dim), self.dtype)
+        for layer in range(kv.layers):
+            key, value = past[layer] if past else (empty, empty)
+            feeds[f"past_key_values.{layer}.key"] = key.astype(self.dtype, copy=False)
+            feeds[f"past_key_values.{layer}.value"] = value.astype(self.dtype, copy=False)
+        try:
+            found = self._session.run(list(outputs), {k: v for k, v in feeds.items() if k in self._inputs})
+        except Exception as e:
+            raise SessionError(f"onnxruntime stopped: {str(e).splitlines()[0][:300]}") from None
+        return dict(zip(outputs, found, strict=True))
+
+    def presents(self, found: Mapping[str, NDArray[Any]]) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        """The cache of a run whose outputs were :attr:`present_names`."""
+        layers = range(self._manifest.kv.layers)
+        return [(found[f"present.{i}.key"], found[f"present.{i}.value"]) for i in layers]
+
+    @property
+    def present_names(self) -> list[str]:
+        """Names of the cache's outputs."""
+        return [f"present.{i}.{kind}" for i in range(self._manifest.kv.layers) for kind in ("key", "value")]
+
+    def close(self) -> None:
+        """Free the graph."""
+        self._session = None

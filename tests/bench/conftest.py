@@ -1,0 +1,50 @@
+"""What the gate's tests share: texts in the tiny tokenizer's words, and a subject over the tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Prose and tasks in words that the tiny tokenizer knows."""
+    from bench.datasets import load_file
+
+    rng = np.random.default_rng(4)
+
+    def text(n: int) -> str:
+        return " ".join(rng.choice(words, n))
+
+    lines: list[dict[str, Any]] = [{"task": "perplexity", "text": text(192), "id": f"p{k}"} for k in range(40)]
+    for k in range(4):
+        lines.append({"id": f"q{k}", "task": "qa", "context": text(9), "question": text(4), "references": ["cat"]})
+        lines.append({"id": f"s{k}", "task": "summarization", "text": text(20), "references": [text(6)]})
+    path = tmp_path_factory.mktemp("data") / "tiny.jsonl"
+    path.write_text("\n".join(json.dumps(x) for x in lines))
+    return load_file(path)
+
+
+@pytest.fixture(scope="session")
+def subjects(checkpoints: Callable[..., Path], tiny_dataset: Any) -> Iterator[Callable[..., Any]]:
+    """``subjects(folder, **changes)``: the folder beside the tiny baseline of that configuration, baselines shared."""
+    from bench.checks.base import Mode
+    from bench.validate import make_subject
+
+    mode = Mode("tiny", 96, 70, 4, 3, True)
+    made: dict[str, Any] = {}
+
+    def get(folder: Path, **changes: Any) -> Any:
+        key = repr(sorted(changes.items(), key=str))
+        if key not in made:
+            made[key] = make_subject(folder, str(checkpoints(**changes)), mode, tiny_dataset, 1, memo_bytes=1 << 28)
+        return made[key].at(folder)
+
+    yield get
+    for subject in made.values():
+        subject.baseline.close()

@@ -1,0 +1,212 @@
+"""Named checks one by one: what each is there for, and that it stays quiet where nothing is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from bench.checks.base import Found
+from bench.checks.registry import BY_NAME, CHECKS
+from bench.defects.workshop import Workshop
+from bench.validate import chosen_checks, run_check, validate
+
+Exports = Callable[..., Path]
+
+
+def found(name: str, subject: Any) -> Found:
+    return BY_NAME[name].run(subject)
+
+
+def edited(good: Path, checkpoint: Path, tmp_path: Path) -> Workshop:
+    return Workshop(good, tmp_path / "copy", checkpoint)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_a_true_export_passes_every_exact_check(precision: str, exports: Exports, subjects: Callable[..., Any]) -> None:
+    subject = subjects(exports(precision, num_hidden_layers=4), num_hidden_layers=4)
+    results = [run_check(c, subject)[0] for c in CHECKS if c.kind == "exact"]
+    assert {r.name: r.figure for r in results if r.status not in ("PASS", "REPORTED")} == {}
+    assert sum(r.status == "PASS" for r in results) >= 9
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq", "kquant", "gptq"])
+@pytest.mark.parametrize("zero_points", ["integer", "float"])
+def test_the_audit_knows_each_quantiser(
+    method: str, zero_points: str, exports: Exports, subjects: Callable[..., Any]
+) -> None:
+    folder = exports("int4", {"method": method, "zero_points": zero_points})
+    result = found("weights", subjects(folder))
+    assert result.status == "PASS", result.figure
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq"])
+def test_a_code_off_by_two_is_outside_the_bound(
+    method: str, exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+) -> None:
+    shop = edited(exports("int4", {"method": method}), checkpoints(), tmp_path)
+    name = next(w.name for w in shop.manifest.weights if w.name.endswith("up_proj.weight.codes"))
+    with shop.weight(name) as codes:
+        codes[5, 1, 3] ^= 2
+    result = found("weights", subjects(shop.folder))
+    assert result.status == "FAIL"
+    assert result.findings[0].where == name
+
+
+def test_int4_content_under_a_claimed_fp16_is_named(
+    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+) -> None:
+    from bench.defects.in_files import DEFECTS
+
+    shop = edited(exports("fp16"), checkpoints(), tmp_path)
+    next(d for d in DEFECTS if "int4" in d.name).change(shop)
+    result = found("weights", subjects(shop.folder))
+    assert "quantised?" in result.findings[0].what
+
+
+def test_a_weight_left_over_is_named(
+    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+) -> None:
+    shop = edited(exports(), checkpoints(), tmp_path)
+    extra = onnx.numpy_helper.from_array(np.ones((9, 9), np.float32), "adapter")
+    shop.graphs(lambda model: model.graph.initializer.append(extra), ("decode",))
+    result = found("weights", subjects(shop.folder))
+    assert (result.status, result.findings[0].where) == ("FAIL", "adapter")
+
+
+def test_optimums_folder_is_audited_by_content(
+    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+) -> None:
+    """A folder without our manifest: names mean nothing, contents do."""
+    shop = edited(exports(), checkpoints(), tmp_path)
+    (shop.folder / "manifest.json").unlink()
+    subject = subjects(shop.folder)
+    assert found("graph", subject).status == "SKIPPED"
+    assert found("files", subject).status == "REPORTED"
+    assert found("attributes", subject).status == "PASS"
+    assert found("rotary_tables", subject).status == "PASS"
+    result = found("weights", subject)
+    assert result.status == "PASS", result.figure
+    m = json.loads((exports() / "manifest.json").read_text())
+    place = next(w for w in m["weights"] if w["name"].endswith("1.mlp.up_proj.weight"))
+    data = shop.own(m["data_file"])
+    array = np.memmap(data, np.float32, "r+", offset=place["offset"], shape=(4,))
+    array[2] += 0.01
+    array.flush()
+    result = found("weights", subjects(shop.folder))
+    assert result.findings[0].where == "model.layers.1.mlp.up_proj.weight"
+
+
+def test_rotary_tables_beyond_the_original_context(
+    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+) -> None:
+    """llama3 scaling: the export passes; a table without the scaling fails, and so do the numbers out there."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    settings = {"rope_scaling": scaling, "max_position_embeddings": 512, "rope_theta": 10000.0}
+    good = exports(**settings)
+    subject = subjects(good, **settings)
+    assert found("rotary_tables", subject).status == "PASS"
+    result = found("long_context", subject)
+    assert result.status == "PASS", result.figure
+    assert "3 places" in result.figure
+    shop = edited(good, checkpoints(**settings), tmp_path)
+    angles = np.arange(512)[:, None] * 10000.0 ** -(np.arange(0, 16, 2) / 16)[None]
+    for name, function in (("model.rope_cos", np.cos), ("model.rope_sin", np.sin)):
+        with shop.weight(name) as table:
+            table[:] = function(angles)
+    bad = subjects(shop.folder, **settings)
+    assert found("rotary_tables", bad).findings[0].where.endswith("row 1")
+    assert found("long_context", bad).status == "FAIL"
+
+
+@pytest.mark.parametrize("name", ["prefill_logits", "decode_steps", "chunked_prefill", "batch_rows", "determinism"])
+def test_behaviour_of_a_true_export(name: str, exports: Exports, subjects: Callable[..., Any]) -> None:
+    result = found(name, subjects(exports()))
+    assert result.status == "PASS", result.figure
+
+
+def test_chunked_prefill_sees_positions_that_start_again(
+    exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime.probe import GraphProbe
+
+    run = GraphProbe.run
+    # Every chunk alone, as a runtime that forgets its past does.
+    monkeypatch.setattr(
+        GraphProbe, "run", lambda self, ids, past=None, outputs=("logits",): run(self, ids, None, outputs)
+    )
+    assert found("chunked_prefill", subjects(exports())).status == "FAIL"
+
+
+def test_a_row_that_sees_another_rows_length_is_named(
+    exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime import ort_session
+    from runtime.session import right_pad
+
+    def row_zero(ids: Any) -> Any:
+        padded, mask = right_pad(ids)
+        return padded, np.repeat(mask[:1], len(mask), axis=0)
+
+    monkeypatch.setattr(ort_session, "right_pad", row_zero)
+    result = found("batch_rows", subjects(exports()))
+    assert result.status == "FAIL"
+    assert "row" in result.findings[0].where
+
+
+def test_a_runtime_that_is_not_deterministic_fails(
+    exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subjects(exports())
+    true_step, calls = subject.candidate.step, [0]
+
+    def step(ids: Any) -> Any:
+        calls[0] += 1
+        return true_step(ids) + np.float32(1e-6) * calls[0]
+
+    monkeypatch.setattr(subject.candidate, "step", step)
+    assert found("determinism", subject).status == "FAIL"
+
+
+def test_a_tokenizer_serialised_again_is_the_same(
+    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+) -> None:
+    shop = edited(exports(), checkpoints(), tmp_path)
+    path = shop.own("tokenizer.json")
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert found("tokenizer", subjects(shop.folder)).status == "PASS"
+    raw = json.loads(path.read_text())
+    raw["added_tokens"][1]["special"] = not raw["added_tokens"][1]["special"]
+    path.write_text(json.dumps(raw))
+    result = found("tokenizer", subjects(shop.folder))
+    assert result.findings[0].where == "tokenizer.json, added_tokens"
+
+
+def test_a_check_that_stops_has_failed(exports: Exports, subjects: Callable[..., Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(exports(), tmp_path / "cut")
+    data = folder / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    results = validate(subjects(folder), chosen_checks("files,weights,mean_kld", "quick")[0], localize=False)
+    assert results.verdict == "FAIL"
+    assert results.exit_code == 1
+    assert [r.status for r in results.results] == ["FAIL"] * len(results.results)
+
+
+def test_fp16_passes_its_own_tier_with_pytorchs_loss_beside_it(exports: Exports, subjects: Callable[..., Any]) -> None:
+    subject = subjects(exports("fp16"))
+    for name in ("mean_kld", "null_ratio"):
+        result = found(name, subject)
+        assert result.status in ("PASS", "SUSPICIOUS"), result.figure
+        assert result.figures[0].null_value is not None

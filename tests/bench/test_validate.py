@@ -1,0 +1,90 @@
+"""The command: its exit codes, its one JSON document, and the verdict over the checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.cli import main
+from bench.defects.in_graph import DEFECTS
+from bench.defects.workshop import Workshop
+from reports.validation import CheckResult, Finding, Validation, decide_verdict
+
+Exports = Callable[..., Path]
+EXACT = "files,manifest,config,graph,attributes,rotary_tables,weights,tokenizer,special_ids"
+
+
+def test_exit_codes_and_one_document(
+    exports: Exports, checkpoints: Exports, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["validate", str(exports()), "--baseline", str(checkpoints()), "--only", EXACT]
+    assert main([*arguments, "--json", "--out", str(tmp_path / "out")]) == 0
+    written = capsys.readouterr()
+    document = Validation.model_validate(json.loads(written.out))
+    assert document.verdict == "PASS"
+    assert [r.name for r in document.results] == EXACT.split(",")
+    assert "PASS" in written.err
+    assert json.loads((tmp_path / "out" / "validation.json").read_text()) == json.loads(written.out)
+
+    shop = Workshop(exports(), tmp_path / "bad", checkpoints())
+    next(d for d in DEFECTS if d.name.startswith("norm epsilon")).change(shop)
+    shop.reseal()
+    assert main(["validate", str(shop.folder), "--baseline", str(checkpoints()), "--only", EXACT]) == 1
+    text = capsys.readouterr().out
+    assert "FAIL" in text
+    assert "epsilon is 0.001" in text
+    assert "layer 0" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["validate"], "--baseline"),
+        (["validate", "nowhere", "--baseline", "demo", "--only", "nonsense"], "--list-checks"),
+        (["validate", "nowhere", "--baseline", "demo", "--mode", "slow"], "quick, standard"),
+    ],
+)
+def test_wrong_input_is_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_wrong_input(checkpoints: Exports, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "nowhere", "--baseline", str(checkpoints())]) == 2
+    assert "llama-onnx export" in capsys.readouterr().err
+
+
+def test_the_list_names_every_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--list-checks", "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert rows[0]["name"] == "files"
+    documented = (Path(__file__).parents[2] / "docs" / "gate.md").read_text(encoding="utf-8")
+    assert [r["name"] for r in rows if f"| `{r['name']}` |" not in documented] == []
+
+
+def result(name: str, status: Any) -> CheckResult:
+    findings = [Finding(where="node x", what="is wrong")] if status == "FAIL" else []
+    return CheckResult(name=name, kind="exact", status=status, figure="f", seconds=0.0, findings=findings)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "verdict", "code"),
+    [
+        (["PASS", "PASS"], "PASS", 0),
+        (["PASS", "SUSPICIOUS", "REPORTED", "SKIPPED"], "PASS", 0),
+        (["PASS", "INCONCLUSIVE"], "INCONCLUSIVE", 3),
+        (["INCONCLUSIVE", "FAIL", "PASS"], "FAIL", 1),
+        (["REPORTED", "SKIPPED"], "INCONCLUSIVE", 3),
+        ([], "INCONCLUSIVE", 3),
+    ],
+)
+def test_the_verdict(statuses: list[Any], verdict: str, code: int) -> None:
+    found, reasons = decide_verdict([result(f"c{k}", s) for k, s in enumerate(statuses)])
+    assert found == verdict
+    assert reasons
+    if verdict == "FAIL":
+        assert "node x" in reasons[0]
