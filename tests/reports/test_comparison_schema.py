@@ -47,9 +47,10 @@ def test_a_line_made_elsewhere_needs_three_fields():
     assert list(validator.iter_errors({"schema_version": 1, "case": "parse"})) != []
 
 
-@pytest.mark.parametrize("place", ["unchanged", "regression"])
-def test_gallery_comparisons_are_of_this_schema(place: str):
-    path = FOLDER / "gallery" / place / "comparison.json"
+GALLERY = sorted((FOLDER / "gallery").glob("*/comparison.json"))
+
+
+@pytest.mark.parametrize("path", GALLERY, ids=[p.parent.name for p in GALLERY])
+def test_gallery_comparisons_are_of_this_schema(path: Path):
     made = Comparison.model_validate_json(path.read_text(encoding="utf-8"))
-    assert made.verdict.exit_code == (0 if place == "unchanged" else 1)
-    assert ("REGRESSION" in made.counts()) == (place == "regression")
+    assert ("REGRESSION" in made.counts()) == (path.parent.name == "regression")
