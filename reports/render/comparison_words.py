@@ -247,7 +247,8 @@ def parity_line(digest: Digest) -> str:
     parity = digest.comparison.parity
     if parity is None:
         return "this comparison says nothing about the model's answers"
-    gated = [x.status for x in (*parity.checks, *parity.tasks) if x.status != "REPORTED"]
+    every = [c.status for c in parity.checks] + [t.status for t in parity.tasks]
+    gated = [s for s in every if s != "REPORTED"]
     passed = sum(s in ("PASS", "SUSPICIOUS") for s in gated)
     return f"{passed} of {len(gated)} checks pass at tier {words.shorten(parity.tier, 40)}"
 
