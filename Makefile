@@ -11,7 +11,7 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check gpu-evidence setup clean
 
 demo: setup
 	@$(BIN)/pytest bench/ $(BENCH_ARGS); code=$$?; \
@@ -22,6 +22,10 @@ test: setup
 
 check: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+# On a GPU machine: the records that this project wants from one (make gpu-evidence EXTRA=gpu); else why not.
+gpu-evidence: setup
+	@$(BIN)/python -m bench.gpu_evidence
 
 setup: $(STAMP)
 

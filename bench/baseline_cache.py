@@ -249,7 +249,8 @@ class CachedSession:
         kept = self._cache.value(request)
         if kept is not None:
             self._cache.hits += 1
-            return Generation(tuple(tuple(r) for r in kept["tokens"]), tuple(kept["at_s"]), tuple(kept["ended"]))
+            rows = tuple(tuple(r) for r in kept["tokens"])
+            return Generation(rows, tuple(kept["at_s"]), tuple(kept["ended"]), tuple(kept["reasons"]))
         self._cache.misses += 1
         made = generate(self._real(), ids, max_new_tokens, eos)
         self._cache.keep_value(request, asdict(made))

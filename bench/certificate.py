@@ -169,6 +169,9 @@ def read_result(document: Mapping[str, Any]) -> Result:
             raise _no_result(f"{place}: {e.errors()[0]['msg']}") from None
         parity = document["parity"] or {}
         failed_tests = [o.test for o in record.outcomes if o.outcome in ("failed", "error")]
+    if "results" in document and "mode" in document:  # reports.validation.Validation
+        parity = {**document, "checks": document["results"]}
+        _require_whole(document)
     checks, tasks = parity.get("checks"), parity.get("tasks", [])
     good = isinstance(checks, list) and isinstance(tasks, list)
     if not good or not all(isinstance(c, dict) and isinstance(c.get("status"), str) for c in [*checks, *tasks]):
@@ -188,6 +191,17 @@ def read_result(document: Mapping[str, Any]) -> Result:
 
     margins = document.get("margins") or (asdict(TIERS[tier]) if tier in TIERS else {})
     return Result(answer, tier, tuple(checks), tuple(tasks), margins, str(parity.get("dataset", "")), document)
+
+
+def _require_whole(document: Mapping[str, Any]) -> None:
+    """Refuse a part of the gate: what was not run proves nothing."""
+    from bench.checks.registry import CHECKS
+
+    ran = {c.get("name") for c in document["results"] if isinstance(c, dict)}
+    lacking = [c.name for c in CHECKS if c.name not in ran]
+    if document["mode"] != "standard" or (lacking and document.get("verdict") == "PASS"):
+        what = f"lacks {', '.join(lacking[:3])}" if lacking else f"mode {document['mode']!r}"
+        raise CertificateError("partial", f"the result is of a part of the gate ({what}); certify a standard run", 2)
 
 
 def _no_result(why: str) -> CertificateError:

@@ -87,6 +87,15 @@ def _readable(subject: Subject) -> bool:
         return False
 
 
+def _digest(folder: Path) -> str:
+    from bench.certificate import CertificateError, folder_digest, hash_folder
+
+    try:
+        return folder_digest(hash_folder(folder))
+    except (CertificateError, OSError):
+        return ""  # links or unreadable files: the check `files` says so
+
+
 def validate(
     subject: Subject,
     specs: Sequence[CheckSpec] = CHECKS,
@@ -104,6 +113,7 @@ def validate(
     from bench.environment import machine, versions
 
     started = time.perf_counter()
+    digest = _digest(subject.folder)  # before anything is measured: what a certificate of this result may cover
     done = run_checks(subject, specs, on_result)
     results = [r for r, _ in done]
     place = None
@@ -131,6 +141,7 @@ def validate(
             notes.append("not a fused folder of ours: attributes, weights by content and numbers were checked")
     return Validation(
         folder=subject.folder.resolve().name,
+        folder_sha256=digest,
         baseline=f"{subject.baseline.source.name} ({subject.baseline.source.origin}), PyTorch fp32",
         mode=subject.mode.name,
         tier=tier,
@@ -162,8 +173,19 @@ def make_subject(
     threads: int | None = None,
     memo_bytes: int = 0,
     status: Callable[[str], None] = lambda _s: None,
+    keep: bool = False,
 ) -> Subject:
     """A subject from what the command line says.
+
+    Args:
+        folder: the exported folder.
+        model: the baseline, as :func:`export.source.resolve` takes it.
+        mode: quick or standard.
+        dataset: None takes the project's own.
+        threads: CPU threads of both sides.
+        memo_bytes: see :class:`bench.checks.baseline.Baseline`.
+        status: told what is fetched, and what is wrong with kept results.
+        keep: whether the baseline's results are kept in (and taken from) the user's cache.
 
     Raises:
         ExportError: the baseline cannot be found.
@@ -172,6 +194,7 @@ def make_subject(
     import os
 
     from bench.checks.baseline import Baseline
+    from bench.checks.cached import CachedBaseline
     from bench.datasets import load_shipped
     from export.manifest import ManifestError
     from export.source import resolve
@@ -180,5 +203,9 @@ def make_subject(
     if not folder.is_dir():
         raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
     threads = threads or len(os.sched_getaffinity(0))
-    baseline: Baseline = Baseline(resolve(model, status=status), threads, memo_bytes)
+    source = resolve(model, status=status)
+    if keep:
+        baseline: Baseline = CachedBaseline(source, threads, memo_bytes, say=status)
+    else:
+        baseline = Baseline(source, threads, memo_bytes)
     return Subject(folder, baseline, mode, dataset or load_shipped(), threads=threads)

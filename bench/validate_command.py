@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", default="standard", help="quick (under a minute) or standard (default)")
     parser.add_argument("--only", metavar="CHECK,...", help="run these checks alone")
     parser.add_argument("--list-checks", action="store_true", help="name the checks and what each catches")
-    parser.add_argument("--dataset", type=Path, help="your own texts, JSONL (bench/data/README.md)")
+    parser.add_argument("--dataset", help="your own texts: a JSONL file (bench/data/README.md), or hf:NAME[:CONFIG]")
     parser.add_argument(
         "--localize",
         action=argparse.BooleanOptionalAction,
@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: every core)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write validation.json there")
+    parser.add_argument("--no-cache", action="store_true", help="compute the baseline anew and keep nothing of it")
+    parser.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="write an in-toto statement of the result there"
+    )
+    parser.add_argument("--key", type=Path, help="sign the certificate with this private key (PEM, see keygen)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,14 +52,16 @@ def run(args: argparse.Namespace) -> int:
         return _list(args.json)
     if args.folder is None or not args.baseline:
         raise BenchError("give the exported folder and --baseline MODEL (a checkpoint folder, or 'demo')")
-    from bench.datasets import load_file
+    if args.certificate and (args.only or args.mode != "standard"):
+        raise BenchError("a certificate stands for every check in mode standard; leave out --only and --mode")
+    from bench.datasets import load_dataset
     from bench.validate import chosen_checks, make_subject, validate
     from reports.render.validation import print_check, print_verdict
 
     specs, mode = chosen_checks(args.only, args.mode)
     err = Console(stderr=True)
     out = err if args.json else Console()
-    dataset = load_file(args.dataset) if args.dataset else None
+    dataset = load_dataset(args.dataset)
     subject = make_subject(
         args.folder,
         args.baseline,
@@ -62,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         dataset,
         args.threads,
         status=lambda m: err.print(m, style="dim", markup=False),
+        keep=not args.no_cache,
     )
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -76,6 +84,14 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "validation.json").write_text(found.to_json(), encoding="utf-8")
+    if args.certificate:
+        from bench.certificate import make_certificate
+        from bench.certify import write_certificate
+        from bench.envelope import seal
+
+        statement = make_certificate(json.loads(found.to_json()), args.folder, subject.baseline.checkpoint, dataset)
+        write_certificate(args.certificate, seal(statement, args.key))
+        out.print(f"{args.certificate}: {'signed' if args.key else 'NOT signed (no --key)'}", markup=False)
     if args.json:
         sys.stdout.write(found.to_json())
     return found.exit_code

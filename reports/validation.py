@@ -58,10 +58,14 @@ class Place(_Frozen):
 
 
 class Validation(_Frozen):
-    """Everything of one run; ``verdict`` with its ``reasons`` decides the exit code."""
+    """Everything of one run; ``verdict`` with its ``reasons`` decides the exit code.
+
+    ``folder_sha256`` is over names and SHA-256 of every file of the folder, "" where it could not be read.
+    """
 
     schema_version: Literal[1] = 1
     folder: str
+    folder_sha256: str
     baseline: str
     mode: str
     tier: str

@@ -12,10 +12,8 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def tiny_dataset(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tiny_dataset_file(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prose and tasks in words that the tiny tokenizer knows."""
-    from bench.datasets import load_file
-
     rng = np.random.default_rng(4)
 
     def text(n: int) -> str:
@@ -27,7 +25,15 @@ def tiny_dataset(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
         lines.append({"id": f"s{k}", "task": "summarization", "text": text(20), "references": [text(6)]})
     path = tmp_path_factory.mktemp("data") / "tiny.jsonl"
     path.write_text("\n".join(json.dumps(x) for x in lines))
-    return load_file(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tiny_dataset_file: Path) -> Any:
+    """The same, read."""
+    from bench.datasets import load_file
+
+    return load_file(tiny_dataset_file)
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,64 @@ def test_exit_codes_and_one_document(
     assert "layer 0" in text
 
 
+def test_a_certificate_from_the_gate_itself(
+    exports: Exports,
+    checkpoints: Exports,
+    tiny_dataset_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """validate signs, verify agrees; the second time the baseline's windows come from the cache."""
+    monkeypatch.setenv("LLAMA_ONNX_CACHE", str(tmp_path / "cache"))
+    key, certificate = tmp_path / "k", tmp_path / "certificate.json"
+    assert main(["keygen", str(key)]) == 0
+    asked = ["validate", str(exports()), "--baseline", str(checkpoints()), "--dataset", str(tiny_dataset_file)]
+    signed = [*asked, "--threads", "1", "--certificate", str(certificate), "--key", f"{key}.pem"]
+    code = main([*signed, "--out", str(tmp_path / "out")])
+    assert code == 0, capsys.readouterr().out
+    assert main(["verify", str(certificate), str(exports()), "--key", f"{key}.pub.pem"]) == 0
+    shop = Workshop(exports(), tmp_path / "other", checkpoints())
+    shop.reseal()
+    (shop.folder / "config.json").write_text((shop.folder / "config.json").read_text() + " ")
+    assert main(["verify", str(certificate), str(shop.folder), "--key", f"{key}.pub.pem"]) == 1
+    # A part of the gate is no ground for a certificate, whichever way it is asked for.
+    assert main([*signed, "--only", "files"]) == 2
+    document = json.loads((tmp_path / "out" / "validation.json").read_text())
+    document["results"] = document["results"][:3]
+    (tmp_path / "part.json").write_text(json.dumps(document))
+    arguments = ["certify", str(tmp_path / "part.json"), str(exports()), "--baseline", str(checkpoints())]
+    data = ["--dataset", str(tiny_dataset_file), "--certificate", str(certificate)]
+    capsys.readouterr()
+    assert main([*arguments, *data]) == 2
+    assert "part of the gate" in capsys.readouterr().err
+
+
+def test_kept_results_need_no_pytorch(checkpoints: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.checks.cached import CachedBaseline
+    from export.source import resolve
+
+    ids = [5, 9, 12, 7, 8]
+
+    def opened(seed: int = 0) -> CachedBaseline:
+        changes = {"seed": seed} if seed else {}
+        return CachedBaseline(resolve(str(checkpoints(**changes))), 1, root=tmp_path)
+
+    first = opened()
+    scored = {kind: first.null_score(kind, ids).copy() for kind in ("fp32", "eager", "fp16")}
+    tokens = first.tokens([ids, ids[:2]], 4)
+    first.close()
+    assert scored["fp32"].tobytes() != scored["fp16"].tobytes()
+    monkeypatch.setattr("bench.checks.baseline.TorchSession", None)
+    again = opened()
+    assert {kind: again.null_score(kind, ids).tobytes() for kind in scored} == {
+        k: v.tobytes() for k, v in scored.items()
+    }
+    assert again.tokens([ids, ids[:2]], 4) == tokens
+    with pytest.raises(TypeError):  # another checkpoint has to be computed
+        opened(seed=1).score(ids)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
