@@ -20,7 +20,7 @@ RECENT = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("action", choices=("add", "list", "export", "import", "check"))
-    parser.add_argument("file", nargs="?", type=Path, help="add: comparison.json or record file; import: JSON Lines")
+    parser.add_argument("file", nargs="?", type=Path, help="add: report.json or record file; import: JSON Lines")
     parser.add_argument("--label", default="", help="add: a name for the run, such as a commit")
     parser.add_argument("--run", dest="run_name", help="add: what makes the run unique (default: its own digest)")
     parser.add_argument("--any-machine", action="store_true", help="check: also across machines")
@@ -81,7 +81,7 @@ def _list(args: argparse.Namespace, store: Any) -> int:
         f"last {r['last']:.4g} {r['unit']}"
         for r in rows
     ]
-    _say(args, rows, "\n".join(lines) or f"nothing in {store.path}; add with: llama-onnx history add comparison.json")
+    _say(args, rows, "\n".join(lines) or f"nothing in {store.path}; add with: llama-onnx history add OUT/report.json")
     return 0
 
 

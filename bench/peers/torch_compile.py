@@ -51,7 +51,8 @@ class CompiledSession(TorchSession):
         if self._static is None or (self._static_batch, self._static_size) != (len(ids), size):
             self._static = StaticCache(config=self._model.config, max_cache_len=size)
             self._static_batch, self._static_size = len(ids), size
-        self._static.reset()
+        with torch.inference_mode():  # its tensors were made there
+            self._static.reset()
         places = torch.arange(lengths[0], device=self._device)
         self._batch, self._used, self._end = len(ids), lengths[0], lengths[0] + reserve
         return self._run(self._model, torch.tensor(ids, device=self._device), places, logits_to_keep=1)
@@ -62,7 +63,9 @@ class CompiledSession(TorchSession):
         check_step(ids, self._batch, self._used, self._end)
         if self._decode is None:
             mode = "reduce-overhead" if self._device == "cuda" else None
-            self._decode = torch.compile(self._model, mode=mode, dynamic=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # importing inductor uses what torch deprecates
+                self._decode = torch.compile(self._model, mode=mode, dynamic=False)
         places = torch.tensor([self._used], device=self._device)
         self._used += 1
         try:
