@@ -15,6 +15,7 @@ from bench.checks.base import MODES, CheckSpec, Found, Mode, Subject
 from bench.checks.registry import BY_NAME, CHECKS
 from bench.errors import BenchError
 from reports.validation import CheckResult, Finding, Validation, decide_verdict
+from runtime.errors import ProviderUnavailableError
 
 if TYPE_CHECKING:
     from bench.checks.baseline import Baseline
@@ -41,11 +42,15 @@ def chosen_checks(only: str | None, mode: str) -> tuple[tuple[CheckSpec, ...], M
 
 
 def run_check(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
-    """One check, timed; whatever it raises is its FAIL."""
+    """One check, timed; whatever it raises is its FAIL.
+
+    Raises:
+        ProviderUnavailableError: this machine cannot run the folder, which says nothing about the folder.
+    """
     started = time.perf_counter()
     try:
         found = spec.run(subject)
-    except (KeyboardInterrupt, MemoryError):
+    except (KeyboardInterrupt, MemoryError, ProviderUnavailableError):
         raise
     except Exception as e:  # the runtime's, the graph's or the data's: all of them mean that it cannot be shipped so
         text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:240]}"

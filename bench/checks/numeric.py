@@ -174,8 +174,13 @@ def decode_steps(s: Subject) -> Found:
     return _kld_check(s, "decode_steps", "Step-by-step decode", rows, s.tail_limit, "cache against one pass")
 
 
+UNPROBED = "a bf16 cache cannot be laid together: numpy has no such type"
+
+
 def chunked_prefill(s: Subject) -> Found:
     """A prompt in three chunks over the cache against the same prompt in one piece."""
+    if s.manifest.kv.dtype == "bf16":
+        return Found("SKIPPED", UNPROBED)
     text = _text(s, 120)
     if len(text) < 12:
         return Found("SKIPPED", "the dataset's prose is too short")
@@ -216,6 +221,8 @@ def batch_rows(s: Subject) -> Found:
 
 def long_context(s: Subject) -> Found:
     """Positions at the end of the context and around the original rope context, behind a past laid together."""
+    if s.manifest.kv.dtype == "bf16":
+        return Found("SKIPPED", UNPROBED)
     config = s.baseline.config
     end = s.manifest.context_length
     text, new = _text(s, 64), 16

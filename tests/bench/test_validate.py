@@ -111,6 +111,16 @@ def test_wrong_input_is_named(arguments: list[str], words: str, capsys: pytest.C
     assert words in capsys.readouterr().err
 
 
+def test_what_this_machine_cannot_run_is_no_verdict_on_the_folder(
+    exports: Exports, checkpoints: Exports, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime's CPU provider has no bf16: exit code 4, and the exact checks still are there to be run."""
+    arguments = ["validate", str(exports("bf16")), "--baseline", str(checkpoints())]
+    assert main([*arguments, "--only", "files,weights"]) == 0
+    assert main([*arguments, "--only", "files,prefill_logits"]) == 4
+    assert "bf16" in capsys.readouterr().err
+
+
 def test_a_missing_folder_is_wrong_input(checkpoints: Exports, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "nowhere", "--baseline", str(checkpoints())]) == 2
     assert "llama-onnx export" in capsys.readouterr().err
