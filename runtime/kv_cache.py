@@ -8,7 +8,6 @@ the next.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from export.manifest import KVLayout
 
@@ -92,7 +90,7 @@ class SharedCache:
         for name, value in self._values.items():
             shape = [1, *value.shape()[1:]]
             kind = value.element_type()
-            at = value.data_ptr() + row * math.prod(shape) * (4 if kind == TensorProto.FLOAT else 2)
+            at = value.data_ptr() + row * (value.tensor_size_in_bytes() // self.batch)
             device = value.device_name()
             binding.bind_input(f"past_key_values.{name}", device, 0, kind, shape, at)
             binding.bind_output(f"present.{name}", device, 0, kind, shape, at)

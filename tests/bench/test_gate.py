@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,6 @@ import onnx
 import pytest
 from onnx import helper
 
-from bench.datasets import load_file
 from bench.gate import GateInputs, consistency_check, greedy_checks, run_gate, task_status
 from bench.parity import TIERS
 from bench.workload import PROFILES
@@ -27,21 +25,10 @@ Exports = Callable[..., Path]
 PROFILE = replace(PROFILES["smoke"], window=96, windows=None, null_windows=2, items=3)
 
 
-@pytest.fixture(scope="module")
-def dataset(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture
+def dataset(tiny_dataset: Any) -> Any:
     """Texts in the tiny tokenizer's words."""
-    rng = np.random.default_rng(4)
-
-    def text(n: int) -> str:
-        return " ".join(rng.choice(words, n))
-
-    lines: list[dict[str, Any]] = [{"task": "perplexity", "text": text(192), "id": f"p{k}"} for k in range(40)]
-    for k in range(4):
-        lines.append({"id": f"q{k}", "task": "qa", "context": text(9), "question": text(4), "references": ["cat"]})
-        lines.append({"id": f"s{k}", "task": "summarization", "text": text(20), "references": [text(6)]})
-    path = tmp_path_factory.mktemp("data") / "tiny.jsonl"
-    path.write_text("\n".join(json.dumps(x) for x in lines))
-    return load_file(path)
+    return tiny_dataset
 
 
 def judge(folder: Path, checkpoint: Path, dataset: Any, tier: str = "fp32") -> Parity:
