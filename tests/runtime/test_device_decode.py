@@ -20,50 +20,50 @@ Get = Callable[..., Path]
 def test_tokens_equal_those_of_the_host_path(exports: Get, precision: str) -> None:
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, 331, n).tolist() for n in (30, 4, 17)]
-    with load(exports(precision), threads=1) as host, load(exports(precision), threads=1, argmax_on_device=True) as dev:
-        assert (host.argmax_on_device, dev.argmax_on_device) == (False, True)
+    with load(exports(precision), threads=1) as host, load(exports(precision), threads=1, choose_on_device=True) as dev:
+        assert (host.choose_on_device, dev.choose_on_device) == (False, True)
         free = generate(host, prompts, 40)
         assert generate(dev, prompts, 40).tokens == free.tokens
         eos = (free.tokens[0][5], free.tokens[2][9])  # rows end at different times
         assert generate(dev, prompts, 40, eos).tokens == generate(host, prompts, 40, eos).tokens
         assert generate(dev, prompts[:1], 100).tokens == generate(host, prompts[:1], 100).tokens
-        assert dev.info.details["greedy_token"] == "argmax on the device"
+        assert dev.info.details["next_token"] == "chosen on the device"
 
 
 def test_every_step_has_the_same_addresses_and_shapes(exports: Get) -> None:
     """What a CUDA graph needs: nothing that a step reads or writes moves or grows."""
-    with load(exports(), threads=1, argmax_on_device=True) as session:
+    with load(exports(), threads=1, choose_on_device=True) as session:
 
         def addresses() -> list[tuple[int, tuple[int, ...]]]:
             d: Any = session._device
             values = [d._ids, d._mask, d._lengths, d._next_lengths, d._logits, *session._cache._values.values()]
             return [(v.data_ptr(), tuple(v.shape())) for v in values]
 
-        session.prefill_argmax([[5, 6, 7], [8, 9]], reserve=20)
+        session.prefill_token([[5, 6, 7], [8, 9]], reserve=20)
         first, decoder = addresses(), session._device
         for _ in range(20):
-            session.step_argmax()
+            session.step_token()
             assert addresses() == first
-        session.prefill_argmax([[9, 9], [1, 2]], reserve=20)
+        session.prefill_token([[9, 9], [1, 2]], reserve=20)
         assert session._device is decoder  # one capture serves every batch of this size
-        assert decoder.graph_id == "-1"  # no CUDA graph on the CPU
-        session.prefill_argmax([[9, 9]], reserve=20)
+        assert decoder.graph_id == -1  # no CUDA graph on the CPU
+        session.prefill_token([[9, 9]], reserve=20)
         assert session._device is not decoder
 
 
 def test_refusals(exports: Get) -> None:
-    with load(exports(), threads=1, argmax_on_device=True) as session:
+    with load(exports(), threads=1, choose_on_device=True) as session:
         with pytest.raises(SessionError, match="call prefill first"):
-            session.step_argmax()
+            session.step_token()
         session.prefill([[1, 2]], reserve=3)
         with pytest.raises(SessionError, match="logits on the host"):
-            session.step_argmax()
-        session.prefill_argmax([[1, 2]], reserve=1)
-        session.step_argmax()
+            session.step_token()
+        session.prefill_token([[1, 2]], reserve=1)
+        session.step_token()
         with pytest.raises(ContextOverflowError, match="larger reserve"):
-            session.step_argmax()
-    growing = load(exports(spec={"target": "tensorrt"}), threads=1, argmax_on_device=True)
-    assert not growing.argmax_on_device  # its past is joined by Concat: nothing has a fixed address
+            session.step_token()
+    growing = load(exports(spec={"target": "tensorrt"}), threads=1, choose_on_device=True)
+    assert not growing.choose_on_device  # its past is joined by Concat: nothing has a fixed address
     growing.close()
 
 
