@@ -44,11 +44,16 @@ class Captures:
     def new(self) -> int:
         """The id under which the next step is captured; :data:`NO_GRAPH` when none may be any more."""
         self.release()
-        if not self.allowed or self.made >= MOST_CAPTURES:
+        if not self.allowed or self.used_up:
             return NO_GRAPH
         self.made += 1
         self._open = self.made
         return self._open
+
+    @property
+    def used_up(self) -> bool:
+        """Whether further batch sizes and buffers run uncaptured."""
+        return self.made >= MOST_CAPTURES
 
     def release(self) -> None:
         """Free the graph that was captured last; nothing may run under its id any more."""

@@ -166,6 +166,7 @@ class OrtSession(PipelineMixin, Guarded):
                 "graph_optimization": "all",
                 "next_token": f"chosen on the {'device' if self.choose_on_device else 'host'}",
                 **({"cuda_graph": self._cuda_graph} if self._provider.name == "cuda" else {}),
+                **({"cuda_graphs_used_up": self._captures.made} if self._captures.used_up else {}),
                 "huge_pages_mb": self._huge_bytes >> 20,
                 **{f"option {key}": value for key, value in self._session_options.items()},
                 "attention": ", ".join(f"{op} on {ep}" for ep, op in self._where.attention.items())
