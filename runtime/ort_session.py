@@ -92,7 +92,7 @@ class OrtSession(PipelineMixin, Guarded):
         self._prefill = self._graph(manifest.decode_graph, "prefill") if self._shapes else self._decode
         self._captures = Captures(self._decode.session, self._cuda_graph)
         self._huge_bytes = 0
-        if settings.huge_pages and not on_gpu and manifest.decode_weight_bytes > _HUGE_PAGES_FROM:
+        if settings.huge_pages and self._provider.device == "cpu" and manifest.decode_weight_bytes > _HUGE_PAGES_FROM:
             self._huge_bytes = collapse()
         self.load_s = time.perf_counter() - started - self._build_s
 
