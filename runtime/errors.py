@@ -13,6 +13,10 @@ class ContextOverflowError(SessionError):
     """More tokens were asked for than the context (or the reserved buffer) holds."""
 
 
+class SessionBusyError(SessionError):
+    """A session was called while another call of it was under way."""
+
+
 class UnknownProviderError(SessionError):
     """A provider name that this tool does not know."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import SessionError
-from runtime.sampling import GREEDY, Chooser, Sampling, likeliest
+from runtime.sampling import GREEDY, Chooser, Draws, Sampling, likeliest
 from runtime.session import Ids, Session
 from runtime.text import TextStream
 
@@ -153,24 +153,34 @@ class _OnHost:
 
 
 class _OnDevice:
-    """The session takes the argmax where the logits are: one id a row crosses, the next step reads it in place."""
+    """The session chooses where the logits are: one id a row crosses, the next step reads it in place."""
 
-    def __init__(self, session: Any, ids: Ids, reserve: int) -> None:
-        self._session, self._ids, self._reserve = session, ids, reserve
+    def __init__(self, session: Any, ids: Ids, reserve: int, sampling: Sampling) -> None:
+        self._session, self._ids, self._reserve, self._sampling = session, ids, reserve, sampling
+        self._draws = None if sampling.greedy else Draws(sampling.seeded(), len(ids))
 
     def __call__(self, fed: NDArray[np.int64] | None, live: NDArray[np.int64]) -> NDArray[np.int64]:
+        session = self._session
+        numbers: NDArray[np.float64] | None = None
+        if self._draws is not None:
+            numbers = np.zeros(len(self._ids) if fed is None else len(fed))
+            numbers[live] = self._draws()  # rows that go on unheard draw nothing
         tokens: NDArray[np.int64] = (
-            self._session.prefill_argmax(self._ids, self._reserve) if fed is None else self._session.step_argmax()
+            session.prefill_token(self._ids, self._reserve, self._sampling, numbers)
+            if fed is None
+            else session.step_token(numbers)
         )
         return tokens if len(live) == len(tokens) else tokens[live]
 
     def keep(self, rows: NDArray[np.int64]) -> None:
-        """The session's own business."""
+        if self._draws is not None:
+            self._draws.keep(rows)
 
 
 def _advance(session: Session, ids: Ids, reserve: int, sampling: Sampling) -> _OnHost | _OnDevice:
-    if sampling.plain and getattr(session, "argmax_on_device", False):
-        return _OnDevice(session, ids, reserve)
+    # What a row has seen is known on the host only.
+    if sampling.repetition_penalty == 1 and getattr(session, "choose_on_device", False):
+        return _OnDevice(session, ids, reserve, sampling)
     return _OnHost(session, ids, reserve, sampling)
 
 

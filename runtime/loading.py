@@ -5,15 +5,15 @@ A folder without our manifest is described by :mod:`runtime.foreign` instead; it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from export.manifest import MANIFEST_NAME, Manifest, ManifestError, read_manifest, verify_files
+from runtime.settings import MoreSettings, SessionSettings
 
 if TYPE_CHECKING:
     from runtime.ort_session import OrtSession
-    from runtime.tensorrt import Shapes
 
 
 def read_folder(folder: str | Path, verify: bool = True, progress: Callable[[int], None] | None = None) -> Manifest:
@@ -49,48 +49,23 @@ def load(
     provider: str = "cpu",
     threads: int | None = None,
     verify: bool = True,
-    huge_pages: bool = True,
     progress: Callable[[int], None] | None = None,
-    provider_options: Mapping[str, str] | None = None,
-    allow_fallback: bool = False,
-    cuda_graph: bool = True,
-    argmax_on_device: bool | None = None,
-    shapes: Shapes | None = None,
-    engine_home: Path | None = None,
-    session_options: Mapping[str, str] | None = None,
+    **more: Unpack[MoreSettings],
 ) -> OrtSession:
     """Open an exported folder on ONNX Runtime.
 
     Args:
         folder: made by ``llama-onnx export``, by optimum, or by onnxruntime-genai's builder.
-        provider: ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``.
-        threads: CPU threads, None for every core.
+        provider, threads, more: see :class:`runtime.settings.SessionSettings`.
         verify: compare every file's SHA-256 with the manifest (under a second per GB).
-        huge_pages: see :class:`runtime.ort_session.OrtSession`.
         progress: called with the bytes of each chunk hashed.
-        provider_options, allow_fallback, cuda_graph, argmax_on_device, shapes, engine_home: see
-            :class:`runtime.ort_session.OrtSession`.
-        session_options: ONNX Runtime session configuration entries, such as ``session.intra_op.allow_spinning``.
 
     Raises:
         ManifestError: not an export, or not the files that it was published with.
-        SessionError: see :class:`runtime.ort_session.OrtSession`.
+        SessionError: a setting that makes no sense; see :class:`runtime.ort_session.OrtSession`.
     """
     from runtime.ort_session import OrtSession
 
+    settings = SessionSettings(provider, threads, **more)
     path = Path(folder).expanduser()
-    manifest = read_folder(path, verify, progress)
-    return OrtSession(
-        path,
-        manifest,
-        provider,
-        threads,
-        huge_pages,
-        provider_options,
-        allow_fallback,
-        cuda_graph,
-        argmax_on_device,
-        shapes,
-        engine_home,
-        session_options,
-    )
+    return OrtSession(path, read_folder(path, verify, progress), settings)

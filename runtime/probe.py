@@ -58,8 +58,9 @@ class GraphProbe:
         if session.manifest.kv.dtype not in _NUMPY:
             raise SessionError(f"a {session.manifest.kv.dtype} cache cannot be probed: numpy has no such type")
         session.score([0])  # opens it
+        assert session._scoring is not None
         made = cls.__new__(cls)
-        made._session = session._scoring
+        made._session = session._scoring.session
         made._manifest = session.manifest
         made.dtype = _NUMPY[session.manifest.kv.dtype]
         made._inputs = {i.name for i in made._session.get_inputs()}

@@ -70,6 +70,27 @@ class Sampling:
 GREEDY = Sampling()
 
 
+class Draws:
+    """A stream of random numbers for each row, equal for equal seeds whoever else is in the batch.
+
+    Args:
+        sampling: its seed, made known before (:meth:`Sampling.seeded`).
+        rows: how many.
+    """
+
+    def __init__(self, sampling: Sampling, rows: int) -> None:
+        streams = np.random.SeedSequence(sampling.seed or 0).spawn(rows)
+        self._streams = [np.random.default_rng(s) for s in streams]
+
+    def __call__(self) -> NDArray[np.float64]:
+        """The next number in [0, 1) of each row, ``[rows]``."""
+        return np.array([stream.random() for stream in self._streams])
+
+    def keep(self, rows: NDArray[Any]) -> None:
+        """Forget every row but these."""
+        self._streams = [self._streams[r] for r in rows]
+
+
 class Chooser:
     """Chooses one token a row and remembers what each row has seen.
 
@@ -86,8 +107,7 @@ class Chooser:
             self._seen = np.zeros((len(prompts), vocab_size), bool)
             for row, prompt in enumerate(prompts):
                 self._seen[row, list(prompt)] = True
-        streams = np.random.SeedSequence(self._sampling.seed or 0).spawn(len(prompts))
-        self._draws = [] if sampling.greedy else [np.random.default_rng(s) for s in streams]
+        self._draws = None if sampling.greedy else Draws(self._sampling, len(prompts))
 
     def __call__(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """Tokens ``[rows]`` for logits ``[rows, vocab]``; the logits are left as they are."""
@@ -95,25 +115,29 @@ class Chooser:
             return likeliest(logits)
         if self._seen is not None:
             logits = penalised(logits, self._seen, self._sampling.repetition_penalty)
-        if self._sampling.greedy:
+        if self._draws is None:
             chosen = likeliest(logits)
         else:
-            chosen = np.array([self._draw(row, rng) for row, rng in zip(logits, self._draws, strict=True)], np.int64)
+            pairs = zip(logits, self._draws(), strict=True)
+            chosen = np.array([drawn(row, number, self._sampling) for row, number in pairs], np.int64)
         if self._seen is not None:
             self._seen[np.arange(len(chosen)), chosen] = True
         return chosen
-
-    def _draw(self, logits: NDArray[np.float32], rng: np.random.Generator) -> int:
-        ids, p = distribution(logits, self._sampling)
-        cumulated = p.cumsum()
-        place = int(cumulated.searchsorted(rng.random() * cumulated[-1], side="right"))
-        return int(ids[min(place, len(ids) - 1)])
 
     def keep(self, rows: NDArray[Any]) -> None:
         """Forget every row but these."""
         if self._seen is not None:
             self._seen = self._seen[rows]
-        self._draws = [self._draws[r] for r in rows] if self._draws else []
+        if self._draws is not None:
+            self._draws.keep(rows)
+
+
+def drawn(logits: NDArray[np.float32], number: float, sampling: Sampling) -> int:
+    """The token of one row ``[vocab]`` that a random number in [0, 1) stands for."""
+    ids, p = distribution(logits, sampling)
+    cumulated = p.cumsum()
+    place = int(cumulated.searchsorted(number * cumulated[-1], side="right"))
+    return int(ids[min(place, len(ids) - 1)])
 
 
 def likeliest(logits: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """The one protocol behind which ONNX Runtime and the PyTorch baseline stand.
 
 A session holds one batch at a time: :meth:`Session.prefill` starts it, :meth:`Session.step` appends one token per
-row. Rows may be of uneven length; padding is the session's business and never the caller's.
+row. Rows may be of uneven length; padding is the session's business and never the caller's. A session belongs to one
+thread at a time: a call that comes while another one is under way is refused (:mod:`runtime.turns`).
 """
 
 from __future__ import annotations

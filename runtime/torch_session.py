@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, left_pad
+from runtime.turns import CLOSED, Guarded, guarded
 
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class TorchSession:
+class TorchSession(Guarded):
     """A checkpoint folder on PyTorch; see :class:`runtime.session.Session`.
 
     Args:
@@ -37,6 +38,7 @@ class TorchSession:
         attention: str = "sdpa",
         threads: int | None = None,
     ) -> None:
+        super().__init__()
         self._threads = threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self._threads)
         self._precision, self._device, self._attention = precision, device, attention
@@ -58,7 +60,7 @@ class TorchSession:
                 "kv_cache": "DynamicCache",
             },
         )
-        self._reset()
+        self._drop()
 
     def _open(self, folder: Path, dtype: torch.dtype) -> Any:
         def load(attention: str) -> Any:
@@ -74,10 +76,13 @@ class TorchSession:
             self._attention = "eager"  # GPT-Neo has no other; the record shows it
             return load("eager")
 
-    def _reset(self) -> None:
+    def _drop(self) -> None:
         self._past: Any = None
         self._batch = 0
         self._used = self._end = 0
+
+    def _free(self) -> None:
+        self._model = None
 
     @property
     def info(self) -> SessionInfo:
@@ -87,22 +92,19 @@ class TorchSession:
     @property
     def model(self) -> Any:
         """The transformers model itself, for those who look inside it (the gate's localisation)."""
-        self._require_open()
+        if self._closed:
+            raise SessionError(CLOSED)
         return self._model
-
-    def _require_open(self) -> None:
-        if self._model is None:
-            raise SessionError("the session is closed; open a new one")
 
     def _forward(self, **inputs: Any) -> Any:
         with torch.inference_mode():
             return self._model(**inputs, past_key_values=self._past, use_cache=self._past is not None)
 
+    @guarded
     def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
         """Start a batch; see :meth:`runtime.session.Session.prefill`."""
-        self._require_open()
         lengths = check_prompts(ids, reserve, self._info)
-        self._reset()
+        self._drop()
         padded, mask = left_pad(ids)
         self._past = DynamicCache(config=self._model.config)
         self._even = min(lengths) == max(lengths)
@@ -118,9 +120,9 @@ class TorchSession:
         self._used, self._end = max(lengths), max(lengths) + reserve
         return _fp32(logits)
 
+    @guarded
     def step(self, ids: Sequence[int]) -> Logits:
         """Append one token per row; see :meth:`runtime.session.Session.step`."""
-        self._require_open()
         check_step(ids, self._batch, self._used, self._end)
         inputs: dict[str, Any] = {"input_ids": torch.tensor(ids, device=self._device)[:, None]}
         if not self._even:
@@ -131,25 +133,20 @@ class TorchSession:
         self._used += 1
         return _fp32(logits)
 
+    @guarded
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only; see :meth:`runtime.session.Compacting.keep`."""
-        self._require_open()
         check_rows(rows, self._batch)
         index = torch.tensor(rows, device=self._device)
         self._past.batch_select_indices(index)
         self._mask, self._lengths, self._batch = self._mask[index], self._lengths[index], len(rows)
 
+    @guarded
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits at all positions of one sequence."""
-        self._require_open()
         check_prompts([ids], 0, self._info)
-        self._reset()
+        self._drop()
         return _fp32(self._forward(input_ids=torch.tensor([list(ids)], device=self._device)).logits[0])
-
-    def close(self) -> None:
-        """Free the model; closing twice is allowed."""
-        self._model = None
-        self._reset()
 
     def __enter__(self) -> TorchSession:
         return self

@@ -18,6 +18,7 @@ from bench.errors import BenchError
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, check_prompts, check_step
 from runtime.torch_session import TorchSession
+from runtime.turns import guarded
 
 LABEL = "pytorch-compile"
 
@@ -38,15 +39,15 @@ class CompiledSession(TorchSession):
         super().__init__(folder, precision, device, threads=threads)
         self._info.details.update(kv_cache="StaticCache", compiled="the decode step")
 
+    @guarded
     def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
         """Start an even batch; see :meth:`runtime.session.Session.prefill`."""
         from transformers import StaticCache
 
-        self._require_open()
         lengths = check_prompts(ids, reserve, self._info)
         if min(lengths) != max(lengths):
             raise SessionError("this peer is measured on even batches only")
-        self._reset()
+        self._drop()
         size = -(-(lengths[0] + reserve) // 64) * 64  # a new size compiles anew
         if self._static is None or (self._static_batch, self._static_size) != (len(ids), size):
             self._static = StaticCache(config=self._model.config, max_cache_len=size)
@@ -57,9 +58,9 @@ class CompiledSession(TorchSession):
         self._batch, self._used, self._end = len(ids), lengths[0], lengths[0] + reserve
         return self._run(self._model, torch.tensor(ids, device=self._device), places, logits_to_keep=1)
 
+    @guarded
     def step(self, ids: Sequence[int]) -> Logits:
         """Append one token per row; the first call compiles."""
-        self._require_open()
         check_step(ids, self._batch, self._used, self._end)
         if self._decode is None:
             mode = "reduce-overhead" if self._device == "cuda" else None
@@ -91,7 +92,6 @@ class CompiledSession(TorchSession):
         """Not offered: a static batch is what this peer is about."""
         raise SessionError("a compiled batch cannot shrink; run without end tokens")
 
-    def close(self) -> None:
-        """Free the model; closing twice is allowed."""
+    def _free(self) -> None:
         self._static = self._decode = None
-        super().close()
+        super()._free()

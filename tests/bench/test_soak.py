@@ -41,7 +41,7 @@ def test_growth_is_a_failure() -> None:
 @pytest.mark.parametrize("where", ["prefill", "step", "after", "keep"])
 def test_an_interrupt_leaves_no_half_a_batch(session: Any, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(session, [[5, 6, 7], [8, 9]], 20).tokens
-    model = session._decode
+    model = session._decode.session
 
     class Interrupting:
         armed = False
@@ -56,7 +56,7 @@ def test_an_interrupt_leaves_no_half_a_batch(session: Any, where: str, monkeypat
         def __getattr__(self, name: str) -> Any:
             return getattr(model, name)
 
-    session._decode = session._prefill = trap = Interrupting()
+    session._decode.session = trap = Interrupting()
     if where != "prefill":
         session.prefill([[5, 6, 7], [8, 9]], reserve=20)
         session.step([1, 2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.device_decode import MOST_CAPTURES, NO_GRAPH, Captures
 from runtime.errors import ContextOverflowError, SessionError
 from runtime.generate import generate
 from runtime.loading import load
@@ -20,50 +23,108 @@ Get = Callable[..., Path]
 def test_tokens_equal_those_of_the_host_path(exports: Get, precision: str) -> None:
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, 331, n).tolist() for n in (30, 4, 17)]
-    with load(exports(precision), threads=1) as host, load(exports(precision), threads=1, argmax_on_device=True) as dev:
-        assert (host.argmax_on_device, dev.argmax_on_device) == (False, True)
+    with load(exports(precision), threads=1) as host, load(exports(precision), threads=1, choose_on_device=True) as dev:
+        assert (host.choose_on_device, dev.choose_on_device) == (False, True)
         free = generate(host, prompts, 40)
         assert generate(dev, prompts, 40).tokens == free.tokens
         eos = (free.tokens[0][5], free.tokens[2][9])  # rows end at different times
         assert generate(dev, prompts, 40, eos).tokens == generate(host, prompts, 40, eos).tokens
         assert generate(dev, prompts[:1], 100).tokens == generate(host, prompts[:1], 100).tokens
-        assert dev.info.details["greedy_token"] == "argmax on the device"
+        assert dev.info.details["next_token"] == "chosen on the device"
 
 
 def test_every_step_has_the_same_addresses_and_shapes(exports: Get) -> None:
     """What a CUDA graph needs: nothing that a step reads or writes moves or grows."""
-    with load(exports(), threads=1, argmax_on_device=True) as session:
+    with load(exports(), threads=1, choose_on_device=True) as session:
 
         def addresses() -> list[tuple[int, tuple[int, ...]]]:
             d: Any = session._device
             values = [d._ids, d._mask, d._lengths, d._next_lengths, d._logits, *session._cache._values.values()]
             return [(v.data_ptr(), tuple(v.shape())) for v in values]
 
-        session.prefill_argmax([[5, 6, 7], [8, 9]], reserve=20)
+        session.prefill_token([[5, 6, 7], [8, 9]], reserve=20)
         first, decoder = addresses(), session._device
         for _ in range(20):
-            session.step_argmax()
+            session.step_token()
             assert addresses() == first
-        session.prefill_argmax([[9, 9], [1, 2]], reserve=20)
+        session.prefill_token([[9, 9], [1, 2]], reserve=20)
         assert session._device is decoder  # one capture serves every batch of this size
-        assert decoder.graph_id == "-1"  # no CUDA graph on the CPU
-        session.prefill_argmax([[9, 9]], reserve=20)
+        assert decoder.graph_id == -1  # no CUDA graph on the CPU
+        session.prefill_token([[9, 9]], reserve=20)
         assert session._device is not decoder
 
 
+class Releasing:
+    """A session that notes which captured graphs it is told to release."""
+
+    def __init__(self) -> None:
+        self.released: list[int] = []
+
+    def release_captured_graph(self, graph_id: int) -> None:
+        self.released.append(graph_id)
+
+
+def test_one_captured_graph_at_a_time() -> None:
+    session = Releasing()
+    captures = Captures(session, True)
+    assert [captures.new(), captures.new(), captures.new()] == [1, 2, 3]
+    assert session.released == [1, 2]
+    captures.release()
+    captures.release()
+    assert session.released == [1, 2, 3]
+    assert [captures.new() for _ in range(MOST_CAPTURES)] == [*range(4, MOST_CAPTURES + 1), *[NO_GRAPH] * 3]
+    assert session.released == [*range(1, MOST_CAPTURES + 1)]  # and then nothing is captured any more
+    assert Captures(session, False).new() == NO_GRAPH
+    old = Captures(object(), True)  # ONNX Runtime 1.31 cannot release
+    assert [old.new(), old.new()] == [1, 2]
+
+
+def test_graphs_and_bindings_of_other_batch_sizes_are_given_up(exports: Get) -> None:
+    prompts = [[5, 6, 7], [8, 9], [3, 4]]
+    with load(exports(), threads=1, choose_on_device=True) as session:
+        spy = Releasing()
+        session._captures = Captures(spy, True)
+        free = generate(session, prompts, 12).tokens
+        decoder: Any = session._whole
+        assert decoder.graph_id == 1
+        eos = (free[1][3],)  # one row ends; the others go on uncaptured
+        for _ in range(3):
+            shrunk = generate(session, prompts, 12, eos)
+            assert len(shrunk.tokens[1]) == 4
+            assert (session._device.batch, session._device.graph_id) == (2, NO_GRAPH)
+        assert session._whole is decoder  # one capture serves them all
+        assert (session._captures.made, spy.released) == (1, [])
+        buffers = [weakref.ref(v) for v in (decoder, decoder._step, decoder._logits, decoder.kv)]
+        del decoder
+        generate(session, prompts[:2], 12)
+        assert session._whole.graph_id == 2
+        assert spy.released == [1]
+        gc.collect()
+        assert [b() for b in buffers] == [None] * 4
+        generate(session, prompts[:2], 120)  # a larger buffer has other addresses
+        assert session._whole.graph_id == 3
+        assert spy.released == [1, 2]
+        assert "cuda_graphs_used_up" not in session.info.details
+        session._captures.made = MOST_CAPTURES
+        generate(session, prompts, 12)
+        assert session._whole.graph_id == NO_GRAPH
+        assert session.info.details["cuda_graphs_used_up"] == MOST_CAPTURES
+    assert spy.released == [1, 2, 3]
+
+
 def test_refusals(exports: Get) -> None:
-    with load(exports(), threads=1, argmax_on_device=True) as session:
+    with load(exports(), threads=1, choose_on_device=True) as session:
         with pytest.raises(SessionError, match="call prefill first"):
-            session.step_argmax()
+            session.step_token()
         session.prefill([[1, 2]], reserve=3)
         with pytest.raises(SessionError, match="logits on the host"):
-            session.step_argmax()
-        session.prefill_argmax([[1, 2]], reserve=1)
-        session.step_argmax()
+            session.step_token()
+        session.prefill_token([[1, 2]], reserve=1)
+        session.step_token()
         with pytest.raises(ContextOverflowError, match="larger reserve"):
-            session.step_argmax()
-    growing = load(exports(spec={"target": "tensorrt"}), threads=1, argmax_on_device=True)
-    assert not growing.argmax_on_device  # its past is joined by Concat: nothing has a fixed address
+            session.step_token()
+    growing = load(exports(spec={"target": "tensorrt"}), threads=1, choose_on_device=True)
+    assert not growing.choose_on_device  # its past is joined by Concat: nothing has a fixed address
     growing.close()
 
 

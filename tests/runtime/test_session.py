@@ -111,7 +111,7 @@ def test_past_and_present_are_one_buffer_that_is_reused(session: Any) -> None:
     cache = session._cache
     addresses = {n: v.data_ptr() for n, v in cache._values.items()}
     assert cache.capacity == 64
-    outputs = {o.data_ptr() for o in session._step_binding.get_outputs()}
+    outputs = {o.data_ptr() for o in session._host._binding.get_outputs()}
     assert len(outputs) == len(addresses) + 1  # and the logits
     assert outputs > set(addresses.values())
     for token in range(50):

@@ -1,0 +1,144 @@
+"""One batch whose logits come to the host: prefill in one run or row by row, and the step that everything is bound for.
+
+What a decode step does: write one id per row, extend the mask, run the bound graph. Everything else (KV buffers, id
+and logits buffers) is bound once per batch. :mod:`runtime.device_decode` is its counterpart that stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.graph import Graph, fp32, positions
+from runtime.kv_cache import GrowingCache, SharedCache
+from runtime.session import Ids, Logits, left_pad, right_pad
+from runtime.tensorrt import Shapes, require_inside
+
+_ROW_TOKENS = 16
+"""Shortest prompt of a CPU batch whose rows are prefilled one by one."""
+
+
+class HostDecoder:
+    """One batch over one KV cache.
+
+    Args:
+        prefill: the graph that takes the prompts.
+        decode: the graph that takes one token a row; may be the same.
+        cache: of this batch.
+        shapes: what TensorRT's engines were built for; None elsewhere.
+    """
+
+    def __init__(self, prefill: Graph, decode: Graph, cache: SharedCache | GrowingCache, shapes: Shapes | None) -> None:
+        self._prefill, self._decode, self._cache, self._shapes = prefill, decode, cache, shapes
+        self._manifest = decode.manifest
+        self._mask: NDArray[np.int64]
+
+    def prefill(self, ids: Ids, lengths: Sequence[int], reserve: int) -> Logits:
+        """Run the prompts; returns the logits of each row's last token, ``[batch, vocab]``."""
+        # A cache that grows by Concat has each row's new tokens right behind its old ones only when padded on the left;
+        # graphs that attend to a window of the cache (GPT-Neo) count its columns.
+        shared = isinstance(self._cache, SharedCache)
+        padded, mask = right_pad(ids) if shared else left_pad(ids)
+        if self._one_by_one(lengths):
+            last = self._prefill_rows(padded, lengths)
+        else:
+            ends = np.asarray(lengths) if shared else np.full(len(ids), max(lengths))
+            last = self._prefill_batch(padded, mask, ends - 1)
+        self._batch, self._end = len(ids), max(lengths) + reserve
+        self._ids = np.zeros((self._batch, 1), np.int64)
+        if shared:
+            self._bind_steps()
+        else:
+            self._mask = np.ones((self._batch, self._end), np.int64)
+            self._mask[:, : mask.shape[1]] = mask
+            self._width = mask.shape[1]
+        return last
+
+    def _one_by_one(self, lengths: Sequence[int]) -> bool:
+        """Whether rows are prefilled one after another.
+
+        On the CPU one row keeps both cores busy, a batch only outgrows the caches and computes its padding; below
+        :data:`_ROW_TOKENS` reading the weights is what takes the time, and a batch reads them once.
+        """
+        return (
+            len(lengths) > 1
+            and self._prefill.device == "cpu"
+            and isinstance(self._cache, SharedCache)
+            and min(lengths) >= _ROW_TOKENS
+        )
+
+    def _prefill_batch(self, padded: NDArray[np.int64], mask: NDArray[np.int64], last: NDArray[np.int64]) -> Logits:
+        """All rows in one run; ``last`` is each row's last valid column."""
+        buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions(mask)}
+        binding = self._prefill.bind(buffers, self._cache.bind)
+        last_only = self._manifest.decode_logits == "last"
+        logits = self._prefill.bind_logits(binding, 1 if last_only else padded.shape[1], len(padded))
+        self._prefill.run(binding)
+        self._cache.taken(binding)
+        return fp32(logits()[:, 0] if last_only else logits()[np.arange(len(padded)), last])
+
+    def _prefill_rows(self, padded: NDArray[np.int64], lengths: Sequence[int]) -> Logits:
+        """Each row alone, into its place in the shared cache."""
+        assert isinstance(self._cache, SharedCache)
+        last_only = self._manifest.decode_logits == "last"
+        out = np.empty((len(padded), self._manifest.vocab_size), np.float32)
+        for row, length in enumerate(lengths):
+            ids, mask = padded[row : row + 1, :length].copy(), np.ones((1, length), np.int64)
+            buffers = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+            binding = self._prefill.bind(buffers, partial(self._cache.bind_row, row=row))
+            logits = self._prefill.bind_logits(binding, 1 if last_only else length, 1)
+            self._prefill.run(binding)
+            out[row] = logits()[0, -1]
+        return out
+
+    def _bind_steps(self) -> None:
+        """Bind once what every step of this batch uses."""
+        self._mask = np.ones(self._batch * self._end, np.int64)
+        self._binding = self._decode.bind({"input_ids": self._ids}, self._cache.bind)
+        self._logits = self._decode.bind_logits(self._binding, 1, self._batch)
+
+    def step(self, ids: Sequence[int], lengths: NDArray[np.int64]) -> Logits:
+        """Append one token per row; ``lengths`` ``[batch]`` counts them already. Returns ``[batch, vocab]``.
+
+        Raises:
+            ShapeOutsideProfileError: TensorRT's engine takes no cache of that length; nothing has run.
+        """
+        if not isinstance(self._cache, SharedCache):
+            return self._growing_step(ids, lengths)
+        self._ids[:, 0] = ids
+        total = int(lengths.max())
+        # The graph reads the mask's row sums (lengths) and its width (the longest row), nothing else.
+        mask = self._mask[: self._batch * total].reshape(self._batch, total)
+        if self._batch > 1:  # a single row is all ones
+            np.less(np.arange(total), lengths[:, None], out=mask, casting="unsafe")
+        self._decode.bind_input(self._binding, "attention_mask", mask)
+        if "position_ids" in self._manifest.inputs:
+            self._position = lengths[:, None] - 1
+            self._decode.bind_input(self._binding, "position_ids", self._position)
+        self._decode.run(self._binding)
+        return fp32(self._logits()[:, 0])
+
+    def _growing_step(self, ids: Sequence[int], lengths: NDArray[np.int64]) -> Logits:
+        if self._shapes:
+            require_inside(self._manifest, self._shapes, "decode", self._batch, 1, self._width)
+        self._ids[:, 0] = ids
+        self._width += 1
+        mask = np.ascontiguousarray(self._mask[:, : self._width])
+        buffers = {"input_ids": self._ids, "attention_mask": mask, "position_ids": lengths[:, None] - 1}
+        binding = self._decode.bind(buffers, self._cache.bind)
+        logits = self._decode.bind_logits(binding, 1, self._batch)
+        self._decode.run(binding)
+        self._cache.taken(binding)
+        return fp32(logits()[:, 0])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only; the cache was cut down already."""
+        self._batch = len(rows)
+        self._ids = np.zeros((self._batch, 1), np.int64)
+        if isinstance(self._cache, SharedCache):
+            self._bind_steps()
+        else:
+            self._mask = self._mask[list(rows)]

@@ -1,0 +1,66 @@
+"""How a folder is opened on ONNX Runtime, in one place: :func:`runtime.load` takes these by name.
+
+Try: ``runtime.load(folder, threads=2, session_options={"session.intra_op.allow_spinning": "0"})``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+from runtime.errors import SessionError
+
+if TYPE_CHECKING:
+    from runtime.tensorrt import Shapes
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """What :class:`runtime.ort_session.OrtSession` is opened with.
+
+    Args:
+        provider: ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``.
+        threads: intra-op threads on the CPU; None takes every core this process may use.
+        huge_pages: on the CPU, move the packed weights into 2 MiB pages (:mod:`runtime.huge_pages`); opening takes
+            longer by about 2.5 s per GB, each decode step is shorter.
+        provider_options: options of the execution provider by ONNX Runtime's names, over the defaults.
+        allow_fallback: a provider that does not load or take every node is a line in ``info.details``, no error.
+        cuda_graph: on CUDA, capture a decode step as a CUDA graph.
+        choose_on_device: choose tokens where the logits are; None does so on a GPU.
+        shapes: what TensorRT builds its engines for (rows, prompt and new tokens); None for :class:`Shapes`' own.
+        engine_home: where engines are kept; None keeps none (each opening builds them again).
+        session_options: ONNX Runtime session configuration entries, such as ``session.intra_op.allow_spinning``.
+
+    Raises:
+        SessionError: a number of threads below 1.
+    """
+
+    provider: str = "cpu"
+    threads: int | None = None
+    huge_pages: bool = True
+    provider_options: Mapping[str, str] | None = None
+    allow_fallback: bool = False
+    cuda_graph: bool = True
+    choose_on_device: bool | None = None
+    shapes: Shapes | None = None
+    engine_home: Path | None = None
+    session_options: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise SessionError(f"{self.threads} threads make no sense; give 1 or more, or none for every core")
+
+
+class MoreSettings(TypedDict, total=False):
+    """The same for the type checker, as keywords of a call; ``provider`` and ``threads`` also go by their place."""
+
+    huge_pages: bool
+    provider_options: Mapping[str, str] | None
+    allow_fallback: bool
+    cuda_graph: bool
+    choose_on_device: bool | None
+    shapes: Shapes | None
+    engine_home: Path | None
+    session_options: Mapping[str, str] | None
