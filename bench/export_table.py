@@ -11,7 +11,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from rich.table import Table
 
 from bench.errors import BenchError
 from bench.parity import TIERS, TokenFigures, teacher_forced_checks, token_figures
-from bench.peers.exports import GENAI_SCRIPT
+from bench.peers.exports import genai_export, output_of
 from bench.workload import chunked
 
 OURS: dict[str, dict[str, Any]] = {
@@ -89,22 +88,16 @@ def export_once(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
 
 
-def _child(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise BenchError((lines or ["no output"])[-1][:200])
-    return done.stdout
-
-
 def _export(row: Row, kind: str, checkpoint: Path, out: Path, spec: dict[str, Any]) -> None:
     job = {"kind": kind, "checkpoint": str(checkpoint), "out": str(out), "spec": spec}
-    found = json.loads(_child([sys.executable, "-m", "bench.export_table", "--once", json.dumps(job)]).splitlines()[-1])
+    found = json.loads(
+        output_of([sys.executable, "-m", "bench.export_table", "--once", json.dumps(job)]).splitlines()[-1]
+    )
     row.seconds, row.peak_bytes = found["seconds"], found["peak_bytes"]
 
 
 def _genai(row: Row, python: Path, checkpoint: Path, out: Path, precision: str) -> None:
-    found = json.loads(_child([str(python), "-c", GENAI_SCRIPT, str(checkpoint), str(out), precision]).splitlines()[-1])
+    found = genai_export(python, checkpoint, out, precision)
     row.seconds, row.peak_bytes = found["seconds"], found["peak_bytes"]
 
 

@@ -24,7 +24,7 @@ STEADY = 0.05
 Tick = Callable[[str], None]
 
 
-def _one(session: Session, prompts: list[list[int]], new_tokens: int) -> Generation:
+def timed_generation(session: Session, prompts: list[list[int]], new_tokens: int) -> Generation:
     """One timed generation without garbage collection in it; end tokens are ignored, the length is fixed."""
     gc.collect()
     gc.disable()
@@ -39,7 +39,7 @@ def warm_up(session: Session, stream: Sequence[int], case: Case, cap: int) -> in
     """Run untimed rounds until two in a row agree within 5 %, at most ``cap``; returns how many."""
     previous: float | None = None
     for n in range(1, cap + 1):
-        total = _one(session, latency_prompts(stream, case, -n), case.new_tokens).total_s
+        total = timed_generation(session, latency_prompts(stream, case, -n), case.new_tokens).total_s
         if previous is not None and abs(total - previous) <= STEADY * previous:
             return n
         previous = total
@@ -81,7 +81,7 @@ def interleave(
         if probe:
             probe()
         for label in labels:
-            result = _one(sides[label], prompts, case.new_tokens)
+            result = timed_generation(sides[label], prompts, case.new_tokens)
             collected[label].append(Round(order=order, at_s=list(result.at_s)))
             order += 1
             tick(f"{label}: {case.label}, round {index + 1}")

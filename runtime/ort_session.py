@@ -81,6 +81,7 @@ class OrtSession(PipelineMixin, Guarded):
         self._shapes = (settings.shapes or Shapes()) if self._provider.name.startswith("tensorrt") else None
         self._engine_home, self._build_s = settings.engine_home, 0.0
         self._session_options = dict(settings.session_options or {})
+        self._profile = settings.profile
         self._scoring: Graph | None = None
         self._cache: SharedCache | GrowingCache | None = None
         self._host: HostDecoder | None = None
@@ -112,6 +113,8 @@ class OrtSession(PipelineMixin, Guarded):
         options.log_severity_level = 3
         for key, value in self._session_options.items():
             options.add_session_config_entry(key, value)
+        if self._profile is not None and phase == "decode":
+            options.enable_profiling, options.profile_file_prefix = True, str(self._profile)
         chosen, built = self._engine_options(phase)
         attach(options, self._provider, chosen)
         started = time.perf_counter()
@@ -325,6 +328,18 @@ class OrtSession(PipelineMixin, Guarded):
         logits = self._scoring.bind_logits(binding, len(ids), 1)
         self._scoring.run(binding)
         return fp32(logits()[0])
+
+    @guarded
+    def end_profile(self) -> Path:
+        """Stop profiling; the file that ONNX Runtime wrote (Chrome's trace format, times in microseconds).
+
+        Raises:
+            SessionError: opened without ``profile``, or stopped already.
+        """
+        if self._profile is None:
+            raise SessionError("no profile is being made; open the session with profile=PATH")
+        self._profile = None
+        return Path(self._decode.session.end_profiling())
 
     def __enter__(self) -> OrtSession:
         return self

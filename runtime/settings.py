@@ -32,6 +32,8 @@ class SessionSettings:
         shapes: what TensorRT builds its engines for (rows, prompt and new tokens); None for :class:`Shapes`' own.
         engine_home: where engines are kept; None keeps none (each opening builds them again).
         session_options: ONNX Runtime session configuration entries, such as ``session.intra_op.allow_spinning``.
+        profile: where ONNX Runtime writes its profile of the decode graph (beginning of the file's name); None for no
+            profile. See :meth:`runtime.ort_session.OrtSession.end_profile`.
 
     Raises:
         SessionError: a number of threads below 1.
@@ -47,6 +49,7 @@ class SessionSettings:
     shapes: Shapes | None = None
     engine_home: Path | None = None
     session_options: Mapping[str, str] | None = None
+    profile: Path | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -64,3 +67,4 @@ class MoreSettings(TypedDict, total=False):
     shapes: Shapes | None
     engine_home: Path | None
     session_options: Mapping[str, str] | None
+    profile: Path | None

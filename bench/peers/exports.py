@@ -5,8 +5,14 @@ genai's builder wants another transformers than optimum does, so the two never s
 
 from __future__ import annotations
 
+import json
+import subprocess
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
 
 GENAI_SCRIPT = """
 import json, pathlib, runpy, sys, time
@@ -28,3 +34,27 @@ def optimum_export(checkpoint: Path, out: Path, level: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracer notes and deprecations of the TorchScript exporter
         main_export(str(checkpoint), str(out), task="text-generation-with-past", do_validation=False, **options)
+
+
+def genai_export(python: Path, checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
+    """onnxruntime-genai's builder, run by ``python``; returns ``seconds`` and ``peak_bytes``.
+
+    Raises:
+        BenchError: it failed; the last line of its output is quoted.
+    """
+    said = output_of([str(python), "-c", GENAI_SCRIPT, str(checkpoint), str(out), precision])
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return found
+
+
+def output_of(command: Sequence[str]) -> str:
+    """Standard output of a child process.
+
+    Raises:
+        BenchError: it failed; the last line of its output is quoted.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        raise BenchError((lines or ["no output"])[-1][:200])
+    return done.stdout

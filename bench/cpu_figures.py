@@ -1,0 +1,383 @@
+"""The runtime's figures on the CPU in one run: floors, peers, long contexts, batches, Python's share of a step.
+
+``pytest bench/`` says how fast one folder is; this says how far the runtime is from what the machine allows and from
+other runtimes, with the limits that the project set itself, and shows what a decode step's time goes into.
+Try: ``python -m bench.cpu_figures demo OUT --genai-python PYTHON --gguf FILE`` (about 6 minutes on 2 cores).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.errors import BenchError
+from bench.measure import CpuBandwidth, peak_memory, timed_generation
+from reports.record import Case
+from runtime.generate import Generation
+from runtime.ort_session import OrtSession
+from runtime.session import Session
+
+OURS: dict[str, dict[str, Any]] = {
+    "ours fp32": {},
+    "ours int4": {"precision": "int4"},
+    "ours int4 rtn, head too": {"precision": "int4", "method": "rtn", "lm_head": "int4"},
+}
+"""Our sides: name -> fields of :class:`export.spec.ExportSpec`. The last is quantised as genai's builder does it."""
+FP32, INT4, INT4_ALIKE = OURS
+GENAI = {"genai fp32": "fp32", "genai int4": "int4"}
+LLAMA_CPP = "llama.cpp"
+PROMPT, NEW, LONG, BATCH = 128, 32, 2000, 4
+SEED = 20260101
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: the median over rounds, its quartiles, and the limit that it should keep (None: shown only)."""
+
+    name: str
+    value: float
+    quartiles: tuple[float, float]
+    limit: float | None
+    at_most: bool = True
+
+    @property
+    def status(self) -> str:
+        """``MET``, ``MISSED`` or ``shown``."""
+        if self.limit is None:
+            return "shown"
+        return "MET" if (self.value <= self.limit) == self.at_most or self.value == self.limit else "MISSED"
+
+
+@dataclass
+class Figures:
+    """Everything of one run; times in seconds, bandwidth in bytes per second."""
+
+    figures: list[Figure] = field(default_factory=list)
+    ttft_s: dict[str, float] = field(default_factory=dict)
+    tpot_s: dict[str, float] = field(default_factory=dict)
+    bandwidth: float = 0.0
+    profile_us: dict[str, list[float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, rounds: Sequence[float], limit: float | None = None, at_most: bool = True) -> None:
+        """The median of these, as a figure."""
+        low, high = (float(q) for q in np.quantile(rounds, (0.25, 0.75)))
+        self.figures.append(Figure(name, statistics.median(rounds), (low, high), limit, at_most))
+
+
+class GemmFloor:
+    """Least seconds of a prefill's matrix products, measured now: the better of two ways to know it.
+
+    One runs the model's own products on PyTorch, one after another, each with weights of its own; the other divides
+    their operations by the rate of a product of 1,024 x 1,024 x 1,536. The head counts for one position.
+    """
+
+    def __init__(self, config: dict[str, Any], tokens: int) -> None:
+        import torch
+
+        self._torch = torch
+        hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+        heads = config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        qkv = (heads + 2 * config.get("num_key_value_heads", heads)) * head
+        shapes = [(hidden, qkv), (heads * head, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
+        self._weights = [torch.randn(k, n) for _ in range(layers) for k, n in shapes]
+        self._inputs = {k: torch.randn(tokens, k) for k, _ in shapes}
+        self._square = torch.randn(1024, 1024), torch.randn(1024, 1536)
+        attention = layers * heads * head * 4 * tokens * tokens / 2
+        products = 2 * tokens * sum(w.numel() for w in self._weights) + 2 * hidden * config["vocab_size"]
+        self._operations = products + attention
+
+    def __call__(self) -> float:
+        """Seconds."""
+        torch = self._torch
+        rate = 2 * 1024 * 1024 * 1536 / _median_s(lambda: torch.mm(*self._square), 9)
+
+        def products() -> None:
+            for w in self._weights:
+                torch.mm(self._inputs[len(w)], w)
+
+        return float(min(self._operations / rate, _median_s(products, 3)))
+
+
+def _median_s(work: Callable[[], object], times: int) -> float:
+    seen = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        seen.append(time.perf_counter() - started)
+    return statistics.median(seen)
+
+
+class _Timed:
+    """An ONNX Runtime session that adds up the time inside its run."""
+
+    def __init__(self, session: Any) -> None:
+        self._session, self.inside_s = session, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, *arguments: Any) -> None:
+        started = time.perf_counter()
+        self._session.run_with_iobinding(*arguments)
+        self.inside_s += time.perf_counter() - started
+
+
+def python_share(session: OrtSession, steps: int = 64) -> float:
+    """Share of a greedy decode step that is spent outside ONNX Runtime's run; the choice of the token included."""
+    graph = session._decode
+    timed = _Timed(graph.session)
+    logits = session.prefill([list(range(1, PROMPT + 1))], reserve=steps + 1)
+    graph.session = timed
+    try:
+        started = time.perf_counter()
+        for _ in range(steps):
+            logits = session.step([int(logits.argmax())])
+        total = time.perf_counter() - started
+    finally:
+        graph.session = timed._session
+    return 1 - timed.inside_s / total
+
+
+def decode_profile(folder: Path, threads: int, steps: int = 40) -> dict[str, list[float]]:
+    """Per operator of a decode step at context 128: microseconds a step in its kernels, and how many nodes."""
+    from runtime.loading import load
+
+    with tempfile.TemporaryDirectory() as scratch:
+        session = load(folder, threads=threads, verify=False, profile=Path(scratch) / "decode")
+        session.prefill([list(range(1, PROMPT + 1))], reserve=steps + 1)
+        for _ in range(steps):
+            session.step([5])
+        events = json.loads(session.end_profile().read_text(encoding="utf-8"))
+        session.close()
+    runs = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: float(e["ts"]))[-steps // 2 :]
+    found: dict[str, list[float]] = {"step": [sum(r["dur"] for r in runs) / len(runs), 1.0]}
+    since = runs[0]["ts"]
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= since:
+            row = found.setdefault(event["args"]["op_name"], [0.0, 0.0])
+            row[0] += event["dur"] / len(runs)
+            row[1] += 1 / len(runs)
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def prepare(checkpoint: Path, work: Path, genai: Path | None, figures: Figures) -> dict[str, Path]:
+    """Folders by side; those that lie in ``work`` already are used as they are."""
+    from bench.peers.exports import genai_export
+    from export.pipeline import export_model
+    from export.spec import ExportSpec
+
+    folders = {}
+    for name, fields in OURS.items():
+        folders[name] = work / name.replace(" ", "-").replace(",", "")
+        if not folders[name].exists():
+            export_model(ExportSpec(str(checkpoint), **fields), folders[name])
+    for name, precision in GENAI.items():
+        if genai is None:
+            figures.skipped[name] = "no --genai-python, an environment with onnxruntime-genai and its builder"
+            continue
+        folders[name] = work / name.replace(" ", "-")
+        if not folders[name].exists():
+            genai_export(genai, checkpoint, folders[name], precision)
+    return folders
+
+
+def open_sides(
+    folders: dict[str, Path], genai: Path | None, gguf: Path | None, threads: int, figures: Figures
+) -> dict[str, Session]:
+    """Every side that can be opened here; the others are named in ``figures.skipped``."""
+    from bench.peers.genai import GenaiSide
+    from bench.peers.llama_cpp import LlamaCppSide
+    from runtime.loading import load
+
+    sides: dict[str, Session] = {name: load(folders[name], threads=threads, verify=False) for name in OURS}
+    for name in GENAI:
+        if genai is not None and name in folders:
+            sides[name] = GenaiSide(genai, folders[name], threads, sides[FP32].info)
+    try:
+        if gguf is None:
+            raise BenchError("no --gguf FILE")
+        sides[LLAMA_CPP] = LlamaCppSide(gguf, threads)
+    except (BenchError, ImportError) as e:
+        figures.skipped[LLAMA_CPP] = str(e)
+    return sides
+
+
+def _paired(runs: dict[str, list[Generation]], a: str, b: str, of: Callable[[Generation], float]) -> list[float]:
+    return [of(x) / of(y) for x, y in zip(runs[a], runs[b], strict=True)]
+
+
+def _ttft(g: Generation) -> float:
+    return g.ttft_s
+
+
+def _tpot(g: Generation) -> float:
+    return float(g.tpot_s or 0.0)
+
+
+def interleaved(sides: dict[str, Session], figures: Figures, config: dict[str, Any], rounds: int, threads: int) -> None:
+    """Prompt 128, 32 new tokens on every side in turn, the floors beside each round."""
+    rng = np.random.default_rng(SEED)
+    bandwidth, gemm = CpuBandwidth(threads), GemmFloor(config, PROMPT)
+    speeds, products = [], []
+    runs: dict[str, list[Generation]] = {name: [] for name in sides}
+    for index in range(-1, rounds):
+        prompt = [rng.integers(1, config["vocab_size"], PROMPT).tolist()]
+        if index >= 0:
+            speeds.append(bandwidth())
+            products.append(gemm())
+        for name in sides if index % 2 else reversed(list(sides)):
+            made = timed_generation(sides[name], prompt, NEW)
+            if index >= 0:  # the first round warms up
+                runs[name].append(made)
+    figures.bandwidth = statistics.median(speeds)
+    figures.ttft_s = {name: statistics.median(map(_ttft, runs[name])) for name in sides}
+    figures.tpot_s = {name: statistics.median(map(_tpot, runs[name])) for name in sides}
+    manifest = sides[FP32].manifest  # type: ignore[attr-defined]
+    moved = manifest.decode_weight_bytes + (PROMPT + NEW / 2) * manifest.kv.bytes_per_token()
+    figures.add(
+        "fp32 decode, times the memory floor",
+        [_tpot(g) * s / moved for g, s in zip(runs[FP32], speeds, strict=True)],
+        1.20,
+    )
+    figures.add(
+        "prefill 128, times the matrix-product floor",
+        [_ttft(g) / s for g, s in zip(runs[FP32], products, strict=True)],
+        1.25,
+    )
+    if "genai fp32" in sides:
+        figures.add("fp32 decode, of genai", _paired(runs, FP32, "genai fp32", _tpot), 0.95)
+        figures.add("prefill 128, of genai", _paired(runs, FP32, "genai fp32", _ttft), 0.60)
+    if "genai int4" in sides:
+        figures.add("int4 decode, of genai int4, quantised alike", _paired(runs, INT4_ALIKE, "genai int4", _tpot), 0.85)
+        figures.add("int4 decode, of genai int4, ours by HQQ", _paired(runs, INT4, "genai int4", _tpot))
+    if LLAMA_CPP in sides:
+        figures.add("int4 decode, of llama.cpp Q4_1, ours rtn", _paired(runs, INT4_ALIKE, LLAMA_CPP, _tpot), 0.85)
+        figures.add("int4 decode, of llama.cpp Q4_1, ours by HQQ", _paired(runs, INT4, LLAMA_CPP, _tpot), 0.85)
+        figures.add("fp32 prefill 128, of llama.cpp Q4_1", _paired(runs, FP32, LLAMA_CPP, _ttft))
+
+
+def _steps(session: Session, rng: np.random.Generator, context: int, batch: int, steps: int = 16) -> tuple[float, ...]:
+    """Seconds of a prefill and of the median decode step behind it."""
+    prompts = [rng.integers(1, 30_000, context).tolist() for _ in range(batch)]
+    started = time.perf_counter()
+    session.prefill(prompts, steps + 1)
+    prefill = time.perf_counter() - started
+    return prefill, _median_s(lambda: session.step([7] * batch), steps)
+
+
+def long_and_wide(session: Session, figures: Figures, rounds: int) -> None:
+    """Context 2,000 against 128, batch 4 against 1; neighbours in time are compared."""
+    rng = np.random.default_rng(SEED)
+    _steps(session, rng, PROMPT, BATCH)
+    ratios = [_steps(session, rng, LONG, 1)[1] / _steps(session, rng, PROMPT, 1)[1] for _ in range(rounds)]
+    figures.add("time per token at context 2,000, of that at 128", ratios, 1.35)
+    gains, costs = [], []
+    for _ in range(rounds):
+        single = [_steps(session, rng, PROMPT, 1) for _ in range(BATCH)]
+        four = _steps(session, rng, PROMPT, BATCH)
+        gains.append(BATCH * statistics.median(s[1] for s in single) / four[1])
+        costs.append(four[0] / sum(s[0] for s in single))
+    figures.add("batch 4 decode, tokens/s of batch 1's", gains, 3.3, at_most=False)
+    figures.add("batch 4 prefill, of four single ones", costs, 1.1)
+
+
+def measure(checkpoint: Path, work: Path, rounds: int, genai: Path | None, gguf: Path | None, threads: int) -> Figures:
+    """Everything, in one run."""
+    figures = Figures()
+    folders = prepare(checkpoint, work, genai, figures)
+    config = json.loads((folders[FP32] / "config.json").read_text(encoding="utf-8"))
+    sides = open_sides(folders, genai, gguf, threads, figures)
+    try:
+        interleaved(sides, figures, config, rounds, threads)
+        ours = sides[FP32]
+        assert isinstance(ours, OrtSession)
+        long_and_wide(ours, figures, max(3, rounds // 2))
+        for name in (FP32, INT4):
+            side = sides[name]
+            assert isinstance(side, OrtSession)
+            figures.add(
+                f"Python's share of a decode step, {name.removeprefix('ours ')}",
+                [python_share(side) for _ in range(5)],
+                0.03,
+            )
+        manifest = ours.manifest
+    finally:
+        for side in sides.values():
+            side.close()
+    case = Case(batch=1, prompt=PROMPT, new_tokens=NEW)
+    memory = peak_memory(
+        FP32,
+        case,
+        {"kind": "onnxruntime", "path": str(folders[FP32]), "precision": "fp32", "provider": "cpu", "threads": threads},
+    )
+    held = sum(f.stat().st_size for f in folders[FP32].glob("*.data"))
+    held += (PROMPT + NEW) * manifest.kv.bytes_per_token()
+    figures.add(
+        "peak memory of a session, of weights and KV", [(memory.peak_bytes - memory.baseline_bytes) / held], 1.25
+    )
+    figures.profile_us = decode_profile(folders[FP32], threads)
+    return figures
+
+
+def show(figures: Figures, console: Console) -> None:
+    """Tables for a terminal."""
+    table = Table(title=f"CPU figures, memory read at {figures.bandwidth / 1e9:.1f} GB/s", title_justify="left")
+    for column in ("figure", "median", "quartiles", "limit", ""):
+        table.add_column(column)
+    for f in figures.figures:
+        limit = "" if f.limit is None else f"{'at most' if f.at_most else 'at least'} {f.limit:g}"
+        table.add_row(f.name, f"{f.value:.3f}", f"{f.quartiles[0]:.3f} to {f.quartiles[1]:.3f}", limit, f.status)
+    console.print(table)
+    sides = Table(title="Sides, batch 1, prompt 128, 32 new tokens", title_justify="left")
+    for column in ("side", "TTFT ms", "TPOT ms"):
+        sides.add_column(column)
+    for name, ttft in figures.ttft_s.items():
+        sides.add_row(name, f"{ttft * 1e3:.1f}", f"{figures.tpot_s[name] * 1e3:.2f}")
+    console.print(sides)
+    profile = Table(title="An fp32 decode step under ONNX Runtime's profiler", title_justify="left")
+    for column in ("operator", "us a step", "nodes"):
+        profile.add_column(column)
+    for name, (us, nodes) in list(figures.profile_us.items())[:9]:
+        profile.add_row(name, f"{us:.0f}", f"{nodes:.0f}")
+    console.print(profile)
+    for name, why in figures.skipped.items():
+        console.print(f"skipped {name}: {why}", style="yellow", markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see ``--help``. Exit code 0 whatever the figures say: they are shown, not enforced."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cpu_figures", description="the runtime's figures on the CPU")
+    parser.add_argument("model", help="'demo' or a checkpoint folder")
+    parser.add_argument("out", type=Path, help="folder for cpu_figures.json and the exports, which are kept")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--genai-python", type=Path, help="python of an environment with onnxruntime-genai")
+    parser.add_argument("--gguf", type=Path, help="file for llama.cpp (llama-cpp-python must be installed)")
+    args = parser.parse_args(arguments)
+    from export.source import resolve
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = resolve(args.model).folder
+    found = measure(checkpoint, args.out, args.rounds, args.genai_python, args.gguf, args.threads)
+    document = {**asdict(found), "figures": [{**asdict(f), "status": f.status} for f in found.figures]}
+    (args.out / "cpu_figures.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    show(found, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
