@@ -77,7 +77,7 @@ def quantize(
     scale_dtype: torch.dtype = torch.float32,
     float_zero: bool = False,
 ) -> Packed:
-    """Quantise a weight, in pieces of rows: beyond input and result about 20 MB a thread are needed (gptq: and the factor).
+    """Quantise a weight, in pieces of rows: beyond input and result 20 MB a thread are needed (gptq: and the factor).
 
     Args:
         weight: [N, K], any float type, rows are output features as in ``nn.Linear.weight``. Where ``block`` does not
