@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.errors import BenchError
-from bench.measure import CpuBandwidth, peak_memory, timed_generation
+from bench.measure import CpuBandwidth, GemmFloor, median_time, peak_memory, timed_generation
 from reports.record import Case
 from runtime.generate import Generation
 from runtime.ort_session import OrtSession
@@ -39,6 +39,8 @@ FP32, INT4, INT4_ALIKE = OURS
 GENAI = {"genai fp32": "fp32", "genai int4": "int4"}
 LLAMA_CPP = "llama.cpp"
 PROMPT, NEW, LONG, BATCH = 128, 32, 2000, 4
+VOCAB = 30_000
+"""Prompts are drawn from the first so many tokens."""
 SEED = 20260101
 
 
@@ -75,50 +77,6 @@ class Figures:
         """The median of these, as a figure."""
         low, high = (float(q) for q in np.quantile(rounds, (0.25, 0.75)))
         self.figures.append(Figure(name, statistics.median(rounds), (low, high), limit, at_most))
-
-
-class GemmFloor:
-    """Least seconds of a prefill's matrix products, measured now: the better of two ways to know it.
-
-    One runs the model's own products on PyTorch, one after another, each with weights of its own; the other divides
-    their operations by the rate of a product of 1,024 x 1,024 x 1,536. The head counts for one position.
-    """
-
-    def __init__(self, config: dict[str, Any], tokens: int) -> None:
-        import torch
-
-        self._torch = torch
-        hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-        heads = config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        qkv = (heads + 2 * config.get("num_key_value_heads", heads)) * head
-        shapes = [(hidden, qkv), (heads * head, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
-        self._weights = [torch.randn(k, n) for _ in range(layers) for k, n in shapes]
-        self._inputs = {k: torch.randn(tokens, k) for k, _ in shapes}
-        self._square = torch.randn(1024, 1024), torch.randn(1024, 1536)
-        attention = layers * heads * head * 4 * tokens * tokens / 2
-        products = 2 * tokens * sum(w.numel() for w in self._weights) + 2 * hidden * config["vocab_size"]
-        self._operations = products + attention
-
-    def __call__(self) -> float:
-        """Seconds."""
-        torch = self._torch
-        rate = 2 * 1024 * 1024 * 1536 / _median_s(lambda: torch.mm(*self._square), 9)
-
-        def products() -> None:
-            for w in self._weights:
-                torch.mm(self._inputs[len(w)], w)
-
-        return float(min(self._operations / rate, _median_s(products, 3)))
-
-
-def _median_s(work: Callable[[], object], times: int) -> float:
-    seen = []
-    for _ in range(times):
-        started = time.perf_counter()
-        work()
-        seen.append(time.perf_counter() - started)
-    return statistics.median(seen)
 
 
 class _Timed:
@@ -164,14 +122,14 @@ def decode_profile(folder: Path, threads: int, steps: int = 40) -> dict[str, lis
         events = json.loads(session.end_profile().read_text(encoding="utf-8"))
         session.close()
     runs = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: float(e["ts"]))[-steps // 2 :]
-    found: dict[str, list[float]] = {"step": [sum(r["dur"] for r in runs) / len(runs), 1.0]}
+    found: dict[str, list[float]] = {"step": [sum(r["dur"] for r in runs), len(runs)]}
     since = runs[0]["ts"]
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= since:
             row = found.setdefault(event["args"]["op_name"], [0.0, 0.0])
-            row[0] += event["dur"] / len(runs)
-            row[1] += 1 / len(runs)
-    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+            row[0] += event["dur"]
+            row[1] += 1
+    return {n: [v / len(runs) for v in row] for n, row in sorted(found.items(), key=lambda item: -item[1][0])}
 
 
 def prepare(checkpoint: Path, work: Path, genai: Path | None, figures: Figures) -> dict[str, Path]:
@@ -272,11 +230,11 @@ def interleaved(sides: dict[str, Session], figures: Figures, config: dict[str, A
 
 def _steps(session: Session, rng: np.random.Generator, context: int, batch: int, steps: int = 16) -> tuple[float, ...]:
     """Seconds of a prefill and of the median decode step behind it."""
-    prompts = [rng.integers(1, 30_000, context).tolist() for _ in range(batch)]
+    prompts = [rng.integers(1, VOCAB, context).tolist() for _ in range(batch)]
     started = time.perf_counter()
     session.prefill(prompts, steps + 1)
     prefill = time.perf_counter() - started
-    return prefill, _median_s(lambda: session.step([7] * batch), steps)
+    return prefill, median_time(lambda: session.step([7] * batch), steps)
 
 
 def long_and_wide(session: Session, figures: Figures, rounds: int) -> None:
@@ -333,36 +291,59 @@ def measure(checkpoint: Path, work: Path, rounds: int, genai: Path | None, gguf:
     return figures
 
 
-def show(figures: Figures, console: Console) -> None:
-    """Tables for a terminal."""
-    table = Table(title=f"CPU figures, memory read at {figures.bandwidth / 1e9:.1f} GB/s", title_justify="left")
-    for column in ("figure", "median", "quartiles", "limit", ""):
-        table.add_column(column)
+def tables(figures: Figures) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Title, columns and rows of what there is to show."""
+    rows: list[tuple[str, ...]] = []
     for f in figures.figures:
         limit = "" if f.limit is None else f"{'at most' if f.at_most else 'at least'} {f.limit:g}"
-        table.add_row(f.name, f"{f.value:.3f}", f"{f.quartiles[0]:.3f} to {f.quartiles[1]:.3f}", limit, f.status)
-    console.print(table)
-    sides = Table(title="Sides, batch 1, prompt 128, 32 new tokens", title_justify="left")
-    for column in ("side", "TTFT ms", "TPOT ms"):
-        sides.add_column(column)
-    for name, ttft in figures.ttft_s.items():
-        sides.add_row(name, f"{ttft * 1e3:.1f}", f"{figures.tpot_s[name] * 1e3:.2f}")
-    console.print(sides)
-    profile = Table(title="An fp32 decode step under ONNX Runtime's profiler", title_justify="left")
-    for column in ("operator", "us a step", "nodes"):
-        profile.add_column(column)
-    for name, (us, nodes) in list(figures.profile_us.items())[:9]:
-        profile.add_row(name, f"{us:.0f}", f"{nodes:.0f}")
-    console.print(profile)
+        rows.append((f.name, f"{f.value:.3f}", f"{f.quartiles[0]:.3f} to {f.quartiles[1]:.3f}", limit, f.status))
+    sides: list[tuple[str, ...]] = [
+        (n, f"{t * 1e3:.1f}", f"{figures.tpot_s[n] * 1e3:.2f}") for n, t in figures.ttft_s.items()
+    ]
+    profile: list[tuple[str, ...]] = [
+        (name, f"{us:.0f}", f"{nodes:.0f}") for name, (us, nodes) in list(figures.profile_us.items())[:9]
+    ]
+    return [
+        (
+            f"Figures, memory read at {figures.bandwidth / 1e9:.1f} GB/s",
+            ("figure", "median", "quartiles", "limit", ""),
+            rows,
+        ),
+        ("Sides, batch 1, prompt 128, 32 new tokens", ("side", "TTFT ms", "TPOT ms"), sides),
+        (
+            "An fp32 decode step at context 128 under ONNX Runtime's profiler",
+            ("operator", "us a step", "nodes"),
+            profile,
+        ),
+    ]
+
+
+def show(figures: Figures, console: Console) -> None:
+    """The tables on a terminal."""
+    for title, columns, rows in tables(figures):
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     for name, why in figures.skipped.items():
         console.print(f"skipped {name}: {why}", style="yellow", markup=False)
+
+
+def markdown(figures: Figures) -> str:
+    """The same for the docs."""
+    parts = []
+    for title, columns, rows in tables(figures):
+        head = [f"**{title}**", "", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+        parts += [*head, *(f"| {' | '.join(row)} |" for row in rows), ""]
+    parts += [f"Skipped {name}: {why}." for name, why in figures.skipped.items()]
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see ``--help``. Exit code 0 whatever the figures say: they are shown, not enforced."""
     parser = argparse.ArgumentParser(prog="python -m bench.cpu_figures", description="the runtime's figures on the CPU")
     parser.add_argument("model", help="'demo' or a checkpoint folder")
-    parser.add_argument("out", type=Path, help="folder for cpu_figures.json and the exports, which are kept")
+    parser.add_argument("out", type=Path, help="folder for cpu_figures.json, .md and the exports, which are kept")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--genai-python", type=Path, help="python of an environment with onnxruntime-genai")
@@ -375,6 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = measure(checkpoint, args.out, args.rounds, args.genai_python, args.gguf, args.threads)
     document = {**asdict(found), "figures": [{**asdict(f), "status": f.status} for f in found.figures]}
     (args.out / "cpu_figures.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (args.out / "cpu_figures.md").write_text(markdown(found), encoding="utf-8")
     show(found, Console())
     return 0
 

@@ -1,4 +1,4 @@
-"""Measuring: interleaved rounds, load times, peak memory of fresh processes, memory bandwidth.
+"""Measuring: interleaved rounds, load times, peak memory of fresh processes, memory bandwidth, matrix products.
 
 Sides are interleaved round by round in alternating order (A B C, C B A, ...), so that drift of the machine meets all
 alike. Warm-up rounds are run apart and not recorded.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from bench.errors import BenchError
 from bench.workload import latency_prompts
@@ -149,7 +150,7 @@ class CpuBandwidth:
         torch.set_num_threads(self._threads)
         try:
             kernels = (lambda: torch.mv(self._matrix, self._vector), self._matrix.sum)
-            return float(self._matrix.nbytes / min(_median_time(k, self._passes) for k in kernels))
+            return float(self._matrix.nbytes / min(median_time(k, self._passes) for k in kernels))
         finally:
             torch.set_num_threads(before)
 
@@ -171,10 +172,45 @@ class CudaBandwidth:
     def __call__(self) -> float:
         """One sample, bytes per second."""
         self._torch.cuda.synchronize()
-        return float(self._buffer.nbytes / _median_time(self._read, self._passes))
+        return float(self._buffer.nbytes / median_time(self._read, self._passes))
 
 
-def _median_time(action: Callable[[], object], passes: int) -> float:
+class GemmFloor:
+    """Least seconds of a prefill's matrix products, measured now: the better of two ways to know it.
+
+    One runs the model's own products on PyTorch, one after another, each with weights of its own; the other divides
+    their operations by the rate of a product of 1,024 x 1,024 x 1,536. The head counts for one position.
+    """
+
+    def __init__(self, config: dict[str, Any], tokens: int) -> None:
+        import torch
+
+        self._torch = torch
+        hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+        heads = config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        qkv = (heads + 2 * config.get("num_key_value_heads", heads)) * head
+        shapes = [(hidden, qkv), (heads * head, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
+        self._weights = [torch.randn(k, n) for _ in range(layers) for k, n in shapes]
+        self._inputs = {k: torch.randn(tokens, k) for k, _ in shapes}
+        self._square = torch.randn(1024, 1024), torch.randn(1024, 1536)
+        attention = layers * heads * head * 4 * tokens * tokens / 2
+        products = 2 * tokens * sum(w.numel() for w in self._weights) + 2 * hidden * config["vocab_size"]
+        self._operations = products + attention
+
+    def __call__(self) -> float:
+        """Seconds."""
+        torch = self._torch
+        rate = 2 * 1024 * 1024 * 1536 / median_time(lambda: torch.mm(*self._square), 9)
+
+        def products() -> None:
+            for w in self._weights:
+                torch.mm(self._inputs[len(w)], w)
+
+        return float(min(self._operations / rate, median_time(products, 3)))
+
+
+def median_time(action: Callable[[], object], passes: int) -> float:
     """Median seconds of ``passes`` calls."""
     times = []
     for _ in range(passes):

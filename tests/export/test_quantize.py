@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from export.errors import BrokenCheckpointError, UnsupportedModelError
-from export.quantize import METHODS, Packed, _half_quadratic_zero, dequantize, error_bound, pack, quantize, unpack
+from export.quantize import (
+    METHODS,
+    Packed,
+    _half_quadratic_zero,
+    _Search,
+    dequantize,
+    error_bound,
+    pack,
+    quantize,
+    unpack,
+)
 
 BLOCK = 32
 SHAPE = (48, 256)
@@ -513,3 +523,42 @@ def test_input_types_and_pieces(method: str, dtype: torch.dtype, monkeypatch: py
     assert torch.equal(whole.codes, parts.codes)
     assert torch.equal(whole.scales, parts.scales)
     assert squared_error(weight.float(), whole, 4) < 0.02 * float(weight.float().square().sum())
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq", "kquant"])
+def test_threads_change_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread writes its own rows; the number of PyTorch's threads is afterwards what it was."""
+    monkeypatch.setattr("export.quantize._PIECE", 700)
+    weight = gaussian((65, 100))
+    one = quantize(weight, 4, BLOCK, method, float_zero=method != "rtn")
+    torch.set_num_threads(3)
+    try:
+        many = quantize(weight, 4, BLOCK, method, float_zero=method != "rtn")
+        assert torch.get_num_threads() == 3
+        weight[40, 3] = torch.nan
+        with pytest.raises(BrokenCheckpointError, match="row 40, column 3"):
+            quantize(weight, 4, BLOCK, method, float_zero=method != "rtn")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one.codes, many.codes)
+    assert torch.equal(one.scales, many.scales)
+    assert one.zero_points is not None
+    assert many.zero_points is not None
+    assert torch.equal(one.zero_points, many.zero_points)
+
+
+def test_only_weights_from_a_grid_are_searched_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coarser grids cost a third of the time and gain nothing on weights that never were on a grid."""
+    offers: list[int] = []
+    offer = _Search.offer
+
+    def counted(self: _Search, factor: Tensor, zero: Tensor) -> Tensor:
+        offers.append(len(factor))
+        return offer(self, factor, zero)
+
+    monkeypatch.setattr(_Search, "offer", counted)
+    quantize(gaussian(), 4, BLOCK, "hqq", float_zero=True)
+    plain = len(offers)
+    quantize(grid_weights(ends=False), 4, BLOCK, "hqq", float_zero=True)
+    assert len(offers) - plain == plain + 5
