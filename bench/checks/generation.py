@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from bench.checks.base import SEED, Found, Subject
 from bench.checks.numeric import of_figures
-from bench.gate import Outputs, examples, greedy_checks, run_generation, task_metrics
+from bench.checks.units import Batch, generate_batches
+from bench.gate import examples, greedy_checks, task_metrics
+from bench.generations import Outputs, batches_of, outputs_in_order
 from reports.record import Check
 from reports.validation import worst
 
@@ -18,16 +20,10 @@ def outputs_of(s: Subject) -> list[Outputs]:
     if cached is None:
         groups = s.dataset.groups(s.mode.items)
         items = [item for members in groups.values() for item in members]
-        cached = run_generation(
-            s.candidate,
-            None,
-            items,
-            s.tokenizer,
-            s.manifest.eos_token_ids,
-            s.tick,
-            baseline_tokens=s.baseline.tokens,
-            most=s.mode.new_tokens,
-        )
+        batches = batches_of(items, s.tokenizer, s.manifest.context_length, s.mode.new_tokens)
+        eos = tuple(s.manifest.eos_token_ids)
+        made = generate_batches(s, [Batch(b.prompts, b.limit, eos) for b in batches])
+        cached = outputs_in_order(items, batches, made)
         s.__dict__["_outputs"] = cached
     found: list[Outputs] = cached
     return found

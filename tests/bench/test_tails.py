@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bench.datasets import Item
-from bench.gate import FLOOR_SCORE, Outputs, task_metrics
+from bench.gate import FLOOR_SCORE, task_metrics
+from bench.generations import Outputs
 from bench.parity import (
     TIERS,
     TokenFigures,
