@@ -128,7 +128,7 @@ class BaselineCache:
         self._others = sorted(
             (p for p in self._root.iterdir() if p.is_dir() and p != self.folder), key=lambda p: p.stat().st_mtime
         )
-        self._size = sum(_bytes_of(p) for p in [self.folder, *self._others])
+        self._beside = sum(_bytes_of(p) for p in self._others)
 
     def logits(self, ids: Sequence[int]) -> Logits | None:
         """The kept logits ``[length, vocab]`` of one sequence, or None."""
@@ -187,16 +187,16 @@ class BaselineCache:
 
     def _damaged(self, path: Path) -> None:
         self._say(f"{self._title}: {path.name[:12]}… is damaged and is computed again")
-        self._size -= path.stat().st_size if path.exists() else 0
         path.unlink(missing_ok=True)
 
     def _write(self, name: str, parts: Sequence[Any]) -> None:
         need = sum(memoryview(p).nbytes for p in parts)
-        while self._others and self._size + need > self._bound:
+        need += _bytes_of(self.folder)  # counted anew: workers write here too
+        while self._others and self._beside + need > self._bound:
             oldest = self._others.pop(0)
-            self._size -= _bytes_of(oldest)
+            self._beside -= _bytes_of(oldest)
             shutil.rmtree(oldest, ignore_errors=True)
-        if self._size + need > self._bound:
+        if self._beside + need > self._bound:
             if not self._full:
                 self._say(
                     f"{self._title}: {self._bound / 1e9:g} GB do not hold this evaluation, the rest is not kept; "
@@ -213,12 +213,14 @@ class BaselineCache:
         except OSError as e:
             work.unlink(missing_ok=True)
             self._say(f"{self._title}: cannot write ({e.strerror}); this result is not kept")
-            return
-        self._size += need
 
 
 def _bytes_of(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.iterdir() if p.is_file()) if folder.is_dir() else 0
+    size = 0
+    for path in folder.glob("*"):
+        with suppress(FileNotFoundError):  # another process renames what it has written
+            size += path.stat().st_size
+    return size
 
 
 def _name(value: Any) -> str:
