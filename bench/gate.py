@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from bench.datasets import Dataset
 from bench.generations import BATCH, Outputs, run_generation
 from bench.metrics import Scored, difference_interval, score_interval, score_task
-from bench.parity import TIERS, Tier, TokenFigures, decide, explained_tail, teacher_forced_checks, token_figures
+from bench.parity import (
+    TIERS,
+    Tier,
+    TokenFigures,
+    chunks_needed,
+    decide,
+    explained_tail,
+    teacher_forced_checks,
+    token_figures,
+)
 from bench.workload import Profile, chunked
 from reports.record import Check, Example, Parity, Status, TaskMetric
 from runtime.session import Logits, Session
@@ -201,6 +210,19 @@ def task_status(low: float, high: float, limit: float, items: int, tier: Tier) -
     return "REPORTED" if status == "INCONCLUSIVE" and tier.name != "fp32" else status
 
 
+def items_needed(value: float, low: float, high: float, limit: float, items: int) -> int | None:
+    """Items that would decide a score that has to be at least ``limit``; None where these did, 0 where none would.
+
+    The bound's distance from the score shrinks with the root of the number of items (:func:`chunks_needed`).
+    """
+    if low >= limit or (high < limit and items >= LEAST_ITEMS):
+        return None
+    if high < limit:
+        return LEAST_ITEMS
+    need = chunks_needed(value, low if value > limit else high, limit, items)
+    return max(need, LEAST_ITEMS) if need else 0
+
+
 def _task_metric(
     group: str, candidate: Scored, baseline: Scored, cross: Scored, tier: Tier, seed: int, same: bool
 ) -> TaskMetric:
@@ -209,11 +231,11 @@ def _task_metric(
     items = len(candidate.statistics)
     settings = candidate.settings
     if same or baseline.score >= FLOOR_SCORE:
-        status = task_status(low, high, limit - 1e-12, items, tier)
+        judged = (candidate.score - baseline.score, low, high, limit - 1e-12)
     else:
         # 0.1 % of a score near 0 is a margin of nothing, and the score itself is noise: what can be asked is whether
         # the candidate says what the baseline says, as often as greedy tokens have to agree.
-        status = task_status(*score_interval(cross, seed), 100.0 * tier.greedy - 1e-9, items, tier)
+        judged = (cross.score, *score_interval(cross, seed), 100.0 * tier.greedy - 1e-9)
         settings += (
             f"; the baseline scores {baseline.score:.1f} only, judged by the candidate's score against the baseline's "
             f"outputs, at least {100 * tier.greedy:.0f}"
@@ -226,9 +248,10 @@ def _task_metric(
         candidate_vs_baseline=cross.score,
         difference_bound=low,
         limit=limit,
-        status=status,
+        status=task_status(*judged[1:], items, tier),
         items=items,
         settings=settings,
+        items_needed=items_needed(*judged, items),
     )
 
 
