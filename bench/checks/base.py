@@ -255,7 +255,7 @@ class Subject:
 
     def finish(self) -> None:
         """Forget what was kept for the case that this run is stopped: a new run is a new measurement."""
-        if self.unfinished is not None:
+        if self.used and self.unfinished is not None:
             self.unfinished.forget(self.used)
 
     def close(self) -> None:
