@@ -18,7 +18,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,18 @@ class BaselineCache:
         root: folder of all baselines; None takes the user's cache.
         bound: most bytes of all baselines together; None takes :func:`bound_bytes`.
         say: told in one line about damaged entries and a bound that is too small.
+        title: what those lines call it.
     """
 
-    def __init__(self, key: str, root: Path | None = None, bound: int | None = None, say: Say = lambda _: None) -> None:
+    def __init__(
+        self,
+        key: str,
+        root: Path | None = None,
+        bound: int | None = None,
+        say: Say = lambda _: None,
+        title: str = "baseline cache",
+    ) -> None:
+        self._title = title
         self._root = root or cache_dir() / "baseline"
         self.folder = self._root / key
         self._bound = bound_bytes() if bound is None else bound
@@ -118,11 +128,15 @@ class BaselineCache:
         self._others = sorted(
             (p for p in self._root.iterdir() if p.is_dir() and p != self.folder), key=lambda p: p.stat().st_mtime
         )
-        self._size = sum(_bytes_of(p) for p in [self.folder, *self._others])
+        self._beside = sum(_bytes_of(p) for p in self._others)
 
     def logits(self, ids: Sequence[int]) -> Logits | None:
         """The kept logits ``[length, vocab]`` of one sequence, or None."""
-        path = self.folder / f"{_name(['score', list(ids)])}.logits"
+        return self.array(["score", list(ids)])
+
+    def array(self, request: Any) -> Logits | None:
+        """A kept fp32 matrix, or None."""
+        path = self.folder / f"{_name(request)}.logits"
         try:
             with path.open("rb") as f:
                 header = f.read(_HEADER)
@@ -138,9 +152,13 @@ class BaselineCache:
 
     def keep_logits(self, ids: Sequence[int], logits: Logits) -> None:
         """Keep a copy, unless the bound forbids it."""
-        flat = np.ascontiguousarray(logits, np.float32)
+        self.keep_array(["score", list(ids)], logits)
+
+    def keep_array(self, request: Any, matrix: Logits) -> None:
+        """Keep a copy of an fp32 matrix, unless the bound forbids it."""
+        flat = np.ascontiguousarray(matrix, np.float32)
         header = _MAGIC + hashlib.sha256(flat.data).digest() + np.array(flat.shape, np.uint64).tobytes()
-        self._write(f"{_name(['score', list(ids)])}.logits", [header.ljust(_HEADER, b"\0"), flat.data])
+        self._write(f"{_name(request)}.logits", [header.ljust(_HEADER, b"\0"), flat.data])
 
     def value(self, request: Any) -> Any | None:
         """A kept JSON value (generations, session facts), or None."""
@@ -160,21 +178,28 @@ class BaselineCache:
         """Keep a JSON value."""
         self._write(f"{_name(request)}.json", [json.dumps({"sha256": _name(value), "value": value}).encode()])
 
+    def forget(self, requests: Iterable[Any]) -> None:
+        """Remove kept JSON values, and the folder with the last of them."""
+        for request in requests:
+            (self.folder / f"{_name(request)}.json").unlink(missing_ok=True)
+        with suppress(OSError):  # others are still in it
+            self.folder.rmdir()
+
     def _damaged(self, path: Path) -> None:
-        self._say(f"baseline cache: {path.name[:12]}… is damaged and is computed again")
-        self._size -= path.stat().st_size if path.exists() else 0
+        self._say(f"{self._title}: {path.name[:12]}… is damaged and is computed again")
         path.unlink(missing_ok=True)
 
     def _write(self, name: str, parts: Sequence[Any]) -> None:
         need = sum(memoryview(p).nbytes for p in parts)
-        while self._others and self._size + need > self._bound:
+        need += _bytes_of(self.folder)  # counted anew: workers write here too
+        while self._others and self._beside + need > self._bound:
             oldest = self._others.pop(0)
-            self._size -= _bytes_of(oldest)
+            self._beside -= _bytes_of(oldest)
             shutil.rmtree(oldest, ignore_errors=True)
-        if self._size + need > self._bound:
+        if self._beside + need > self._bound:
             if not self._full:
                 self._say(
-                    f"baseline cache: {self._bound / 1e9:g} GB do not hold this evaluation, the rest is not kept; "
+                    f"{self._title}: {self._bound / 1e9:g} GB do not hold this evaluation, the rest is not kept; "
                     f"raise {BOUND_ENV}"
                 )
             self._full = True
@@ -187,13 +212,15 @@ class BaselineCache:
             work.replace(self.folder / name)
         except OSError as e:
             work.unlink(missing_ok=True)
-            self._say(f"baseline cache: cannot write ({e.strerror}); this result is not kept")
-            return
-        self._size += need
+            self._say(f"{self._title}: cannot write ({e.strerror}); this result is not kept")
 
 
 def _bytes_of(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.iterdir() if p.is_file()) if folder.is_dir() else 0
+    size = 0
+    for path in folder.glob("*"):
+        with suppress(FileNotFoundError):  # another process renames what it has written
+            size += path.stat().st_size
+    return size
 
 
 def _name(value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import subprocess
 import sys
 import time
@@ -199,8 +200,9 @@ def without_parity(results: Sequence[Any], parity: Parity | None) -> list[str]:
 
 
 def command_of(args: argparse.Namespace) -> list[str]:
-    """The exact command to repeat it: the seed is always there."""
-    typed = [str(a) for a in args.typed]
+    """The exact command to repeat it, from the same folder: the seed is always there, paths below it are relative."""
+    here = f"{Path.cwd()}/"
+    typed = [re.sub(f"(^|=){re.escape(here)}", r"\1", str(a)) for a in args.typed]
     return ["llama-onnx", *typed, *([] if "--seed" in typed else ["--seed", str(args.seed)])]
 
 
@@ -242,11 +244,13 @@ def _from_files(args: argparse.Namespace, started: float) -> Comparison:
     from reports.unpaired import compare_files
 
     base, candidate = args.files
+    same = base.name == candidate.name
+    names = [f"{p.absolute().parent.name}/{p.name}" if same else p.name for p in (base, candidate)]
     return compare_files(
         read_any(base, "base"),
         read_any(candidate, "candidate"),
         rules_of(args),
-        labels=(str(base), str(candidate)),
+        labels=(names[0], names[1]),
         command=command_of(args),
         versions=versions(),
         started=started,

@@ -15,17 +15,24 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.datasets import NEW_TOKENS, Dataset, Item, prompt_ids
-from bench.errors import DatasetError
+from bench.datasets import Dataset
+from bench.generations import BATCH, Outputs, run_generation
 from bench.metrics import Scored, difference_interval, score_interval, score_task
-from bench.parity import TIERS, Tier, TokenFigures, decide, explained_tail, teacher_forced_checks, token_figures
+from bench.parity import (
+    TIERS,
+    Tier,
+    TokenFigures,
+    chunks_needed,
+    decide,
+    explained_tail,
+    teacher_forced_checks,
+    token_figures,
+)
 from bench.workload import Profile, chunked
 from reports.record import Check, Example, Parity, Status, TaskMetric
-from runtime.generate import generate
 from runtime.session import Logits, Session
 
 Tick = Callable[[str], None]
-BATCH = 8
 LENGTH_BAND = (0.9, 1.1)
 EXAMPLES_PER_TASK = 2
 LEAST_ITEMS = 12
@@ -48,15 +55,6 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int], **kwargs: Any) -> str:
         """Decode."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Generated ids of one item on both sides, and whether each ended by itself."""
-
-    item: Item
-    candidate: tuple[int, ...]
-    baseline: tuple[int, ...]
 
 
 def score_windows(
@@ -129,62 +127,6 @@ def consistency_check(candidate: Session, windows: Sequence[Sequence[int]], tier
             f"prefill and one step, against each row alone",
         ),
     ]
-
-
-def _batches(items: Sequence[tuple[Item, list[int]]]) -> list[list[tuple[Item, list[int]]]]:
-    """Batches of similar length within a task, so that little is spent on padding."""
-    ordered = sorted(items, key=lambda pair: (pair[0].task, len(pair[1])))
-    out: list[list[tuple[Item, list[int]]]] = []
-    for _, group in itertools.groupby(ordered, key=lambda pair: pair[0].task):
-        members = list(group)
-        out += [members[k : k + BATCH] for k in range(0, len(members), BATCH)]
-    return out
-
-
-def run_generation(
-    candidate: Session,
-    baseline: Session | None,
-    items: Sequence[Item],
-    tokenizer: Any,
-    eos: Sequence[int],
-    tick: Tick = lambda _: None,
-    baseline_tokens: Callable[[list[list[int]], int], tuple[tuple[int, ...], ...]] | None = None,
-    most: int | None = None,
-) -> list[Outputs]:
-    """Greedy generation of every item on both sides, same batches, in the items' order.
-
-    ``baseline_tokens(prompts, limit)`` stands in for generating on ``baseline``, where its tokens are kept; ``most``
-    caps the new tokens of every task.
-
-    Raises:
-        DatasetError: an item is longer than the context.
-    """
-    encoded = []
-    for item in items:
-        ids = prompt_ids(item, tokenizer)
-        room = candidate.info.context_length - NEW_TOKENS[item.task]
-        if len(ids) > room:
-            raise DatasetError(
-                f"item {item.id} has {len(ids)} tokens, the context of {candidate.info.context_length} leaves {room}; "
-                f"shorten it or leave it out"
-            )
-        encoded.append((item, ids))
-    found: dict[str, Outputs] = {}
-    batches = _batches(encoded)
-    for k, batch in enumerate(batches):
-        prompts = [ids for _, ids in batch]
-        limit = min(NEW_TOKENS[batch[0][0].task], most or NEW_TOKENS[batch[0][0].task])
-        ours = generate(candidate, prompts, limit, eos)
-        if baseline_tokens is not None:
-            theirs = baseline_tokens(prompts, limit)
-        elif baseline is not None:
-            theirs = generate(baseline, prompts, limit, eos).tokens
-        else:
-            raise ValueError("give a baseline, or where its tokens are kept")
-        for (item, _), a, b in zip(batch, ours.tokens, theirs, strict=True):
-            found[item.id] = Outputs(item, a, b)
-        tick(f"generating batch {k + 1} of {len(batches)} ({batch[0][0].task})")
-    return [found[item.id] for item in items]
 
 
 def greedy_checks(outputs: Sequence[Outputs], tier: Tier) -> list[Check]:
@@ -268,6 +210,19 @@ def task_status(low: float, high: float, limit: float, items: int, tier: Tier) -
     return "REPORTED" if status == "INCONCLUSIVE" and tier.name != "fp32" else status
 
 
+def items_needed(value: float, low: float, high: float, limit: float, items: int) -> int | None:
+    """Items that would decide a score that has to be at least ``limit``; None where these did, 0 where none would.
+
+    The bound's distance from the score shrinks with the root of the number of items (:func:`chunks_needed`).
+    """
+    if low >= limit or (high < limit and items >= LEAST_ITEMS):
+        return None
+    if high < limit:
+        return LEAST_ITEMS
+    need = chunks_needed(value, low if value > limit else high, limit, items)
+    return max(need, LEAST_ITEMS) if need else 0
+
+
 def _task_metric(
     group: str, candidate: Scored, baseline: Scored, cross: Scored, tier: Tier, seed: int, same: bool
 ) -> TaskMetric:
@@ -276,11 +231,11 @@ def _task_metric(
     items = len(candidate.statistics)
     settings = candidate.settings
     if same or baseline.score >= FLOOR_SCORE:
-        status = task_status(low, high, limit - 1e-12, items, tier)
+        judged = (candidate.score - baseline.score, low, high, limit - 1e-12)
     else:
         # 0.1 % of a score near 0 is a margin of nothing, and the score itself is noise: what can be asked is whether
         # the candidate says what the baseline says, as often as greedy tokens have to agree.
-        status = task_status(*score_interval(cross, seed), 100.0 * tier.greedy - 1e-9, items, tier)
+        judged = (cross.score, *score_interval(cross, seed), 100.0 * tier.greedy - 1e-9)
         settings += (
             f"; the baseline scores {baseline.score:.1f} only, judged by the candidate's score against the baseline's "
             f"outputs, at least {100 * tier.greedy:.0f}"
@@ -293,9 +248,10 @@ def _task_metric(
         candidate_vs_baseline=cross.score,
         difference_bound=low,
         limit=limit,
-        status=status,
+        status=task_status(*judged[1:], items, tier),
         items=items,
         settings=settings,
+        items_needed=items_needed(*judged, items),
     )
 
 

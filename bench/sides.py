@@ -60,21 +60,30 @@ class SideSpec:
         }
 
     def described(self) -> ComparedSide:
-        """The side as it stands in a comparison before anything was measured."""
+        """The side as it stands in a comparison before anything was measured: no path of this machine is told."""
+        folder = Path(self.folder).expanduser().absolute().name
+        venv = None if self.venv is None else _environment_name(self.venv)
         more = [f"{k}={v}" for k, v in self.options.items()]
-        more += [f"{k}={v}" for k, v in (("venv", self.venv), ("rev", self.revision)) if v]
+        more += [f"{k}={v}" for k, v in (("venv", venv), ("rev", self.revision)) if v]
         more += [f"{self.threads} threads"] if self.threads else []
-        label = ", ".join([Path(self.folder).name, self.provider, *more])
+        label = ", ".join([folder, self.provider, *more])
+        typed = [f"venv={venv}" if part.startswith("venv=") else part for part in self.text.split(",")[1:]]
         return ComparedSide(
             name=self.name,
             label=label,
-            text=self.text,
-            folder=self.folder,
+            text=",".join([folder, *typed]),
+            folder=folder,
             provider=self.provider,
-            venv=self.venv,
+            venv=venv,
             revision=self.revision,
             options=self.options,
         )
+
+
+def _environment_name(venv: str) -> str:
+    """What tells environments apart: most are called ``.venv``, so with the folder that one stands in."""
+    path = Path(venv).expanduser().absolute()
+    return f"{path.parent.name}/{path.name}" if path.name in (".venv", "venv") else path.name
 
 
 def parse_side(name: SideName, text: str) -> SideSpec:

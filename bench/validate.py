@@ -92,15 +92,6 @@ def _readable(subject: Subject) -> bool:
         return False
 
 
-def _digest(folder: Path) -> str:
-    from bench.certificate import CertificateError, folder_digest, hash_folder
-
-    try:
-        return folder_digest(hash_folder(folder))
-    except (CertificateError, OSError):
-        return ""  # links or unreadable files: the check `files` says so
-
-
 def validate(
     subject: Subject,
     specs: Sequence[CheckSpec] = CHECKS,
@@ -118,7 +109,7 @@ def validate(
     from bench.environment import machine, versions
 
     started = time.perf_counter()
-    digest = _digest(subject.folder)  # before anything is measured: what a certificate of this result may cover
+    digest = subject.digest  # before anything is measured: what a certificate of this result may cover
     done = run_checks(subject, specs, on_result)
     results = [r for r, _ in done]
     place = None
@@ -135,6 +126,8 @@ def validate(
                 )
         except Exception as e:
             notes.append(f"localisation stopped: {type(e).__name__}: {str(e)[:200]}")
+    if subject.resumed:
+        notes.append(f"{subject.resumed} windows and batches were finished by an earlier run that was stopped")
     verdict, reasons = decide_verdict(results)
     if verdict == "PASS" and not subject.mode.judges_tails:
         notes.append("quick mode: tails and top-1 are reported, standard mode judges them")
@@ -157,6 +150,7 @@ def validate(
             "window": subject.mode.window,
             "windows": subject.mode.windows,
             "items": subject.mode.items,
+            "workers": subject.workers,
         },
         results=results,
         examples=[e for _, f in done for e in f.examples],
@@ -179,6 +173,7 @@ def make_subject(
     memo_bytes: int = 0,
     status: Callable[[str], None] = lambda _s: None,
     keep: bool = False,
+    workers: int = 1,
 ) -> Subject:
     """A subject from what the command line says.
 
@@ -190,7 +185,9 @@ def make_subject(
         threads: CPU threads of both sides.
         memo_bytes: see :class:`bench.checks.baseline.Baseline`.
         status: told what is fetched, and what is wrong with kept results.
-        keep: whether the baseline's results are kept in (and taken from) the user's cache.
+        keep: whether the baseline's results are kept in (and taken from) the user's cache, and this folder's until the
+            run has ended.
+        workers: processes that share windows and generations, ``threads`` each.
 
     Raises:
         ExportError: the baseline cannot be found.
@@ -213,4 +210,5 @@ def make_subject(
         baseline: Baseline = CachedBaseline(source, threads, memo_bytes, say=status)
     else:
         baseline = Baseline(source, threads, memo_bytes)
-    return Subject(folder, baseline, mode, dataset or load_shipped(), threads=threads)
+    data = dataset or load_shipped()
+    return Subject(folder, baseline, mode, data, threads=threads, workers=workers, say=status)

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="on a FAIL of the numbers name the layer and operator (default)",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+    parser.add_argument("--threads", type=int, help="CPU threads of each worker (default: every core)")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes, GPUs or machines that share windows and generations (Ray)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write validation.json there")
     parser.add_argument("--no-cache", action="store_true", help="compute the baseline anew and keep nothing of it")
     parser.add_argument(
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise BenchError("a certificate stands for every check in mode standard; leave out --only and --mode")
     from bench.datasets import load_dataset
     from bench.validate import chosen_checks, make_subject, validate
+    from bench.workers import cluster
     from reports.render.validation import print_check, print_verdict
 
     specs, mode = chosen_checks(args.only, args.mode)
@@ -70,13 +74,15 @@ def run(args: argparse.Namespace) -> int:
         args.threads,
         status=lambda m: err.print(m, style="dim", markup=False),
         keep=not args.no_cache,
+        workers=args.workers,
     )
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("reading the folder", total=None)
         subject.tick = lambda message: bar.update(task, description=message)
         try:
-            found = validate(subject, specs, args.localize, lambda r: print_check(r, out))
+            with cluster(args.workers):
+                found = validate(subject, specs, args.localize, lambda r: print_check(r, out))
         finally:
             subject.close()
             subject.baseline.close()
@@ -92,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         statement = make_certificate(json.loads(found.to_json()), args.folder, subject.baseline.checkpoint, dataset)
         write_certificate(args.certificate, seal(statement, args.key))
         out.print(f"{args.certificate}: {'signed' if args.key else 'NOT signed (no --key)'}", markup=False)
+    subject.finish()
     if args.json:
         sys.stdout.write(found.to_json())
     return found.exit_code

@@ -12,13 +12,22 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from bench.errors import BenchError
-from runtime.session import Session
 
+
+class Closes(Protocol):
+    """What a worker has open: a session, or both sides of a comparison."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
+Opened = TypeVar("Opened", bound=Closes)
 Unit = TypeVar("Unit")
 Answer = TypeVar("Answer")
 RETRIES = 2
@@ -30,9 +39,37 @@ class WorkerError(BenchError):
     exit_code = 4
 
 
+def able(workers: int, units: int, say: Callable[[str], None] = lambda _: None) -> int:
+    """How many processes can share so many units here; without Ray one, and a line says so.
+
+    Raises:
+        BenchError: fewer than one worker asked for.
+    """
+    if workers < 1:
+        raise BenchError(f"{workers} workers cannot do anything; give --workers 1 or more")
+    workers = min(workers, units)
+    if workers > 1 and find_spec("ray") is None:
+        say("Ray is not installed, so one process does all; pip install ray for more workers")
+        return 1
+    return workers
+
+
+@contextmanager
+def cluster(workers: int) -> Iterator[None]:
+    """Ray for several :func:`run_units`, started once; nothing for one worker or without Ray."""
+    started = able(workers, workers) > 1 and _start_ray(workers)
+    try:
+        yield
+    finally:
+        if started:
+            import ray
+
+            ray.shutdown()
+
+
 def run_units(
-    opener: Callable[[], Session],
-    work: Callable[[Session, Unit], Answer],
+    opener: Callable[[], Opened],
+    work: Callable[[Opened, Unit], Answer],
     units: Sequence[Unit],
     *,
     workers: int = 1,
@@ -58,12 +95,7 @@ def run_units(
         BenchError: fewer than one worker asked for.
         Exception: what ``work`` raised.
     """
-    if workers < 1:
-        raise BenchError(f"{workers} workers cannot do anything; give --workers 1 or more")
-    workers = min(workers, len(units))
-    if workers > 1 and find_spec("ray") is None:
-        say("Ray is not installed, so one process does all; pip install ray for more workers")
-        workers = 1
+    workers = able(workers, len(units), say)
     if workers > 1:
         return _on_ray(opener, work, units, workers, gpus_per_worker, retries, say, done)
     answers: list[Answer] = []
@@ -82,9 +114,9 @@ def run_units(
 class _Worker:
     """What runs in a worker: one session, one unit at a time."""
 
-    def __init__(self, opener: Callable[[], Session], work: Callable[[Session, Any], Any]) -> None:
+    def __init__(self, opener: Callable[[], Any], work: Callable[[Any, Any], Any]) -> None:
         self._opener, self._work = opener, work
-        self._session: Session | None = None
+        self._session: Any = None
 
     def run(self, unit: Any) -> Any:
         """One unit. The session is opened here, so that an error in opening comes back as what it is."""
@@ -114,8 +146,8 @@ def _start_ray(workers: int) -> bool:
 
 
 def _on_ray(
-    opener: Callable[[], Session],
-    work: Callable[[Session, Unit], Answer],
+    opener: Callable[[], Opened],
+    work: Callable[[Opened, Unit], Answer],
     units: Sequence[Unit],
     workers: int,
     gpus: float,

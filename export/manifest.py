@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -228,8 +228,19 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
-def verify_files(folder: Path, manifest: Manifest, progress: Callable[[int], None] | None = None) -> None:
+def verify_files(
+    folder: Path,
+    manifest: Manifest,
+    progress: Callable[[int], None] | None = None,
+    known: Mapping[str, str] | None = None,
+) -> None:
     """Check that each file of the manifest is there with the size and SHA-256 it was published with.
+
+    Args:
+        folder: of the files.
+        manifest: what they should be.
+        progress: called with the bytes of each chunk hashed.
+        known: SHA-256 by name of files that the caller has just hashed; they are not read again.
 
     Raises:
         ManifestError: names the first file that differs.
@@ -245,7 +256,7 @@ def verify_files(folder: Path, manifest: Manifest, progress: Callable[[int], Non
             raise ManifestError(
                 f"{folder}: {name} has {size} bytes, the manifest says {entry.size}; export again or copy it again"
             )
-        if sha256_of(path, progress) != entry.sha256:
+        if ((known or {}).get(name) or sha256_of(path, progress)) != entry.sha256:
             raise ManifestError(
                 f"{folder}: the SHA-256 of {name} is not the manifest's: the file was changed or damaged; export again"
             )

@@ -95,7 +95,10 @@ class CaseRecord(_Frozen):
 
 
 class ComparedSide(_Frozen):
-    """One of the two sides: ``text`` is what was typed, ``details`` what it came to (provider, threads, options)."""
+    """One of the two sides: ``text`` is what was typed, ``details`` what it came to (provider, threads, options).
+
+    Folder and environment stand here by their names; their places are in the command of the comparison alone.
+    """
 
     name: SideName
     label: str
@@ -111,6 +114,11 @@ class ComparedSide(_Frozen):
     spec_digest: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     details: dict[str, Scalar] = Field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The label, with the beginning of the weights' SHA-256 where it is known."""
+        return f"{self.label} (weights {self.weights_sha256[:12]})" if self.weights_sha256 else self.label
 
 
 class Family(_Frozen):

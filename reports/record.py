@@ -181,6 +181,8 @@ class TaskMetric(_Frozen):
     """One generation metric on one task: candidate and baseline against the references, 0 to 100.
 
     ``difference_bound`` is the one-sided 95 % bound (paired bootstrap over items) of candidate minus baseline.
+    ``items_needed``: where the items could not decide, so many of their kind would; 0 where no number would, since the
+    score lies on the limit. None where they decided.
     """
 
     task: str
@@ -193,6 +195,14 @@ class TaskMetric(_Frozen):
     status: Status
     items: int
     settings: str
+    items_needed: int | None = None
+
+    @property
+    def would_decide(self) -> str:
+        """What would decide an undecided metric, in words; "" where it is decided."""
+        if self.items_needed is None:
+            return ""
+        return f"about {self.items_needed:,} items would decide" if self.items_needed else "the score lies on the limit"
 
 
 class Example(_Frozen):

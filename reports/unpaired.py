@@ -1,7 +1,8 @@
-"""Two files of records, judged: in pairs where they were measured in pairs, else by Welch's test and then advisory.
+"""Two files of records, judged: in pairs where they were measured in pairs, else by Welch's test with a stricter rule.
 
-Runs that were not interleaved meet another machine each: what differs may be the hour and not the change. So the
-verdict of unpaired files is a hint, and says so.
+Runs that were not interleaved meet another machine each: what differs may be the hour and not the change. So unpaired
+files need five processes a side on one machine, and a change counts only where it is surely *beyond the margin* (not
+only surely a change): so an hour that is worth up to the margin fails no pipeline. Anything less says why.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import datetime
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from scipy.special import stdtr, stdtrit
 
 from reports.compare import UNITS, Rules, judge, verdict_of
 from reports.comparison import CaseRecord, ComparedSide, Comparison, Family, Result, SideName, Verdict
-from reports.paired import RESOLUTION, Tested, decide, holm
+from reports.paired import LEAST_PAIRS, RESOLUTION, Tested, decide, holm
 
-ADVISORY = "the two sides were not measured in interleaved pairs: what differs may be the hour, not the change"
+UNPAIRED = "the two sides were not measured in interleaved pairs: what differs may be the hour, not the change"
+FEW = f"a process has its own luck, which its rounds share; {LEAST_PAIRS} or more processes a side decide"
+MACHINES = "the two sides come from different machines"
 
 
 def in_pairs(base: Sequence[CaseRecord], candidate: Sequence[CaseRecord]) -> bool:
@@ -30,9 +33,13 @@ def in_pairs(base: Sequence[CaseRecord], candidate: Sequence[CaseRecord]) -> boo
     return len(runs) == 1 and None not in runs and all(r.pair is not None for r in (*base, *candidate))
 
 
+def _processes(records: Sequence[CaseRecord], metric: str) -> list[list[float]]:
+    return [r.metrics[metric] for r in records if r.outcome == "ok" and r.metrics.get(metric)]
+
+
 def _values(records: Sequence[CaseRecord], metric: str) -> NDArray[np.float64]:
-    """ln of each process's median; of a single process its rounds (they share its luck: another reason for advice)."""
-    ok = [r.metrics[metric] for r in records if r.outcome == "ok" and r.metrics.get(metric)]
+    """ln of each process's median; of a single process its rounds, from which nothing is decided."""
+    ok = _processes(records, metric)
     if len(ok) == 1:
         return np.array([math.log(v) for v in ok[0]])
     return np.array([math.log(statistics.median(v)) for v in ok])
@@ -68,6 +75,8 @@ def judge_unpaired(
     gating = tuple(m for m in rules.gating if m in all_metrics) or tuple(sorted(all_metrics))
     results: list[Result] = []
     tests: list[tuple[int, float, float, float]] = []
+    why: dict[int, str] = {}
+    elsewhere = MACHINES if len({r.fingerprint for r in (*base, *candidate) if r.fingerprint}) > 1 else ""
     for case in names:
         own = [s.get(case, []) for s in sides]
         metrics = dict.fromkeys(m for records in own for r in records for m in r.metrics)
@@ -76,9 +85,12 @@ def judge_unpaired(
             result = _bare(case, metric, own, a, b, rules.margin_of(metric), metric in gating)
             if min(a.size, b.size) >= 2:
                 tests.append((len(results), *welch(a, b)))
+                least = min(len(_processes(records, metric)) for records in own)
+                few = f"{least} process{'es' * (least > 1)} on a side: {FEW}" if least < LEAST_PAIRS else ""
+                why[len(results)] = elsewhere or few
             results.append(result)
     size = sum(results[k].gating for k, *_ in tests)
-    for k, update in _decided(tests, results, size, rules):
+    for k, update in _decided(tests, results, size, rules, why):
         results[k] = results[k].model_copy(update=update)
     family = Family(
         size=size,
@@ -87,14 +99,19 @@ def judge_unpaired(
         gating_metrics=list(gating),
         planned_pairs=0,
         most_pairs=0,
-        method="Welch's t on logs of process medians (of rounds where there is one process), Holm over the family",
+        method="Welch's t on logs of process medians, Holm over the family; unpaired: a change needs "
+        f"{LEAST_PAIRS} processes a side, and to be surely beyond the margin",
         extension_rule="none: files are judged as they are",
     )
     return results, family
 
 
 def _decided(
-    tests: Sequence[tuple[int, float, float, float]], results: Sequence[Result], size: int, rules: Rules
+    tests: Sequence[tuple[int, float, float, float]],
+    results: Sequence[Result],
+    size: int,
+    rules: Rules,
+    why: Mapping[int, str],
 ) -> list[tuple[int, dict[str, object]]]:
     if not tests:
         return []
@@ -106,14 +123,27 @@ def _decided(
     adjusted[member] = holm(p[member], size)
     half = stdtrit(df, 1 - rules.alpha / 2) * error
     tested = Tested(centre, error, df, centre - half, centre + half, p, adjusted, {})
-    statuses = decide(tested, np.array([math.log1p(results[k].margin) for k in at]), rules.alpha)
+    margins = np.array([math.log1p(results[k].margin) for k in at])
+    statuses = decide(tested, margins, rules.alpha)
+    moved = np.isin(statuses, ["REGRESSION", "IMPROVED"])
+    beyond = stdtr(df, (margins - np.abs(centre)) / error)
+    beyond[member] = holm(beyond[member], size)
+    reasons = [
+        why[k]
+        or (
+            f"not surely beyond the margin (p = {beyond[i]:.1g} after Holm)"
+            if moved[i] and beyond[i] > rules.alpha
+            else ""
+        )
+        for i, k in enumerate(at)
+    ]
     return [
         (
             k,
             {
-                "status": str(statuses[i]),
+                "status": "INCONCLUSIVE" if reasons[i] else str(statuses[i]),
                 "reason": f"ratio {math.exp(centre[i]):.3f}, between {math.exp(tested.low[i]):.3f} and "
-                f"{math.exp(tested.high[i]):.3f}; not measured in pairs",
+                f"{math.exp(tested.high[i]):.3f}; {reasons[i] or 'not measured in pairs'}",
                 "ratio": math.exp(centre[i]),
                 "low": math.exp(tested.low[i]),
                 "high": math.exp(tested.high[i]),
@@ -180,7 +210,7 @@ def compare_files(
     versions: dict[str, str] | None = None,
     started: float | None = None,
 ) -> Comparison:
-    """Judge two lists of records. Advisory unless they were measured in pairs.
+    """Judge two lists of records. Advisory unless measured in pairs, or by enough processes of one machine.
 
     Args:
         base, candidate: records with their ``side`` set (:func:`reports.case_files.read_any`).
@@ -190,14 +220,18 @@ def compare_files(
     rules = rules or Rules()
     records = [*base, *candidate]
     paired = in_pairs(base, candidate)
+    prints = {r.fingerprint for r in records if r.fingerprint}
+    warnings = [f"records come from {len(prints)} different machines"] if len(prints) > 1 else []
+    advisory = ""
     if paired:
         judged = judge(records, rules)
         results, family, verdict = judged.results, judged.family, judged.verdict
     else:
         results, family = judge_unpaired(base, candidate, rules)
-        verdict = _verdict(results)
-    prints = {r.fingerprint for r in records if r.fingerprint}
-    warnings = [f"records come from {len(prints)} different machines"] if len(prints) > 1 else []
+        advisory = _why_advisory(base, candidate, results)
+        verdict = _verdict(results) if advisory else verdict_of(results, records)
+        warnings += [] if advisory else [f"unpaired: {UNPAIRED}; a change counts where it is surely beyond the margin"]
+        warnings += [] if all(r.fingerprint for r in records) else ["records that do not say which machine they are of"]
     now = time.time()
     return Comparison(
         schema_version=1,
@@ -207,8 +241,8 @@ def compare_files(
         command=list(command),
         seed=None,
         paired=paired,
-        advisory=not paired,
-        advisory_reason="" if paired else ADVISORY,
+        advisory=bool(advisory),
+        advisory_reason=advisory,
         base=_side("base", labels[0], base),
         candidate=_side("candidate", labels[1], candidate),
         family=family,
@@ -218,6 +252,17 @@ def compare_files(
         versions=versions or {},
         warnings=warnings,
     )
+
+
+def _why_advisory(base: Sequence[CaseRecord], candidate: Sequence[CaseRecord], results: Sequence[Result]) -> str:
+    """Why unpaired records decide nothing; "" where one gating result has enough processes of one machine."""
+    if len({r.fingerprint for r in (*base, *candidate) if r.fingerprint}) > 1:
+        return f"{UNPAIRED}; {MACHINES}"
+    sides = _by_case(base), _by_case(candidate)
+    most = max(
+        (min(len(_processes(s.get(r.case, []), r.metric)) for s in sides) for r in results if r.gating), default=0
+    )
+    return "" if most >= LEAST_PAIRS else f"{UNPAIRED}; {FEW}"
 
 
 def _verdict(results: Sequence[Result]) -> Verdict:

@@ -6,6 +6,8 @@ so that ``validate --list-checks`` starts at once.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +20,7 @@ from reports.record import Check, Example, TaskMetric
 from reports.validation import Finding, Kind, Outcome
 
 if TYPE_CHECKING:
+    from bench.baseline_cache import BaselineCache
     from bench.checks.baseline import Baseline
     from bench.checks.canonical import Pairing
     from bench.datasets import Dataset
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 Tick = Callable[[str], None]
 SEED = 20_261_124
+UNFINISHED_BYTES = 1_000_000_000
+"""The most that the figures of runs that were stopped may take on the disk; 160 windows of 384 tokens take 5 MB."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,31 @@ class Subject:
     provider: str = "cpu"
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     tick: Tick = lambda _message: None
+    workers: int = 1
+    say: Tick = lambda _message: None
+    resumed: int = field(default=0, init=False)
+    """Windows and batches that an earlier run, which was stopped, had finished."""
+    used: list[Any] = field(default_factory=list, init=False)
+    """What of :attr:`unfinished` this run read or wrote."""
 
     # -- what is in the folder ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every file by name, read once for all that ask; {} where a certificate could not cover them."""
+        from bench.certificate import CertificateError, hash_folder
+
+        try:
+            return hash_folder(self.folder)
+        except (CertificateError, OSError):
+            return {}  # links or unreadable files: the check `files` says so
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 over names and contents of the folder, "" where there is none."""
+        from bench.certificate import folder_digest
+
+        return folder_digest(self.hashes) if self.hashes else ""
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -206,9 +234,29 @@ class Subject:
     @cached_property
     def figures(self) -> list[TokenFigures]:
         """Teacher-forced comparison of every window."""
-        from bench.gate import score_windows
+        from bench.checks.units import CANDIDATE, score
 
-        return score_windows(self.candidate, self.baseline, self.windows, self.tick)
+        return score(self, CANDIDATE, self.windows)
+
+    # -- what a run that is stopped leaves to the next one -----------------------------------------------------------
+
+    @cached_property
+    def unfinished(self) -> BaselineCache | None:
+        """Finished windows and batches of this folder, against this baseline, in these settings; None: not kept."""
+        from bench.baseline_cache import BaselineCache
+        from bench.environment import versions
+        from export.cache import cache_dir
+
+        if not self.baseline.key or not self.digest:
+            return None
+        facts = [self.digest, self.baseline.key, self.provider, self.threads, sorted(versions().items())]
+        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+        return BaselineCache(name, cache_dir() / "unfinished", UNFINISHED_BYTES, self.say, "unfinished validation")
+
+    def finish(self) -> None:
+        """Forget what was kept for the case that this run is stopped: a new run is a new measurement."""
+        if self.used and self.unfinished is not None:
+            self.unfinished.forget(self.used)
 
     def close(self) -> None:
         """Free what was opened for this folder; the baseline stays."""

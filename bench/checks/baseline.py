@@ -1,15 +1,15 @@
 """The baseline's side of every check, asked in one place, so that what it computed once is not computed again.
 
-A cache that outlives the process derives from :class:`Baseline` and overrides :meth:`Baseline.score`,
-:meth:`Baseline.tokens` and :meth:`Baseline.continued`; checks call nothing else of the PyTorch model.
+A cache that outlives the process derives from :class:`Baseline` and overrides what computes
+scores, tokens and the long past; checks call nothing else of the PyTorch model.
 Try: ``llama-onnx validate FOLDER --baseline demo --only mean_kld``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ class Baseline:
         self._residuals: dict[Any, list[dict[str, NDArray[np.float32]]]] = {}
         self._conversions: dict[tuple[str, str], Conversion] = {}
         self._nulls: dict[str, TorchSession] = {}
+
+    @property
+    def key(self) -> str:
+        """Digest of everything that decides the results; "" where none are kept."""
+        return ""
+
+    def recipe(self) -> Callable[[], Baseline]:
+        """What opens such a baseline in another process."""
+        return partial(Baseline, self.source, self.threads)
 
     @property
     def checkpoint(self) -> Path:
@@ -150,29 +159,41 @@ class Baseline:
         Returns:
             Per layer a key and a value ``[1, kv_heads, length, head_dim]`` fp32, and logits ``[len(ids), vocab]``.
         """
+        key = (tuple(text), length, tuple(ids))
+        if key not in self._continued:
+            first = self._past_of(text)
+            past = [(_laid(k, length), _laid(v, length)) for k, v in first]
+            found = (past, self._behind(text, past, ids))
+            if self._room <= 0:
+                return found
+            self._continued = {key: found}  # one is large: the last is kept
+        return self._continued[key]
+
+    def _past_of(self, text: Sequence[int]) -> Past:
+        """The cache of one text: a key and a value ``[1, kv_heads, len(text), head_dim]`` a layer."""
         from transformers import DynamicCache
 
-        key = (tuple(text), length, tuple(ids))
-        if key in self._continued:
-            return self._continued[key]
         model = self.session.model
+        cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            first = DynamicCache(config=model.config)
-            model(input_ids=torch.tensor([list(text)]), past_key_values=first, use_cache=True)
-            repeat = -(-length // len(text))
-            past: Past = []
-            cache = DynamicCache(config=model.config)
-            for i, layer in enumerate(first.layers):
-                k, v = (t.repeat(1, 1, repeat, 1)[:, :, :length].contiguous() for t in (layer.keys, layer.values))
-                past.append((k.numpy(), v.numpy()))
-                cache.update(k, v, i)
+            model(input_ids=torch.tensor([list(text)]), past_key_values=cache, use_cache=True)
+        return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in cache.layers]
+
+    def _behind(self, _text: Sequence[int], past: Past, ids: Sequence[int]) -> Logits:
+        """Logits ``[len(ids), vocab]`` of ``ids`` behind a past laid together from the cache of ``_text``."""
+        from transformers import DynamicCache
+
+        model = self.session.model
+        cache = DynamicCache(config=model.config)
+        length = past[0][0].shape[2]
+        with torch.inference_mode():
+            for i, (k, v) in enumerate(past):
+                cache.update(torch.from_numpy(k), torch.from_numpy(v), i)
             positions = torch.arange(length, length + len(ids))[None]
             logits = model(
                 input_ids=torch.tensor([list(ids)]), position_ids=positions, past_key_values=cache, use_cache=True
             ).logits[0]
-        found = (past, logits.float().numpy())
-        if self._room > 0:
-            self._continued = {key: found}  # one is large: the last is kept
+        found: Logits = logits.float().numpy()
         return found
 
     def residuals(self, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
@@ -207,6 +228,12 @@ class Baseline:
         session = self.__dict__.pop("session", None)
         if session is not None:
             session.close()
+
+
+def _laid(part: NDArray[Any], length: int) -> NDArray[Any]:
+    """``[1, heads, n, width]`` laid together to ``length`` tokens."""
+    repeat = -(-length // part.shape[2])
+    return np.ascontiguousarray(np.tile(part, (1, 1, repeat, 1))[:, :, :length])
 
 
 def _residuals(model: Any, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:

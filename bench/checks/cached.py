@@ -8,13 +8,18 @@ Try: ``llama-onnx validate FOLDER --baseline demo`` twice.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
 from bench.baseline_cache import BaselineCache, BaselineKey, baseline_key
-from bench.checks.baseline import Baseline, Tokens
+from bench.checks.baseline import Baseline, Past, Tokens, head_size
+from export.cache import CACHE_ENV, cache_dir
 from export.source import Source
 from runtime.session import Logits
 
@@ -53,6 +58,16 @@ class CachedBaseline(Baseline):
             self._caches[kind] = BaselineCache(key.digest, self._root, say=self._say)
         return self._caches[kind]
 
+    @property
+    def key(self) -> str:
+        """Digest of everything that decides the results."""
+        return self._key.digest
+
+    def recipe(self) -> Callable[[], CachedBaseline]:
+        """What opens such a baseline, with the same cache, in another process."""
+        root = self._root or (cache_dir() / "baseline" if os.environ.get(CACHE_ENV) else None)
+        return partial(CachedBaseline, self.source, self.threads, root=root, say=print_error)
+
     def _memo_score(self, kind: str, ids: Sequence[int]) -> Logits:
         cache = self._cache(kind)
         logits = cache.logits(ids)
@@ -70,3 +85,26 @@ class CachedBaseline(Baseline):
             kept = super().tokens(prompts, limit)
             cache.keep_value(request, kept)
         return tuple(tuple(row) for row in kept)
+
+    def _past_of(self, text: Sequence[int]) -> Past:
+        cache, request = self._cache("fp32"), ["past", list(text)]
+        flat = cache.array(request)
+        if flat is None:
+            made = super()._past_of(text)
+            cache.keep_array(request, np.stack([t for pair in made for t in pair]).reshape(len(made) * 2, -1))
+            return made
+        whole = flat.reshape(len(flat) // 2, 2, 1, -1, len(text), head_size(self.config))
+        return [(k, v) for k, v in whole]
+
+    def _behind(self, text: Sequence[int], past: Past, ids: Sequence[int]) -> Logits:
+        cache, request = self._cache("fp32"), ["behind", list(text), past[0][0].shape[2], list(ids)]
+        logits = cache.array(request)
+        if logits is None:
+            logits = super()._behind(text, past, ids)
+            cache.keep_array(request, logits)
+        return logits
+
+
+def print_error(message: str) -> None:
+    """A line on standard error, for workers."""
+    print(message, file=sys.stderr)

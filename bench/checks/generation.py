@@ -5,10 +5,14 @@ Try: ``llama-onnx validate FOLDER --baseline demo --only greedy,tasks``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bench.checks.base import SEED, Found, Subject
 from bench.checks.numeric import of_figures
-from bench.gate import Outputs, examples, greedy_checks, run_generation, task_metrics
-from reports.record import Check
+from bench.checks.units import Batch, generate_batches
+from bench.gate import examples, greedy_checks, task_metrics
+from bench.generations import Outputs, batches_of, outputs_in_order
+from reports.record import Check, TaskMetric
 from reports.validation import worst
 
 
@@ -18,16 +22,10 @@ def outputs_of(s: Subject) -> list[Outputs]:
     if cached is None:
         groups = s.dataset.groups(s.mode.items)
         items = [item for members in groups.values() for item in members]
-        cached = run_generation(
-            s.candidate,
-            None,
-            items,
-            s.tokenizer,
-            s.manifest.eos_token_ids,
-            s.tick,
-            baseline_tokens=s.baseline.tokens,
-            most=s.mode.new_tokens,
-        )
+        batches = batches_of(items, s.tokenizer, s.manifest.context_length, s.mode.new_tokens)
+        eos = tuple(s.manifest.eos_token_ids)
+        made = generate_batches(s, [Batch(b.prompts, b.limit, eos) for b in batches])
+        cached = outputs_in_order(items, batches, made)
         s.__dict__["_outputs"] = cached
     found: list[Outputs] = cached
     return found
@@ -89,11 +87,17 @@ def tasks(s: Subject) -> Found:
     status = worst([m.status for m in metrics])
     if status == "INCONCLUSIVE" and not s.mode.judges_tails:
         status = "REPORTED"
+    return Found(status, _tasks_line(metrics), tasks=metrics, examples=examples(found, s.tokenizer))
+
+
+def _tasks_line(metrics: Sequence[TaskMetric]) -> str:
+    """The score that decides the status: one that failed, the undecided one that needs most, or the largest loss."""
     bad = [m for m in metrics if m.status == "FAIL"]
-    least = min(metrics, key=lambda m: m.candidate - m.baseline)
-    shown = bad[0] if bad else least
-    figure = (
-        f"{len(metrics)} scores, largest loss {shown.baseline - shown.candidate:.2f} points "
-        f"({shown.metric} on {shown.task}: {shown.candidate:.2f} against {shown.baseline:.2f}, {shown.items} items)"
-    )
-    return Found(status, figure, tasks=metrics, examples=examples(found, s.tokenizer))
+    undecided = sorted((m for m in metrics if m.status == "INCONCLUSIVE"), key=lambda m: -(m.items_needed or 0))
+    shown = (bad or undecided or [min(metrics, key=lambda m: m.candidate - m.baseline)])[0]
+    what = "undecided" if undecided and not bad else "largest loss"
+    needs = f"; {shown.would_decide}" if shown.would_decide else ""
+    count = f"{len(undecided)} of {len(metrics)}" if what == "undecided" else f"{len(metrics)}"
+    scores = f"{shown.candidate:.2f} against {shown.baseline:.2f}, {shown.items} items{needs}"
+    loss = shown.baseline - shown.candidate
+    return f"{count} scores {what}, {loss:.2f} points ({shown.metric} on {shown.task}: {scores})"

@@ -30,7 +30,7 @@ def files(s: Subject) -> Found:
         manifest = read_folder(s.folder, verify=False)
         if not (s.folder / MANIFEST_NAME).is_file():
             return Found("REPORTED", "no manifest: a folder from elsewhere, no hash to check", notes=manifest.notes)
-        verify_files(s.folder, manifest)
+        verify_files(s.folder, manifest, known=s.hashes)
     except (ManifestError, SessionError) as e:
         return exact([Finding(where="folder", what=str(e))], "")
     extra = sorted(p.name for p in s.folder.iterdir() if p.name not in manifest.files and p.name != MANIFEST_NAME)

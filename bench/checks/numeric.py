@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.checks.base import SEED, Found, Subject
-from bench.parity import TokenFigures, explained_tail, kld_rows, null_ratio_check, teacher_forced_checks, token_figures
+from bench.checks.units import score
+from bench.parity import TokenFigures, explained_tail, kld_rows, null_ratio_check, teacher_forced_checks
 from reports.record import Check
 from reports.validation import Finding, worst
 
@@ -55,10 +56,7 @@ def null_figures(s: Subject) -> list[TokenFigures]:
     cached = s.__dict__.get("_null")
     if cached is None:
         kind = s.manifest.activations if s.manifest.activations != "fp32" else "eager"
-        cached = []
-        for k, ids in enumerate(s.windows[: s.mode.null_windows]):
-            cached.append(token_figures(s.baseline.null_score(kind, ids), s.baseline.score(ids), ids))
-            s.tick(f"null control, window {k + 1}")
+        cached = score(s, kind, s.windows[: s.mode.null_windows])
         s.baseline.drop_nulls()
         s.__dict__["_null"] = cached
     found: list[TokenFigures] = cached
@@ -70,9 +68,7 @@ def _own_loss(s: Subject, k: int) -> NDArray[np.float64]:
     null = null_figures(s)
     if k < len(null):
         return null[k].kld
-    ids = s.windows[k]
-    s.tick(f"PyTorch's own loss, window {k + 1}")
-    return token_figures(s.baseline.null_score(s.manifest.activations, ids), s.baseline.score(ids), ids).kld
+    return score(s, s.manifest.activations, [s.windows[k]])[0].kld
 
 
 def of_figures(figures: Sequence[Check], findings: Sequence[Finding] = ()) -> Found:

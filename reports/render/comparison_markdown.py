@@ -55,7 +55,7 @@ def _facts(digest: Digest) -> str:
     parity = f"{_OUTCOMES.get(c.parity_outcome or '', '❔')} {cw.parity_short(digest)}"
     check = cw.check_line(digest.leading_check)
     lines = [
-        f"- **Compared:** {escape(c.candidate.label)} against {escape(c.base.label)}",
+        f"- **Compared:** {escape(c.candidate.title)} against {escape(c.base.title)}",
         f"- **Same model:** {escape(parity)}{f' ({escape(check, 300)})' if check else ''}",
         f"- **How sure:** {escape(cw.sure_line(c), 400)}",
         f"- **Machine:** {escape(cw.machine_line(c), 400)}",

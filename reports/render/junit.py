@@ -108,6 +108,7 @@ def _task(task: TaskMetric) -> ET.Element:
     message = (
         f"{task.status}: candidate {words.score(task.candidate)}, baseline {words.score(task.baseline)}, "
         f"bound of the difference {words.difference(task.difference_bound)}, "
-        f"limit {words.difference(task.limit)}, {task.items} items. {task.settings}"
+        f"limit {words.difference(task.limit)}, "
+        f"{', '.join(filter(None, (f'{task.items} items', task.would_decide)))}. {task.settings}"
     )
     return _judged(case_of("parity.tasks", f"{task.task}: {task.metric}"), task.status, message)

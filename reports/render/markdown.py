@@ -208,7 +208,7 @@ def parity_blocks(parity: Parity | None) -> list[str]:
                 words.score(t.baseline),
                 words.difference(t.difference_bound),
                 words.difference(t.limit),
-                f"{t.items:,}",
+                f"{t.items:,}" + (f" ({t.would_decide})" if t.would_decide else ""),
             ]
             for t in parity.tasks
         ]

@@ -129,7 +129,7 @@ def parity_table(parity: Parity | None) -> Table | None:
             Text(words.shorten(f"{t.task}: {t.metric}", 32)),
             words.difference(t.difference_bound),
             words.difference(t.limit),
-            Text(t.status, style=STYLES.get(t.status, "dim")),
+            Text("; ".join(filter(None, (t.status, t.would_decide))), style=STYLES.get(t.status, "dim")),
         )
     return table
 

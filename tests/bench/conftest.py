@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,22 @@ def subjects(checkpoints: Callable[..., Path], tiny_dataset: Any) -> Iterator[Ca
     yield get
     for subject in made.values():
         subject.baseline.close()
+
+
+@pytest.fixture(scope="module")
+def ray(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Ray on this machine only, two workers; skips with its reason where it cannot start."""
+    found = pytest.importorskip("ray")
+    from bench import workers
+
+    try:
+        workers._start_ray(2)
+    except workers.WorkerError as e:
+        pytest.skip(f"Ray cannot start here: {e}")
+    from ray import cloudpickle
+
+    module = sys.modules[request.module.__name__]
+    cloudpickle.register_pickle_by_value(module)  # workers cannot import a test file
+    yield found
+    cloudpickle.unregister_pickle_by_value(module)
+    found.shutdown()

@@ -173,7 +173,7 @@ def test_status_of_a_task(low: float, high: float, items: int, tier: str, status
 
 def test_short_answers_fall_out_of_the_length_band() -> None:
     from bench.datasets import Item
-    from bench.gate import Outputs
+    from bench.generations import Outputs
 
     item = Item("i", "qa", {"context": "x", "question": "y"}, ("z",))
     full = Outputs(item, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10))

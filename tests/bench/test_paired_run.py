@@ -5,6 +5,7 @@ The processes here are a stand-in that prints a result at once; one test runs th
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import pytest
 
 from bench import machine_state, paired_run
 from bench.cli import main
+from bench.compare_command import command_of
 from bench.errors import BenchError
 from bench.machine_state import CpuTimes, Limits, cpu_times, disturbance, sample
 from bench.paired_run import Ended, PairedRun, Plan, case_key, learned, parse_case, run_child
@@ -293,7 +295,7 @@ def test_another_environment_measures_its_side(exports: Paths, tmp_path: Path):
     record = run._measure(CASES[0], 0, 0, 0, "candidate")
     assert record.outcome == "ok", record.last_lines
     assert (tmp_path / "used").read_text() == "-P\n"
-    assert side.described().venv == f"{tmp_path}/venv"
+    assert side.described().venv == f"{tmp_path.name}/venv"  # its place is in the command alone
 
 
 def test_a_candidate_that_is_another_model_fails_however_fast(
@@ -312,6 +314,38 @@ def test_a_candidate_that_is_another_model_fails_however_fast(
     assert made.verdict.reasons[0].startswith("parity")
     assert "REGRESSION" not in made.counts()
     assert "--seed" in made.command
+    for name in ("index.html", "report.md", "report.json", "junit.xml"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        for part in made.command:  # the command to repeat it is the one place for paths
+            text = text.replace(part, "")
+        assert str(exports().parent) not in text, name
+        assert str(tmp_path) not in text, name
+    assert f"{exports().name}, cpu, 1 threads (weights {made.base.weights_sha256[:12]})" == made.base.title  # type: ignore[index]
+
+
+def test_a_side_is_told_by_its_folders_name_and_the_command_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exports" / "small").mkdir(parents=True)
+    (python := tmp_path / "old" / ".venv" / "bin" / "python").parent.mkdir(parents=True)
+    python.touch()
+    side = parse_side("base", f"{tmp_path}/exports/small,threads=2,venv={tmp_path}/old/.venv").described()
+    assert (side.folder, side.venv) == ("small", "old/.venv")
+    assert side.text == "small,threads=2,venv=old/.venv"
+    assert str(tmp_path) not in side.model_dump_json()
+    assert parse_side("base", ".").described().folder == tmp_path.name
+    typed = ["compare", "--base", f"{tmp_path}/exports/small,venv={tmp_path}/old/.venv", "--out=/elsewhere/out"]
+    args = argparse.Namespace(typed=[*typed, "--candidate", "exports/small"], seed=7)
+    assert command_of(args) == [
+        "llama-onnx",
+        "compare",
+        "--base",
+        "exports/small,venv=old/.venv",
+        "--out=/elsewhere/out",
+        "--candidate",
+        "exports/small",
+        "--seed",
+        "7",
+    ]
 
 
 def test_another_revision_is_a_worktree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

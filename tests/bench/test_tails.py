@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.checks.generation import _tasks_line
 from bench.datasets import Item
-from bench.gate import FLOOR_SCORE, Outputs, task_metrics
+from bench.gate import FLOOR_SCORE, items_needed, task_metrics
+from bench.generations import Outputs
+from bench.metrics import Scored, difference_interval
 from bench.parity import (
     TIERS,
     TokenFigures,
@@ -140,3 +143,57 @@ def test_a_tail_that_pytorch_shares_is_no_fault_of_the_export() -> None:
     everywhere = [np.where(np.arange(340) < 2, 6e-3, k) for k in kld]
     raw = teacher_forced_checks(figures(everywhere), [], TIERS["fp16"], 1)[2]
     assert explained_tail(raw, figures(everywhere), lambda k: own[0], 2e-3).status == "FAIL"
+
+
+def scored(values: Any) -> Scored:
+    """Exact match of items, in points."""
+    statistics = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=1)
+    return Scored("exact match", statistics, lambda total: 100.0 * float(total[0] / total[1]), "")
+
+
+def test_so_many_items_do_decide() -> None:
+    """40 items, as many won as lost: the number that is named, of the same kind, is enough; half of it is not."""
+    base, candidate = np.tile([1.0, 0.0], 20), np.tile([1.0, 0.0], 20)
+    candidate[:2] = [0.0, 1.0]
+
+    def undecided(items: int) -> tuple[float, float]:
+        copies = -(-items // 40)
+        return difference_interval(scored(np.tile(candidate, copies)), scored(np.tile(base, copies)), 1)
+
+    need = items_needed(0.0, *undecided(40), -2.0, 40)
+    assert need is not None
+    assert 200 < need < 500  # 338 by the normal distribution; 40 items have coarse bounds
+    assert undecided(round(1.4 * need))[0] >= -2.0
+    assert undecided(need // 2)[0] < -2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "items", "need"),
+    [
+        (0.0, -0.01, 0.0, 40, None),  # inside: decided
+        (-2.0, -3.0, -1.0, 40, None),  # outside: decided
+        (-2.0, -3.0, -1.0, 3, 12),  # outside, but a handful of items proves no defect
+        (0.0, -0.2, 0.3, 40, 1778),  # 0.2 from the score, 0.03 wanted: 40 (0.2 / 0.03)^2
+        (-0.1, -0.3, 0.1, 40, 327),  # it would decide against the candidate: 40 (0.2 / 0.07)^2
+        (-0.03, -0.3, 0.1, 40, 0),  # on the limit no number decides
+    ],
+)
+def test_items_that_would_decide(value: float, low: float, high: float, items: int, need: int | None) -> None:
+    assert items_needed(value, low, high, -0.03, items) == need
+
+
+def test_an_undecided_task_names_its_sample_size_on_the_line_and_in_the_json() -> None:
+    outputs = []
+    for k in range(16):
+        item = Item(f"q{k}", "qa", {"context": "x", "question": "y"}, (f"w{k}",))
+        outputs.append(Outputs(item, (k + (k == 3),), (k + (k == 5),)))
+    metrics = task_metrics(outputs, Words(), TIERS["fp32"], 1)
+    assert {m.status for m in metrics} == {"INCONCLUSIVE"}
+    assert all((m.items_needed or 0) > 1000 for m in metrics)
+    line = _tasks_line(metrics)
+    assert line.startswith("2 of 2 scores undecided")
+    assert f"about {metrics[0].items_needed:,} items would decide" in line
+    assert metrics[0].model_dump()["items_needed"] == metrics[0].items_needed
+    sure = task_metrics([Outputs(o.item, o.baseline, o.baseline) for o in outputs], Words(), TIERS["fp32"], 1)
+    assert {m.items_needed for m in sure} == {None}
+    assert "would decide" not in _tasks_line(sure)

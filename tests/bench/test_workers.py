@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,23 +53,6 @@ def test_without_ray_one_process_and_a_line(monkeypatch: pytest.MonkeyPatch) -> 
     said: list[str] = []
     assert run_units(Nothing, lambda _, n: n + 1, [1, 2], workers=4, say=said.append) == [2, 3]  # type: ignore[arg-type]
     assert "Ray is not installed" in said[0]
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """Ray on this machine only, two workers; skips with its reason where it cannot start."""
-    found = pytest.importorskip("ray")
-    try:
-        workers._start_ray(2)
-    except WorkerError as e:
-        pytest.skip(f"Ray cannot start here: {e}")
-    from ray import cloudpickle
-
-    module = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(module)  # workers cannot import this file
-    yield found
-    cloudpickle.unregister_pickle_by_value(module)
-    found.shutdown()
 
 
 def test_two_workers_give_the_digits_of_one(ray: Any, exports: Callable[..., Path]) -> None:

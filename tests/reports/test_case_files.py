@@ -11,9 +11,12 @@ import pytest
 from scipy import stats
 
 from reports.case_files import from_pytest_benchmark, from_run_record, read_any, read_records
-from reports.comparison import CaseRecord
+from reports.compare import Rules
+from reports.comparison import CaseRecord, Comparison
 from reports.record import RecordError
-from reports.unpaired import compare_files, welch
+from reports.render.comparison_html import render_comparison
+from reports.render.comparison_markdown import render_comparison_markdown
+from reports.unpaired import compare_files, judge_unpaired, welch
 from tests.reports.comparison_examples import example_comparison
 
 
@@ -31,22 +34,96 @@ def noisy(name: str, level: float, processes: int = 8, seed: int = 0) -> list[Ca
     return [foreign(name, (level * np.exp(rng.normal(0, 0.005, 5))).tolist()) for _ in range(processes)]
 
 
-def test_records_made_elsewhere_are_advice(tmp_path: Path):
-    base = lines(tmp_path / "a.jsonl", noisy("parse", 1.0) + noisy("only base", 1.0))
-    candidate = lines(tmp_path / "b.jsonl", noisy("parse", 1.1, seed=1) + noisy("only candidate", 1.0))
-    made = compare_files(read_any(base, "base"), read_any(candidate, "candidate"))
-    assert {r.case: r.status for r in made.results} == {
-        "parse": "REGRESSION",
+def judged(tmp_path: Path, base: list[CaseRecord], candidate: list[CaseRecord]) -> Comparison:
+    files = lines(tmp_path / "a.jsonl", base), lines(tmp_path / "b.jsonl", candidate)
+    return compare_files(read_any(files[0], "base"), read_any(files[1], "candidate"))
+
+
+def test_enough_processes_made_elsewhere_fail_a_pipeline(tmp_path: Path):
+    """Five or more processes a side: a change far beyond the margin is one, and the page says that it is unpaired."""
+    base, slow = noisy("parse", 1.0), noisy("parse", 1.1, seed=1)
+    made = judged(tmp_path, base, slow)
+    assert [r.status for r in made.results] == ["REGRESSION"]
+    assert (made.verdict.outcome, made.verdict.exit_code) == ("FAIL", 1)
+    assert (made.paired, made.advisory) == (False, False)
+    assert any(w.startswith("unpaired: ") for w in made.warnings)
+    for page in (render_comparison(made), render_comparison_markdown(made)):
+        assert "not measured in interleaved pairs" in page
+        assert "Nothing here gates" not in page
+    assert made.family.gating_metrics == ["time"]
+    assert judged(tmp_path, slow, base).results[0].status == "IMPROVED"
+    assert judged(tmp_path, base, base).verdict.exit_code == 0
+    lost = judged(tmp_path, base + noisy("only base", 1.0), base + noisy("only candidate", 1.0))
+    assert {r.case: r.status for r in lost.results} == {
+        "parse": "EQUIVALENT",
         "only base": "MISSING",
         "only candidate": "NEW",
     }
-    assert made.advisory
-    assert "interleaved" in made.advisory_reason
+    assert lost.verdict.exit_code == 1  # it was measured, and is no longer
+
+
+def test_an_unpaired_change_near_the_margin_may_be_the_hours(tmp_path: Path):
+    made = judged(tmp_path, noisy("parse", 1.0), noisy("parse", 1.031, seed=2))
+    (result,) = made.results
+    assert result.p_holm is not None
+    assert result.p_holm < 0.001
+    assert result.ratio is not None
+    assert result.ratio > 1.03
+    assert result.status == "INCONCLUSIVE"
+    assert "not surely beyond the margin (p = " in result.reason
     assert made.verdict.exit_code == 3
-    assert made.verdict.reasons[0].startswith("advisory: time of parse")
-    assert made.family.gating_metrics == ["time"]
-    same = compare_files(read_any(base, "base"), read_any(base, "candidate"))
-    assert same.verdict.exit_code == 0
+
+
+@pytest.mark.parametrize("level", [1.0, 1.5])
+def test_too_few_processes_decide_nothing(level: float, tmp_path: Path):
+    """Rounds of one process are no samples of the process: whatever they show is inconclusive, with the reason."""
+    for processes, count in ((1, "1 process on a side"), (4, "4 processes on a side")):
+        made = judged(tmp_path, noisy("parse", 1.0), noisy("parse", level, processes, seed=1))
+        assert [r.status for r in made.results] == ["INCONCLUSIVE"]
+        assert count in made.results[0].reason
+        assert "5 or more processes a side decide" in made.verdict.reasons[0]
+        assert made.verdict.exit_code == 3
+        assert made.advisory
+        assert "interleaved" in made.advisory_reason
+
+
+def test_records_of_two_machines_are_advice(tmp_path: Path):
+    here, there = (
+        [r.model_copy(update={"fingerprint": f}) for r in noisy("parse", level, seed=seed)]
+        for f, level, seed in (("a", 1.0, 0), ("b", 1.5, 1))
+    )
+    made = judged(tmp_path, here, there)
+    assert made.advisory
+    assert made.verdict.exit_code == 3
+    assert "different machines" in made.results[0].reason
+    missing = judged(tmp_path, here + noisy("gone", 1.0), there)
+    assert missing.verdict.exit_code == 3  # advice never fails a pipeline
+
+
+def test_unpaired_families_cry_wolf_seldom_even_at_another_hour():
+    """40 unchanged cases, 8 processes a side, 1.5 % process noise, the second file 3 % slower by the hour alone."""
+    rng = np.random.default_rng(20)
+
+    def side(name: str, hour: float, slow: float = 0.0) -> list[CaseRecord]:
+        return [
+            foreign(f"c{c}", [float(np.exp(rng.normal(hour + slow * (c == 0), 0.015)))]).model_copy(
+                update={"side": name}
+            )
+            for c in range(40)
+            for _ in range(8)
+        ]
+
+    families = 60
+    alarms = found = 0
+    for _ in range(families):
+        drifted, _family = judge_unpaired(side("base", 0), side("candidate", np.log(1.03)), Rules())
+        alarms += any(r.status == "REGRESSION" for r in drifted)
+        changed, _family = judge_unpaired(side("base", 0), side("candidate", 0, np.log(1.10)), Rules())
+        found += changed[0].status == "REGRESSION"
+        assert not any(r.status == "REGRESSION" for r in changed[1:])
+    print(f"alarms {alarms}, found {found} of {families}")
+    assert alarms <= 0.05 * families
+    assert found >= 0.9 * families
 
 
 def test_files_of_one_interleaved_run_are_judged_in_pairs(tmp_path: Path):

@@ -12,6 +12,7 @@ from rich.console import Console
 import reports.publish as publish
 from reports.publish import write_report
 from reports.record import read_record
+from reports.render.html import render_html
 from reports.render.junit import render_junit
 from reports.render.markdown import escape, fenced, render_markdown
 from reports.render.terminal import print_summary
@@ -219,3 +220,16 @@ def test_every_check_of_the_gate_has_plain_words(make_record):
         assert explain(check) != check.detail, check.name
     own = make_record().parity.checks[0].model_copy(update={"name": "x", "title": "y", "detail": "its own words"})
     assert explain(own) == "its own words"
+
+
+def test_an_undecided_task_says_how_many_items_would_decide(make_record):
+    record = make_record()
+    undecided = {"status": "INCONCLUSIVE", "items_needed": 12345}
+    tasks = [t.model_copy(update=undecided) for t in record.parity.tasks[:1]]
+    changed = record.model_copy(update={"parity": record.parity.model_copy(update={"tasks": tasks})})
+    words = "about 12,345 items would decide"
+    assert words in _terminal(changed, 160)
+    assert words in render_markdown(changed)
+    assert words in render_junit(changed)
+    assert words in render_html(changed)
+    assert "would decide" not in render_markdown(record)
