@@ -9,6 +9,7 @@ buffer) and replay it. All of it runs on the CPU as well, which is where it is t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ class Captures:
         graph_id, self._open = self._open, NO_GRAPH
         free = getattr(self._session, "release_captured_graph", None)  # ONNX Runtime 1.32 has it, 1.31 does not
         if graph_id != NO_GRAPH and free is not None:
-            free(graph_id)
+            with suppress(Exception):  # no run may have captured under that id yet
+                free(graph_id)
 
 
 class DeviceDecoder:

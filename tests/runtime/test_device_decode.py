@@ -62,6 +62,8 @@ class Releasing:
 
     def release_captured_graph(self, graph_id: int) -> None:
         self.released.append(graph_id)
+        if graph_id == 2:
+            raise RuntimeError("nothing was captured as 2")
 
 
 def test_one_captured_graph_at_a_time() -> None:

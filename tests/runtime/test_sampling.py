@@ -167,7 +167,21 @@ def test_finished_rows_are_not_computed_any_more(session: Any) -> None:
     widths.clear()
     steps = list(stream(session, prompts, 12, eos, compact=False))
     assert set(widths) == {3}
-    assert [s.rows.tolist() for s in steps] == [s.rows.tolist() for s in stream(session, prompts, 12, eos)]
+    dropping = list(stream(session, prompts, 12, eos))
+    assert [s.rows.tolist() for s in steps] == [s.rows.tolist() for s in dropping]
+    assert [s.tokens.tolist() for s in steps] == [s.tokens.tolist() for s in dropping]  # and none was written over
+
+
+def test_nothing_is_done_behind_the_last_token(session: Any) -> None:
+    prompts = [[5, 6], [7, 8], [9, 10]]
+    eos = (generate(session, prompts, 4).tokens[1][3],)
+    kept: list[Any] = []
+    keep = session.keep
+    session.keep = lambda rows: kept.append(rows) or keep(rows)
+    found = generate(session, prompts, 4, eos)
+    assert found.reasons[1] == "eos"
+    assert [len(row) for row in found.tokens] == [4, 4, 4]
+    assert kept == []  # the batch ends anyway
 
 
 class Letters:
@@ -220,6 +234,7 @@ def test_generate_cuts_text_and_says_why(session: Any, exports: Callable[..., Pa
     assert found.reasons[0] == "stop_string"
     assert found.tokens[0] == free.tokens[0][:5]
     assert found.texts[0] == "".join(f"<{t}>" for t in free.tokens[0][:3]) + "<"
+    assert found.texts[1] == "".join(f"<{t}>" for t in free.tokens[1])  # every token once
     assert generate(session, [[5, 6]], 10, stop_ids=[first], tokenizer=load_tokenizer(exports())).reasons == (
         "stop_id",
     )
