@@ -66,6 +66,7 @@ class SideSpec:
         more = [f"{k}={v}" for k, v in self.options.items()]
         more += [f"{k}={v}" for k, v in (("venv", venv), ("rev", self.revision)) if v]
         more += [f"{self.threads} threads"] if self.threads else []
+        more += [f"wrapped in {self.wrapper}"] if self.wrapper else []
         label = ", ".join([folder, self.provider, *more])
         typed = [f"venv={venv}" if part.startswith("venv=") else part for part in self.text.split(",")[1:]]
         return ComparedSide(

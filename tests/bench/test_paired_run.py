@@ -333,6 +333,8 @@ def test_a_side_is_told_by_its_folders_name_and_the_command_from_here(tmp_path: 
     assert side.text == "small,threads=2,venv=old/.venv"
     assert str(tmp_path) not in side.model_dump_json()
     assert parse_side("base", ".").described().folder == tmp_path.name
+    handicapped = replace(parse_side("base", "."), wrapper="tests.bench.handicap:five_percent").described()
+    assert "wrapped in tests.bench.handicap:five_percent" in handicapped.label  # a page must not hide it
     typed = ["compare", "--base", f"{tmp_path}/exports/small,venv={tmp_path}/old/.venv", "--out=/elsewhere/out"]
     args = argparse.Namespace(typed=[*typed, "--candidate", "exports/small"], seed=7)
     assert command_of(args) == [
