@@ -8,15 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from bench.checks.registry import CHECKS
 from bench.errors import BenchError
+
+if TYPE_CHECKING:
+    from bench.checks.base import Subject
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,10 +82,7 @@ def run(args: argparse.Namespace) -> int:
         keep=not args.no_cache,
         workers=args.workers,
     )
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("reading the folder", total=None)
-        subject.tick = lambda message: bar.update(task, description=message)
+    with _watched(subject, err):
         try:
             with cluster(args.workers):
                 found = validate(subject, specs, args.localize, lambda r: print_check(r, out))
@@ -102,6 +105,29 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(found.to_json())
     return found.exit_code
+
+
+@contextmanager
+def _watched(subject: Subject, console: Console) -> Iterator[None]:
+    """A line with what is being done, time gone, and bar and time left where the number of units is known."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), TimeElapsedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("reading the folder", total=None)
+        stage = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal stage, task
+            if total != stage:  # another stage has another speed; rich cannot take a total back
+                said = bar.tasks[0].description
+                bar.remove_task(task)
+                stage, task = total, bar.add_task(said, total=total or None, completed=done)
+            bar.update(task, completed=done)
+
+        subject.tick = lambda message: bar.update(task, description=message)
+        subject.progress = progress
+        yield
 
 
 def _list(as_json: bool) -> int:

@@ -106,6 +106,8 @@ class Subject:
     tick: Tick = lambda _message: None
     workers: int = 1
     say: Tick = lambda _message: None
+    progress: Callable[[int, int], None] = lambda _done, _total: None
+    """Told (finished, all) windows or batches of the stage that is running; (0, 0) between stages."""
     resumed: int = field(default=0, init=False)
     """Windows and batches that an earlier run, which was stopped, had finished."""
     used: list[Any] = field(default_factory=list, init=False)

@@ -141,6 +141,7 @@ def _compute(
             s.used.append(request)
     s.resumed += len(answers)
     todo = [k for k in range(len(units)) if k not in answers]
+    s.progress(len(answers), len(units))
 
     def done(place: int, answer: Answer) -> None:
         k = todo[place]
@@ -149,8 +150,21 @@ def _compute(
             store.keep_value(requests[k], to_json(answer))
             s.used.append(requests[k])
         s.tick(title.format(len(answers)))
+        s.progress(len(answers), len(units))
 
-    workers = able(s.workers, len(todo), s.say)
+    if todo:
+        _run(s, work, [units[k] for k in todo], done)
+    s.progress(0, 0)
+    return [answers[k] for k in range(len(units))]
+
+
+def _run(
+    s: Subject, work: Callable[[Sides, Unit], Answer], units: Sequence[Unit], done: Callable[[int, Answer], None]
+) -> None:
+    """Every unit, here or by workers; ``done`` gets (place, answer)."""
+    workers = able(s.workers, len(units), s.say)
+    if workers == 1 and len(units) > 1:
+        s.workers = 1  # without Ray: said once, and the record tells what ran
     opener: Callable[[], Sides]
     if workers > 1:
         s.close()  # each worker opens both models: none of them twice here
@@ -159,8 +173,7 @@ def _compute(
     else:
         opener = partial(Sides, lambda: s.candidate, lambda: s.baseline, owned=False)
     gpus = 0 if s.provider == "cpu" else 1
-    run_units(opener, work, [units[k] for k in todo], workers=workers, gpus_per_worker=gpus, say=s.say, done=done)
-    return [answers[k] for k in range(len(units))]
+    run_units(opener, work, units, workers=workers, gpus_per_worker=gpus, say=s.say, done=done)
 
 
 def _figures_out(figures: TokenFigures) -> dict[str, list[Any]]:

@@ -176,17 +176,24 @@ def test_compare_refuses_half_a_question(capsys: pytest.CaptureFixture[str], tmp
     assert "is not a share" in capsys.readouterr().err
 
 
-def test_compare_takes_files(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("processes", "code", "status", "advisory"), [(5, 1, "REGRESSION", False), (4, 3, "INCONCLUSIVE", True)]
+)
+def test_compare_takes_files(
+    processes: int, code: int, status: str, advisory: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """Five processes a side fail a pipeline, fewer are advice."""
     for name, level in (("a", 1.0), ("b", 1.2)):
         lines = [
             {"schema_version": 1, "case": "x", "metrics": {"time": [level + k / 500, level - k / 500]}}
-            for k in range(5)
+            for k in range(processes)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     arguments = ["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--json"]) == 3
+    assert main([*arguments, "--json"]) == code
     made = json.loads(capsys.readouterr().out)
-    assert made["results"][0]["status"] == "REGRESSION"
-    assert made["advisory"]
+    assert made["results"][0]["status"] == status
+    assert made["advisory"] == advisory
+    assert [made[side]["label"] for side in ("base", "candidate")] == ["a.jsonl", "b.jsonl"]
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"index.html", "report.md", "report.json", "junit.xml"}
     assert made["command"][:2] == ["llama-onnx", "compare"]

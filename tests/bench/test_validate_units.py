@@ -23,6 +23,7 @@ from bench.checks.baseline import Baseline
 from bench.checks.registry import BY_NAME, CHECKS
 from bench.cli import main
 from bench.validate import make_subject, validate
+from bench.validate_command import _watched
 from bench.workers import cluster
 from reports.validation import Validation
 from runtime.ort_session import OrtSession
@@ -127,6 +128,39 @@ def test_a_second_folder_needs_no_pass_of_the_baseline(
     skipped = {"files"}  # it says what is not in the manifest
     kept, new = ([f for f in figures(v) if f["name"] not in skipped] for v in (whole, again))
     assert new == kept
+
+
+def test_progress_counts_what_an_earlier_run_had_finished(exports: Exports, opened: Callable[..., Subject]) -> None:
+    """The time left comes from these: each stage begins at what is done and ends at all of it."""
+    seen: list[tuple[int, int]] = []
+    subject = opened(exports())
+    subject.progress = lambda done, total: seen.append((done, total))
+    validate(subject, [BY_NAME["mean_kld"]])
+    windows = [(k, 6) for k in range(7)]
+    assert seen == [*windows, (0, 0), *[(k, 2) for k in range(3)], (0, 0)]
+    seen.clear()
+    again = opened(exports())
+    again.progress = subject.progress
+    validate(again, [BY_NAME["mean_kld"]])
+    assert seen == [(6, 6), (0, 0), (2, 2), (0, 0)]
+
+
+def test_a_terminal_shows_bar_and_time(
+    exports: Exports, opened: Callable[..., Subject], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    subject = opened(exports())
+    with _watched(subject, Console(force_terminal=True, width=100)):
+        subject.tick("scoring window 1 of 6 [bold]")
+        subject.progress(1, 6)
+        subject.progress(3, 6)
+    shown = capsys.readouterr().out
+    assert "scoring window 1 of 6 [bold]" in shown
+    assert "0:00:0" in shown
+    with _watched(subject, Console(width=100)):
+        subject.tick("not a terminal")
+    assert capsys.readouterr().out == ""
 
 
 def interrupted(subject: Subject) -> None:
@@ -265,9 +299,10 @@ def test_without_ray_one_process_does_all(
     said: list[str] = []
     subject = opened(exports(), workers=3, status=said.append)
     with cluster(3):
-        found = validate(subject, [BY_NAME["mean_kld"]])
+        found = validate(subject, SPECS)
     assert found.verdict in ("PASS", "INCONCLUSIVE")
-    assert "Ray is not installed" in said[0]
+    assert ["Ray is not installed" in line for line in said] == [True]
+    assert found.settings["workers"] == 1
     assert subject.__dict__["candidate"]  # this process's own session, not a second one
 
 

@@ -133,6 +133,23 @@ def test_the_second_look_decides_only_what_the_first_left_open():
     assert judge(decided).results[0].valid_pairs == 10
 
 
+def test_a_decided_metric_keeps_its_decision_where_another_of_its_case_is_extended():
+    """The extension measures whole cases; what it shows of a metric that was decided is no second chance."""
+
+    def both(tpot: list[CaseRecord], ttft: list[CaseRecord]) -> list[CaseRecord]:
+        return [
+            a.model_copy(update={"metrics": {**a.metrics, "ttft": b.metrics["tpot"]}})
+            for a, b in zip(tpot, ttft, strict=True)
+        ]
+
+    first = both(pairs("c", 1.0, noise=0.06, seed=4), pairs("c", 1.0))
+    assert {r.metric: r.status for r in judge(first).results} == {"tpot": "INCONCLUSIVE", "ttft": "EQUIVALENT"}
+    more = both(pairs("c", 1.0, n=5, noise=0.001, start=10), pairs("c", 1.5, n=5, start=10))
+    found = {r.metric: r for r in judge([*first, *more]).results}
+    assert (found["tpot"].look, found["tpot"].valid_pairs) == (2, 15)
+    assert (found["ttft"].look, found["ttft"].valid_pairs, found["ttft"].status) == (1, 10, "EQUIVALENT")
+
+
 def test_parity_failure_fails_a_faster_candidate():
     judged = judge(pairs("fast", 0.5))
     assert judged.verdict.outcome == "PASS"
