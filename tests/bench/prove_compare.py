@@ -37,7 +37,6 @@ def prove(out: Path, kind: str, seed: int, folder: str, cases: str, rounds: int,
 if __name__ == "__main__":
     from export.cache import cache_dir
 
-    chosen = sorted((cache_dir() / "exports").glob("SmolLM2-135M-Instruct-fp32-*"))[0]
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("out", type=Path)
     asked.add_argument("kind", choices=("same", "slow"))
@@ -45,6 +44,8 @@ if __name__ == "__main__":
     asked.add_argument("--cases", default="b1-p32-n16")
     asked.add_argument("--rounds", type=int, default=5)
     asked.add_argument("--side", default="", help="more of both sides, such as ,threads=1")
+    asked.add_argument("--folder", type=Path, help="another export than the demo model's in the cache")
     given, others = asked.parse_known_args()
+    chosen = given.folder or sorted((cache_dir() / "exports").glob("SmolLM2-135M-Instruct-fp32-*"))[0]
     for number in given.seeds:
         prove(given.out, given.kind, number, f"{chosen}{given.side}", given.cases, given.rounds, others)
