@@ -98,7 +98,14 @@ def test_a_session_that_draws_on_the_device_says_what_the_host_says(exports: Get
 def test_settings_may_change_from_batch_to_batch(exports: Get) -> None:
     prompts = [[5, 6, 7], [8, 9]]
     with load(exports(), threads=1) as host, load(exports(), threads=1, choose_on_device=True) as dev:
-        for s in (SETTINGS[0], Sampling(), Sampling(0.2, seed=1), SETTINGS[3], Sampling(0.9, top_k=3, seed=4)):
+        for s in (
+            SETTINGS[0],
+            Sampling(),
+            Sampling(0.2, seed=1),
+            SETTINGS[3],
+            Sampling(0.9, top_k=3, seed=4),
+            Sampling(0.9, top_k=5000, seed=4),
+        ):
             assert generate(dev, prompts, 12, sampling=s).tokens == generate(host, prompts, 12, sampling=s).tokens
         decoder = dev._whole
         generate(dev, prompts, 5, sampling=Sampling())

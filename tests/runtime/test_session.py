@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,17 @@ from runtime.session import Session
 from runtime.torch_session import TorchSession
 
 
-@pytest.fixture(params=["onnxruntime", "pytorch"])
-def either(request: pytest.FixtureRequest, session: Any, checkpoints: Callable[..., Path]) -> Session:
-    chosen: Session = session if request.param == "onnxruntime" else TorchSession(checkpoints())
-    return chosen
+@pytest.fixture(params=["shared", "growing", "pytorch"])
+def either(
+    request: pytest.FixtureRequest, exports: Callable[..., Path], checkpoints: Callable[..., Path]
+) -> Iterator[Session]:
+    """PyTorch, and ONNX Runtime over either kind of KV cache."""
+    if request.param == "pytorch":
+        opened: Any = TorchSession(checkpoints())
+    else:
+        opened = load(exports(spec={"target": "tensorrt"} if request.param == "growing" else None), threads=1)
+    with opened as chosen:
+        yield chosen
 
 
 def test_both_keep_the_protocol(either: Session) -> None:
@@ -36,9 +43,10 @@ def test_more_than_the_context_holds_is_refused_before_anything_runs(either: Ses
         either.prefill([[1] * 150], reserve=11)
     with pytest.raises(ContextOverflowError, match="exceed the context of 160"):
         either.score([1] * 161)
-    # The open batch was not touched.
+    after = either.step([9]).copy()  # the open batch was not touched
     either.prefill([[5, 6, 7]], reserve=2)
     np.testing.assert_array_equal(either.step([8]), before)
+    np.testing.assert_array_equal(either.step([9]), after)
     assert either.prefill([[1] * 150], reserve=10).shape == (1, 331)
 
 
@@ -99,6 +107,9 @@ def test_steps_equal_one_scoring_pass(session: Any) -> None:
     whole = session.score(ids).copy()
     found = [session.prefill([ids[:40]], reserve=50)[0].copy()] + [session.step([t])[0].copy() for t in ids[40:]]
     np.testing.assert_allclose(np.stack(found), whole[39:], rtol=0, atol=2e-5)
+    assert session.kv_bytes > 0
+    session.score(ids)
+    assert session.kv_bytes == 0  # the batch and its buffers are gone
 
 
 def test_last_position_logits_are_those_of_the_scoring_graph(session: Any) -> None:

@@ -306,6 +306,22 @@ def test_what_guards_a_call() -> None:
         counter.run(lambda: 7)
 
 
+def test_a_second_interrupt_while_the_first_is_cleared_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = Counter()
+
+    def again() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(counter, "_drop", again)
+        with pytest.raises(KeyboardInterrupt):
+            counter.run(lambda: 1 // 0)
+    seen: list[int] = []
+    counter.run(lambda: seen.append(counter.dropped))
+    counter.run(lambda: seen.append(counter.dropped))
+    assert seen == [1, 1]  # what was left over went before the next call, once
+
+
 def test_threads_that_race_never_run_together() -> None:
     counter = Counter()
     inside, most, done = [0], [0], [0]
