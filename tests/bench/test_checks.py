@@ -153,14 +153,14 @@ def test_chunked_prefill_sees_positions_that_start_again(
 def test_a_row_that_sees_another_rows_length_is_named(
     exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtime import ort_session
+    from runtime import host_decode
     from runtime.session import right_pad
 
     def row_zero(ids: Any) -> Any:
         padded, mask = right_pad(ids)
         return padded, np.repeat(mask[:1], len(mask), axis=0)
 
-    monkeypatch.setattr(ort_session, "right_pad", row_zero)
+    monkeypatch.setattr(host_decode, "right_pad", row_zero)
     result = found("batch_rows", subjects(exports()))
     assert result.status == "FAIL"
     assert "row" in result.findings[0].where

@@ -128,7 +128,7 @@ def test_uneven_rows_mixed_up_are_caught(
     exports: Exports, checkpoints: Exports, dataset: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequence lengths taken from row 0, as a runtime that ignores padding does."""
-    from runtime import ort_session
+    from runtime import host_decode
 
     def row_zero(ids: Any) -> Any:
         from runtime.session import right_pad
@@ -136,7 +136,7 @@ def test_uneven_rows_mixed_up_are_caught(
         padded, mask = right_pad(ids)
         return padded, np.repeat(mask[:1], len(mask), axis=0)
 
-    monkeypatch.setattr(ort_session, "right_pad", row_zero)
+    monkeypatch.setattr(host_decode, "right_pad", row_zero)
     assert "batch_consistency" in failed(judge(exports(), checkpoints(), dataset))
 
 

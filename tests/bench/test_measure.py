@@ -59,7 +59,7 @@ def test_warm_up_stops_when_steady_and_at_its_cap(monkeypatch: pytest.MonkeyPatc
 
     for times, cap, want in (([9, 5, 4.9, 1], 4, 3), ([9, 5, 3, 1], 4, 4), ([1, 1], 1, 1)):
         feed = iter(times)
-        monkeypatch.setattr(measure, "_one", lambda *_, feed=feed: Done(next(feed)))
+        monkeypatch.setattr(measure, "timed_generation", lambda *_, feed=feed: Done(next(feed)))
         assert warm_up(None, [1, 2], CASE, cap) == want  # type: ignore[arg-type]
 
 

@@ -24,6 +24,7 @@ GIVEN: dict[str, Any] = {
     "shapes": Shapes(),
     "engine_home": Path("engines"),
     "session_options": {"session.intra_op.allow_spinning": "0"},
+    "profile": Path("profile"),
 }
 
 
