@@ -22,8 +22,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.errors import BenchError
 from bench.measure import CpuBandwidth, GemmFloor, median_time, peak_memory, timed_generation
+from bench.peers.llama_cpp import LABEL as LLAMA_CPP
+from bench.peers.llama_cpp import LlamaCppSide
 from reports.record import Case
 from runtime.generate import Generation
 from runtime.ort_session import OrtSession
@@ -37,7 +38,6 @@ OURS: dict[str, dict[str, Any]] = {
 """Our sides: name -> fields of :class:`export.spec.ExportSpec`. The last is quantised as genai's builder does it."""
 FP32, INT4, INT4_ALIKE = OURS
 GENAI = {"genai fp32": "fp32", "genai int4": "int4"}
-LLAMA_CPP = "llama.cpp"
 PROMPT, NEW, LONG, BATCH = 128, 32, 2000, 4
 VOCAB = 30_000
 """Prompts are drawn from the first so many tokens."""
@@ -59,7 +59,8 @@ class Figure:
         """``MET``, ``MISSED`` or ``shown``."""
         if self.limit is None:
             return "shown"
-        return "MET" if (self.value <= self.limit) == self.at_most or self.value == self.limit else "MISSED"
+        kept = self.value <= self.limit if self.at_most else self.value >= self.limit
+        return "MET" if kept else "MISSED"
 
 
 @dataclass
@@ -157,20 +158,20 @@ def open_sides(
     folders: dict[str, Path], genai: Path | None, gguf: Path | None, threads: int, figures: Figures
 ) -> dict[str, Session]:
     """Every side that can be opened here; the others are named in ``figures.skipped``."""
+    from bench.peers.choice import choose
     from bench.peers.genai import GenaiSide
-    from bench.peers.llama_cpp import LlamaCppSide
     from runtime.loading import load
 
     sides: dict[str, Session] = {name: load(folders[name], threads=threads, verify=False) for name in OURS}
     for name in GENAI:
         if genai is not None and name in folders:
             sides[name] = GenaiSide(genai, folders[name], threads, sides[FP32].info)
-    try:
-        if gguf is None:
-            raise BenchError("no --gguf FILE")
+    why = choose("cpu", sides[FP32].manifest.attention, gguf).skipped.get(LLAMA_CPP)  # type: ignore[attr-defined]
+    if why:
+        figures.skipped[LLAMA_CPP] = why
+    else:
+        assert gguf is not None
         sides[LLAMA_CPP] = LlamaCppSide(gguf, threads)
-    except (BenchError, ImportError) as e:
-        figures.skipped[LLAMA_CPP] = str(e)
     return sides
 
 
