@@ -163,9 +163,10 @@ def _exported(sweep: Sweep, model: str, precision: str, provider: str) -> Path:
 
 
 def _measure(sweep: Sweep, out: Path, resume: bool, say: Any) -> list[CaseRecord]:
+    from bench.child import run_child
     from bench.environment import machine
     from bench.machine_state import Limits, Watch
-    from bench.paired_run import CHILD, RECORDS, case_key, run_child
+    from bench.paired_run import CHILD, RECORDS, case_key
     from bench.sides import SideSpec, environment
     from reports.case_files import append_record, read_records, repair
     from reports.comparison import CaseRecord

@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 
 from bench import machine_state, paired_run
+from bench.child import Ended, run_child
 from bench.cli import main
 from bench.compare_command import command_of
 from bench.errors import BenchError
 from bench.machine_state import CpuTimes, Limits, cpu_times, disturbance, sample
-from bench.paired_run import Ended, PairedRun, Plan, case_key, learned, parse_case, run_child
+from bench.paired_run import PairedRun, Plan, case_key, learned, parse_case
 from bench.sides import SideSpec, parse_side, suite_root
 from reports.case_files import StorageError, append_record, read_records, repair
 from reports.compare import Rules
