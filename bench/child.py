@@ -84,7 +84,7 @@ class Child:
         return self._used + (0.0 if self._stopped else time.perf_counter() - self._awake)
 
     def wait_for(self, mark: str | None) -> bool:
-        """Read until a line that begins with ``mark``; False when the child ended, or was killed at its limit, first."""
+        """Read until a line that begins with ``mark``; False when the child ended or had to be killed before that."""
         while True:
             try:
                 line = self._said.get(timeout=max(0.0, self.limit_s - self.seconds))
@@ -109,6 +109,8 @@ class Child:
     def pause(self) -> None:
         """Stop it with all its threads."""
         self._signal(signal.SIGSTOP)
+        with contextlib.suppress(ChildProcessError):  # until it really stands; its exit is left for Popen
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         self._used, self._stopped = self.seconds, True
 
     def wake(self) -> None:
