@@ -211,7 +211,7 @@ class PairedRun:
             ends = {side: run_child(*commands[side], self.plan.limit_s) for side in sides}
         seconds = time.perf_counter() - started
         after, machine = watch.stop()
-        made = []
+        made: list[CaseRecord] = []
         for side, ended in ends.items():
             if ended.refusal and not any(r.side == side for r in self.records):
                 raise BenchError(f"--{side}: {ended.refusal}")  # nothing of this side can be measured

@@ -90,7 +90,9 @@ def test_one_that_fails_before_its_first_turn_is_an_outcome(tmp_path: Path):
 
 def test_output_that_comes_after_the_last_read_is_not_lost():
     command = [sys.executable, "-c", "import json; print('x' * 100000); print(json.dumps({'a': 1}))"]
-    assert run_child(command, dict(os.environ), 60) == Ended("ok", "", 0, [], {"a": 1}, seconds=pytest.approx(0, abs=60))
+    assert run_child(command, dict(os.environ), 60) == Ended(
+        "ok", "", 0, [], {"a": 1}, seconds=pytest.approx(0, abs=60)
+    )
     silent = run_child([sys.executable, "-c", "pass"], dict(os.environ), 60)
     assert (silent.outcome, silent.reason) == ("crash", "ended well without a result")
     assert json.dumps(silent.found) == "{}"
