@@ -55,7 +55,7 @@ class Child:
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], limit_s: float, talks: bool = False) -> None:
         self.limit_s, self._used, self._awake = limit_s, 0.0, time.perf_counter()
-        self._timed_out = self._stopped = False
+        self._timed_out = False
         self._lines: list[str] = []
         self._said: queue.Queue[str | None] = queue.Queue()
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -80,8 +80,8 @@ class Child:
 
     @property
     def seconds(self) -> float:
-        """Time for which it was running, not stopped."""
-        return self._used + (0.0 if self._stopped else time.perf_counter() - self._awake)
+        """Time for which it was running; to be asked while it is awake."""
+        return self._used + time.perf_counter() - self._awake
 
     def wait_for(self, mark: str | None) -> bool:
         """Read until a line that begins with ``mark``; False when the child ended or had to be killed before that."""
@@ -111,11 +111,11 @@ class Child:
         self._signal(signal.SIGSTOP)
         with contextlib.suppress(ChildProcessError):  # until it really stands; its exit is left for Popen
             os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        self._used, self._stopped = self.seconds, True
+        self._used = self.seconds
 
     def wake(self) -> None:
         """Let it go on."""
-        self._awake, self._stopped = time.perf_counter(), False
+        self._awake = time.perf_counter()
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
