@@ -61,7 +61,7 @@ GLYPHS: dict[ChangeStatus, str] = {
 GLOSSARY = (
     (
         "Ratio",
-        "The candidate against the base, round by round or by medians, geometric mean over pairs. 1.041: 4.1\u00a0% slower.",
+        "The candidate against the base, the geometric mean over pairs. 1.041 is 4.1\u00a0% slower.",
     ),
     ("Pair", "Base and candidate measured back to back, each in a fresh process; the order alternates."),
     ("Margin", "A change smaller than this does not matter, fixed before measuring. It is the grey band."),

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from bench import child, machine_state, paired_run
-from bench.child import Ended, run_child
+from bench.child import Ended, can_take_turns, run_child
 from bench.cli import main
 from bench.compare_command import command_of, turns_of
 from bench.errors import BenchError
@@ -256,8 +256,10 @@ def test_kill_9_in_the_middle_of_a_real_run(exports: Paths, tmp_path: Path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and first.poll() is None:
         if (out / "cases.jsonl").exists() and len((out / "cases.jsonl").read_bytes().splitlines()) >= 3:
-            break
-        time.sleep(0.05)
+            waiting = [p for p in psutil.Process(first.pid).children() if p.status() == psutil.STATUS_STOPPED]
+            if waiting or not can_take_turns():
+                break
+        time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     deadline = time.monotonic() + 20  # a process that waits its turn, stopped, must not outlive the run
