@@ -245,6 +245,13 @@ def test_what_alternates(
         assert turns_of(asked, side, side) == "processes"
 
 
+def stands(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_kill_9_in_the_middle_of_a_real_run(exports: Paths, tmp_path: Path):
     out = tmp_path / "out"
     arguments = [sys.executable, "-m", "bench.cli", "compare", "--base", str(exports()), "--candidate", str(exports())]
@@ -256,7 +263,7 @@ def test_kill_9_in_the_middle_of_a_real_run(exports: Paths, tmp_path: Path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and first.poll() is None:
         if (out / "cases.jsonl").exists() and len((out / "cases.jsonl").read_bytes().splitlines()) >= 3:
-            waiting = [p for p in psutil.Process(first.pid).children() if p.status() == psutil.STATUS_STOPPED]
+            waiting = [p for p in psutil.Process(first.pid).children() if stands(p)]
             if waiting or not can_take_turns():
                 break
         time.sleep(0.02)
