@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from reports.record import Round, RunRecord, Series
+from reports.render.terminal import plain_table
 
 PARITY = "parity"
 """Key of a side's details that holds its parity line."""
@@ -72,11 +71,8 @@ def _ratio(series: Series, ours: Sequence[Round], metric: str) -> float:
 
 def print_peers(rows: Sequence[PeerRow], skipped: dict[str, str], console: Console) -> None:
     """A table, and a line for each peer that could not take part."""
-    table = Table(
-        box=box.SIMPLE_HEAD, title="Peers, one interleaved run; x ours: above 1 is slower", title_justify="left"
-    )
-    for column in ("side, and is it the same model?", "TTFT", "x ours", "TPOT", "x ours"):
-        table.add_column(column, justify="left" if column.startswith("side") else "right")
+    title = "Peers, one interleaved run; x ours: above 1 is slower"
+    table = plain_table(title, "side, and is it the same model?", "TTFT", "x ours", "TPOT", "x ours")
     for r in rows:
         said = Text.assemble(r.title, "\n", (f"  {r.parity}", "dim"))
         ms = f"{r.ttft_s * 1e3:.1f} ms", f"{r.tpot_s * 1e3:.2f} ms"
