@@ -210,7 +210,8 @@ class Spread(Generic[Unit, Answer]):
         del self._machines[machine.node]
         self._deaths[machine.node] += 1
         if self._deaths[machine.node] >= DEATHS:
-            self._left_out[machine.name] = f"our process died there {DEATHS} times"
+            last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:160]
+            self._left_out[machine.name] = f"our process died there {DEATHS} times ({last})"
             self._say(f"{machine.name} is left out: {self._left_out[machine.name]}")
         if place is None:
             return

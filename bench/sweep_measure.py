@@ -177,7 +177,7 @@ def _prepare(folders: Sequence[Path]) -> str:
 def measure_on_machines(sweep: Sweep, records: Records, wait_s: float, say: Say) -> None:
     """What no machine has measured yet, one process at a time on every machine of the Ray cluster."""
     from bench.machines import spread
-    from bench.workers import join_cluster
+    from bench.workers import join_cluster, leave_cluster
 
     run = run_id(sweep)
     own = [r for r in records.all if r.run == run]
@@ -205,6 +205,4 @@ def measure_on_machines(sweep: Sweep, records: Records, wait_s: float, say: Say)
         )
     finally:
         if started:
-            import ray
-
-            ray.shutdown()
+            leave_cluster()

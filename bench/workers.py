@@ -11,11 +11,13 @@ Try: ``llama-onnx perplexity FOLDER --dataset hf:wikitext --workers 2``.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar, cast
 
 from bench.errors import BenchError
 
@@ -62,9 +64,7 @@ def cluster(workers: int) -> Iterator[None]:
         yield
     finally:
         if started:
-            import ray
-
-            ray.shutdown()
+            leave_cluster()
 
 
 def run_units(
@@ -160,7 +160,32 @@ def _init_ray(remedy: str, **options: Any) -> bool:
     except (RuntimeError, OSError, ConnectionError, ValueError) as e:
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise WorkerError(f"Ray cannot start ({first}); {remedy}") from None
+    sys.stdout = cast(TextIO, _WithoutRay(sys.stdout))
     return True
+
+
+def leave_cluster() -> None:
+    """The end of what :func:`join_cluster` began."""
+    import ray
+
+    ray.shutdown()
+    if isinstance(sys.stdout, _WithoutRay):
+        sys.stdout = sys.stdout.inner
+
+
+class _WithoutRay:
+    """Standard output without the lines of Ray's own threads: they tell of lost machines in the midst of our JSON."""
+
+    def __init__(self, inner: TextIO) -> None:
+        self.inner = inner
+
+    def write(self, text: str) -> int:
+        """To standard error where one of Ray's threads calls."""
+        ours = not threading.current_thread().name.startswith("ray_")
+        return (self.inner if ours else sys.stderr).write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
 
 def losses() -> tuple[type[Exception], ...]:
@@ -235,4 +260,4 @@ def _on_ray(
         for actor, _ in running.values():  # after an error the others would keep their CPUs
             ray.kill(actor)
         if started:
-            ray.shutdown()
+            leave_cluster()

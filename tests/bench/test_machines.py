@@ -191,12 +191,12 @@ def overlaps(records: Sequence[CaseRecord]) -> list[tuple[str, str]]:
 @pytest.fixture
 def joined(nodes: Nodes) -> Iterator[Nodes]:
     """This process in the cluster."""
-    import ray
-
+    before = sys.stdout
     assert workers.join_cluster()
     assert not workers.join_cluster()
     yield nodes
-    ray.shutdown()
+    workers.leave_cluster()
+    assert sys.stdout is before
 
 
 def one(number: int) -> int:
