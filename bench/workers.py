@@ -15,7 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import Any, Protocol, TextIO, TypeVar, cast
 
@@ -168,9 +168,10 @@ def leave_cluster() -> None:
     """The end of what :func:`join_cluster` began."""
     import ray
 
-    ray.shutdown()
     if isinstance(sys.stdout, _WithoutRay):
         sys.stdout = sys.stdout.inner
+    with redirect_stdout(sys.stderr):  # what its threads still held back is printed by this one
+        ray.shutdown()
 
 
 class _WithoutRay:
