@@ -114,14 +114,14 @@ class Spread(Generic[Unit, Answer]):
         units: Sequence[Unit],
         work: Callable[[Unit], Answer],
         queue: Queue,
-        opened: Callable[[Any, str], Any],
+        start: Callable[[Any, str], Any],
         prepare: Callable[[], str],
         done: Callable[[Unit, Answer, str, str], None],
         say: Callable[[str], None],
         wait_s: float,
         retries: int,
     ) -> None:
-        self._units, self._work, self._queue, self._opened = units, work, queue, opened
+        self._units, self._work, self._queue, self._start = units, work, queue, start
         self._prepare, self._done, self._say = prepare, done, say
         self._wait_s, self._retries = wait_s, retries
         self._machines: dict[str, _Machine] = {}
@@ -166,7 +166,7 @@ class Spread(Generic[Unit, Answer]):
             usable = node["Alive"] and resources.get("CPU", 0) > 0  # a head started with --num-cpus=0 only leads
             if not usable or key in self._machines or name in self._left_out:
                 continue
-            machine = _Machine(key, name, self._opened(node, key))
+            machine = _Machine(key, name, self._start(node, key))
             self._machines[key] = machine
             self._pending[machine.actor.open.remote(self._prepare)] = (machine, None)
 
@@ -274,7 +274,7 @@ def spread(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def opened(node: Any, key: str) -> Any:
+    def start(node: Any, key: str) -> Any:
         have = node["Resources"]
         make = ray.remote(
             num_cpus=have["CPU"],
@@ -285,4 +285,4 @@ def spread(
         return make.remote(f"{what} of {os.uname().nodename}", wait_s)
 
     queue = Queue([group(u) for u in units], bound)
-    Spread(units, work, queue, opened, prepare, done, say, wait_s, retries).run()
+    Spread(units, work, queue, start, prepare, done, say, wait_s, retries).run()

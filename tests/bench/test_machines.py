@@ -128,11 +128,20 @@ def test_a_measurement_ends_with_who_waits_for_it() -> None:
     parent.stdout.close()
 
 
+def test_rays_own_lines_stay_off_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    out: Any = workers._WithoutRay(sys.stdout)
+    print("ours", file=out, flush=True)
+    thread = threading.Thread(target=print, args=("a node died",), kwargs={"file": out}, name="ray_listen")
+    thread.start()
+    thread.join()
+    assert capsys.readouterr() == ("ours\n", "a node died\n")
+
+
 # --- a cluster -------------------------------------------------------------------------------------------------------
 
 
 class Nodes:
-    """A head that only leads and two machines of one CPU, each with a lock of its own as real ones have."""
+    """A head that only leads and two machines, each with a lock of its own as real ones have."""
 
     def __init__(self, folder: Path) -> None:
         from ray.cluster_utils import Cluster
@@ -146,7 +155,7 @@ class Nodes:
         """Another machine; with ``lock``, one that shares it."""
         self._made += 1
         env = {"LLAMA_ONNX_LOCK": str(self._folder / (lock or f"lock{self._made}"))}
-        return self.cluster.add_node(num_cpus=1, env_vars=env)
+        return self.cluster.add_node(num_cpus=3, env_vars=env)  # Ray by itself would put two workers on one of them
 
     @property
     def ids(self) -> list[str]:
