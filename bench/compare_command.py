@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bench.errors import BenchError
 
 if TYPE_CHECKING:
+    from bench.paired_run import Turns
+    from bench.sides import SideSpec
     from reports.compare import Rules
     from reports.comparison import CaseRecord, Comparison, History
     from reports.record import Parity
@@ -36,7 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidate", metavar="SIDE", help="the same for the side under test")
     parser.add_argument("--pairs", type=int, default=10, help="interleaved pairs; half as many more where undecided")
     parser.add_argument("--cases", default=DEFAULT_CASES, help=f"batch, prompt, new tokens (default {DEFAULT_CASES})")
-    parser.add_argument("--rounds", type=int, default=7, help="generations in one process")
+    parser.add_argument("--rounds", type=int, default=10, help="generations in one process")
+    parser.add_argument(
+        "--turns",
+        choices=("auto", "rounds", "processes"),
+        default="auto",
+        help="what alternates in a pair: rounds while both processes are alive (twice the memory, a third of the noise "
+        "on a shared machine), or whole processes; auto: rounds on the CPU where both models fit",
+    )
     parser.add_argument("--margin", default="", help="0.03, or by metric: ttft=0.05,tpot=0.02 (default 0.03)")
     parser.add_argument("--gate", default="ttft,tpot", help="metrics that gate (others are reported)")
     parser.add_argument("--model", help="the candidate's checkpoint: parity is gated beside latency")
@@ -111,6 +120,26 @@ def _progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
         yield lambda message: bar.update(task, advance=1, description=message)
 
 
+def turns_of(asked: str, base: SideSpec, candidate: SideSpec) -> Turns:
+    """What alternates in a pair. ``auto`` looks at nothing that changes while a run may be resumed.
+
+    Raises:
+        BenchError: rounds, where no process can be stopped and woken.
+    """
+    import psutil
+
+    from bench.child import can_take_turns
+
+    if asked == "rounds" and not can_take_turns():
+        raise BenchError("--turns rounds stops and wakes processes, which this system cannot; use --turns processes")
+    if asked in ("rounds", "processes"):
+        return cast("Turns", asked)
+    sides = (base, candidate)
+    held = sum(f.stat().st_size for s in sides for f in Path(s.folder).expanduser().rglob("*") if f.is_file())
+    fits = 1.5 * held < psutil.virtual_memory().total
+    return "rounds" if can_take_turns() and fits and all(s.provider == "cpu" for s in sides) else "processes"
+
+
 def _measured(args: argparse.Namespace, started: float) -> Comparison:
     from bench.environment import machine, versions
     from bench.lock import machine_lock
@@ -120,15 +149,17 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
     from reports.compare import judge, parity_outcome, verdict_of
     from reports.comparison import Comparison
 
+    base, candidate = parse_side("base", args.base), parse_side("candidate", args.candidate)
     plan = Plan(
-        base=parse_side("base", args.base),
-        candidate=parse_side("candidate", args.candidate),
+        base=base,
+        candidate=candidate,
         cases=tuple(dict.fromkeys(parse_case(c) for c in args.cases.split(","))),
         seed=args.seed,
         rules=rules_of(args),
         rounds=args.rounds,
         limit_s=args.limit,
         limits=Limits(args.max_steal, args.max_others),
+        turns=turns_of(args.turns, base, candidate),
     )
     if args.model and (plan.candidate.venv or plan.candidate.revision):
         raise BenchError("--model gates parity in this environment: leave it out for a candidate with venv= or rev=")
@@ -140,7 +171,7 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
             records = run.measure(tick)
         parity = measure_parity(args, plan.candidate.provider, plan.candidate.threads) if args.model else None
     judged = judge(records, plan.rules)
-    candidate = learned(plan.candidate.described(), records)
+    measured = learned(plan.candidate.described(), records)
     return Comparison(
         schema_version=1,
         tool_version=versions().get("llama-onnx-bench", "unknown"),
@@ -151,14 +182,14 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
         paired=True,
         advisory=False,
         base=learned(plan.base.described(), records),
-        candidate=candidate,
+        candidate=measured,
         family=judged.family,
         verdict=verdict_of(judged.results, records, parity),
         results=judged.results,
         parity=parity,
         parity_outcome=parity_outcome(parity),
         machine=here,
-        history=past(judged.results, here.fingerprint, candidate.model),
+        history=past(judged.results, here.fingerprint, measured.model),
         records=records,
         versions=versions(),
         warnings=[*warnings_of(records), *without_parity(judged.results, parity)],

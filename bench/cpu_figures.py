@@ -71,7 +71,8 @@ class Figures:
     ttft_s: dict[str, float] = field(default_factory=dict)
     tpot_s: dict[str, float] = field(default_factory=dict)
     bandwidth: float = 0.0
-    profile_us: dict[str, list[float]] = field(default_factory=dict)
+    profile_us: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """What was profiled -> operator -> microseconds and nodes; ``whole`` is the run."""
     skipped: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, rounds: Sequence[float], limit: float | None = None, at_most: bool = True) -> None:
@@ -111,19 +112,33 @@ def python_share(session: OrtSession, steps: int = 64) -> float:
     return 1 - timed.inside_s / total
 
 
-def decode_profile(folder: Path, threads: int, steps: int = 40) -> dict[str, list[float]]:
-    """Per operator of a decode step at context 128: microseconds a step in its kernels, and how many nodes."""
+PROFILED: dict[str, tuple[str, int, int, bool]] = {
+    "decode, context 128": ("ours fp32", 1, PROMPT, False),
+    "decode, context 2,000": ("ours fp32", 1, LONG, False),
+    "decode, batch 4": ("ours fp32", BATCH, PROMPT, False),
+    "prefill 128": ("ours fp32", 1, PROMPT, True),
+    "int4 rtn decode": ("ours int4 rtn, head too", 1, PROMPT, False),
+}
+"""What is profiled: name -> side, batch, context, and whether the prefill is looked at instead of the steps."""
+
+
+def profile(
+    folder: Path, threads: int, batch: int = 1, context: int = PROMPT, prefill: bool = False, steps: int = 40
+) -> dict[str, list[float]]:
+    """Per operator of a decode step (or of a prefill): microseconds in its kernels, and how many nodes."""
     from runtime.loading import load
 
+    rows = [list(range(1, context + 1))] * batch
     with tempfile.TemporaryDirectory() as scratch:
         session = load(folder, threads=threads, verify=False, profile=Path(scratch) / "decode")
-        session.prefill([list(range(1, PROMPT + 1))], reserve=steps + 1)
-        for _ in range(steps):
-            session.step([5])
+        for _ in range(steps if prefill else 1):
+            session.prefill(rows, reserve=steps + 1)
+        for _ in range(0 if prefill else steps):
+            session.step([5] * batch)
         events = json.loads(session.end_profile().read_text(encoding="utf-8"))
         session.close()
     runs = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: float(e["ts"]))[-steps // 2 :]
-    found: dict[str, list[float]] = {"step": [sum(r["dur"] for r in runs), len(runs)]}
+    found: dict[str, list[float]] = {"whole": [sum(r["dur"] for r in runs), len(runs)]}
     since = runs[0]["ts"]
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= since:
@@ -288,8 +303,15 @@ def measure(checkpoint: Path, work: Path, rounds: int, genai: Path | None, gguf:
     figures.add(
         "peak memory of a session, of weights and KV", [(memory.peak_bytes - memory.baseline_bytes) / held], 1.25
     )
-    figures.profile_us = decode_profile(folders[FP32], threads)
+    figures.profile_us = {
+        name: profile(folders[side], threads, batch, context, prefill, steps=12 if prefill else 40)
+        for name, (side, batch, context, prefill) in PROFILED.items()
+    }
     return figures
+
+
+def _cell(found: Sequence[float] | None) -> str:
+    return "" if found is None else f"{found[0]:,.0f} ({found[1]:.0f})"
 
 
 def tables(figures: Figures) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
@@ -301,8 +323,9 @@ def tables(figures: Figures) -> list[tuple[str, tuple[str, ...], list[tuple[str,
     sides: list[tuple[str, ...]] = [
         (n, f"{t * 1e3:.1f}", f"{figures.tpot_s[n] * 1e3:.2f}") for n, t in figures.ttft_s.items()
     ]
-    profile: list[tuple[str, ...]] = [
-        (name, f"{us:.0f}", f"{nodes:.0f}") for name, (us, nodes) in list(figures.profile_us.items())[:9]
+    operators = list(dict.fromkeys(n for found in figures.profile_us.values() for n in list(found)[:8]))
+    profiles: list[tuple[str, ...]] = [
+        (name, *(_cell(found.get(name)) for found in figures.profile_us.values())) for name in operators
     ]
     return [
         (
@@ -312,9 +335,9 @@ def tables(figures: Figures) -> list[tuple[str, tuple[str, ...], list[tuple[str,
         ),
         ("Sides, batch 1, prompt 128, 32 new tokens", ("side", "TTFT ms", "TPOT ms"), sides),
         (
-            "An fp32 decode step at context 128 under ONNX Runtime's profiler",
-            ("operator", "us a step", "nodes"),
-            profile,
+            "What the time goes into: microseconds (nodes) of one run under ONNX Runtime's profiler",
+            ("operator", *figures.profile_us),
+            profiles,
         ),
     ]
 

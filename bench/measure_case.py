@@ -15,14 +15,17 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 STEADY = 0.05
+TURN = "@turn"
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "onnx", "llama-onnx-bench")
 
 
@@ -77,12 +80,37 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _die_with_parent() -> None:
+    """A stopped process would outlive a parent that was killed, with all its memory (prctl(2), PR_SET_PDEATHSIG)."""
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+
+
+def _turns(a: dict[str, Any]) -> Iterator[int]:
+    """The numbers of the rounds; with ``in_turn`` each when the parent says so, and a line when it is over."""
+    if not a.get("in_turn"):
+        yield from range(a["rounds"])
+        return
+    print(TURN, flush=True)
+    for line in sys.stdin:
+        if line.strip() == "end":
+            return
+        yield int(line.split()[1])
+        print(TURN, flush=True)
+    raise EOFError("the measuring process is gone")
+
+
 def measure(a: dict[str, Any]) -> dict[str, Any]:
     """Load, warm until two rounds agree within 5 % (at most ``warmup_cap``), then measure ``rounds`` generations.
 
-    ``a``: folder, batch, prompt, new_tokens, rounds; optional provider, threads, options, warmup_cap, seed, wrapper.
+    ``a``: folder, batch, prompt, new_tokens, rounds; optional provider, threads, options, warmup_cap, seed,
+    wrapper, in_turn (rounds when the parent asks for them).
     Returns metrics (seconds and bytes), warmup_rounds, steady, details, versions and facts of the model.
     """
+    if a.get("in_turn"):
+        _die_with_parent()
     started = time.perf_counter()
     session = _open(a)
     load_s = time.perf_counter() - started
@@ -106,7 +134,7 @@ def measure(a: dict[str, Any]) -> dict[str, Any]:
     while len(totals) < cap and not steady:
         totals.append(one(1000 + len(totals)).total_s)
         steady = len(totals) > 1 and abs(totals[-1] - totals[-2]) <= STEADY * totals[-2]
-    rounds = [one(k) for k in range(a["rounds"])]
+    rounds = [one(k) for k in _turns(a)]
     metrics = {
         "ttft": [r.ttft_s for r in rounds],
         "tpot": [r.tpot_s for r in rounds if r.tpot_s is not None],

@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from bench.child import run_child, run_in_turn
 from bench.errors import BenchError
 from bench.machine_state import Limits, Watch
 from bench.sides import SideSpec, environment
-from reports.case_files import append_record, read_records, repair
+from reports.case_files import append_records, read_records, repair
 from reports.compare import FAILED, Rules, needs_extension
-from reports.comparison import CaseOutcome, CaseRecord, ComparedSide, SideName
+from reports.comparison import CaseRecord, ComparedSide, SideName
 from reports.record import Case
 
 CHILD = Path(__file__).resolve().parent / "measure_case.py"
 RECORDS, PLAN = "cases.jsonl", "plan.json"
-LAST_LINES = 12
-MEMORY_WORDS = ("bad_alloc", "out of memory", "memoryerror", "failed to allocate memory", "cannot allocate memory")
 Tick = Callable[[str], None]
+Turns = Literal["rounds", "processes"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,8 @@ class Plan:
     give_up: int = 2
     """Failures of one side on one case after which that case is not tried again."""
     limits: Limits = field(default_factory=Limits)
+    turns: Turns = "processes"
+    """What alternates inside a pair: whole ``processes``, or their ``rounds`` while both are alive."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they stand in ``plan.json``."""
@@ -145,17 +144,19 @@ class PairedRun:
         failures = [r.side for r in self.records if r.case == case and r.outcome in FAILED]
         return any(failures.count(side) >= self.plan.give_up for side in ("base", "candidate"))
 
-    def _todo(self, case: str, pair: int) -> Iterator[tuple[int, int, SideName]]:
-        """(attempt, position, side) still to be measured for a pair; asks the records anew after each."""
+    def _todo(self, case: str, pair: int) -> Iterator[tuple[int, list[SideName]]]:
+        """(attempt, sides still to be measured in their order) for a pair; asks the records anew after each."""
         order: list[SideName] = ["base", "candidate"]
         if not self.plan.base_first(case, pair):
             order.reverse()
         for attempt in range(self.plan.repeats + 1):
-            for position, side in enumerate(order):
+            if self.plan.turns == "rounds" and not self._attempts(case, pair).get(attempt) and not self.given_up(case):
+                yield attempt, order
+            for side in order:
                 if self.given_up(case):
                     return
                 if side not in self._attempts(case, pair).get(attempt, {}):
-                    yield attempt, position, side
+                    yield attempt, [side]
             if not any(r.disturbed for r in self._attempts(case, pair)[attempt].values()):
                 return
 
@@ -174,126 +175,82 @@ class PairedRun:
     def _turn(self, pair: int, cases: list[Case], tick: Tick) -> None:
         for case in cases:
             key = case_key(case)
-            for attempt, position, side in self._todo(key, pair):
-                record = self._measure(case, pair, attempt, position, side)
-                append_record(self.file, record)
-                self.records.append(record)
-                tick(f"{key}, pair {pair + 1}, {side}" + (f": {record.reason}" if record.reason else ""))
+            for attempt, sides in self._todo(key, pair):
+                records = self._measure(case, pair, attempt, sides)
+                append_records(self.file, records)
+                self.records += records
+                for record in records:
+                    tick(f"{key}, pair {pair + 1}, {record.side}" + (f": {record.reason}" if record.reason else ""))
 
-    # -- one process ------------------------------------------------------------------------------------------------
+    # -- one process, or two in turn --------------------------------------------------------------------------------
 
-    def _measure(self, case: Case, pair: int, attempt: int, position: int, side: SideName) -> CaseRecord:
-        spec = self.plan.base if side == "base" else self.plan.candidate
-        seed = random.Random(f"{self.plan.seed}:{case_key(case)}:{pair}").randrange(1 << 31)
+    def _command(self, spec: SideSpec, case: Case, seed: int, in_turn: bool) -> tuple[list[str], dict[str, str]]:
         asked = {
             **spec.arguments(),
             **case.model_dump(),
             "rounds": self.plan.rounds,
             "warmup_cap": self.plan.warmup_cap,
             "seed": seed,
+            "in_turn": in_turn,
+        }
+        return [spec.python(), "-P", str(CHILD), json.dumps(asked)], environment(spec)
+
+    def _measure(self, case: Case, pair: int, attempt: int, sides: list[SideName]) -> list[CaseRecord]:
+        """The records of one process, or of a pair's two processes that took their rounds in turn."""
+        key, in_turn = case_key(case), len(sides) > 1
+        seed = random.Random(f"{self.plan.seed}:{key}:{pair}").randrange(1 << 31)
+        commands = {
+            side: self._command(self.plan.base if side == "base" else self.plan.candidate, case, seed, in_turn)
+            for side in sides
         }
         watch = Watch(self.plan.limits)
         started = time.perf_counter()
-        ended = run_child([spec.python(), "-P", str(CHILD), json.dumps(asked)], environment(spec), self.plan.limit_s)
+        if in_turn:
+            ends = run_in_turn(commands, self.plan.rounds, self.plan.limit_s)
+        else:
+            ends = {side: run_child(*commands[side], self.plan.limit_s) for side in sides}
         seconds = time.perf_counter() - started
         after, machine = watch.stop()
-        if ended.refusal and not any(r.side == side for r in self.records):
-            raise BenchError(f"--{side}: {ended.refusal}")  # nothing of this side can be measured
-        outcome, reason = ended.outcome, ended.reason
-        if outcome == "ok" and machine.reason:
-            outcome, reason = "invalid", machine.reason
-        found = ended.found
-        return CaseRecord(
-            schema_version=1,
-            run=self.plan.run_id,
-            side=side,
-            case=case_key(case),
-            parameters=dict(case.model_dump()),
-            pair=pair,
-            attempt=attempt,
-            position=position,
-            sequence=len(self.records),
-            metrics=found.get("metrics", {}),
-            units={m: "B" if m == "peak_memory" else "s" for m in found.get("metrics", {})},
-            outcome=outcome,
-            reason=reason,
-            last_lines=ended.last_lines,
-            exit_code=ended.exit_code,
-            duration_s=seconds,
-            seed=seed,
-            warmup_rounds=found.get("warmup_rounds"),
-            steady=found.get("steady"),
-            before=watch.before,
-            after=after,
-            steal_fraction=machine.steal,
-            others_fraction=machine.others,
-            fingerprint=self.fingerprint,
-            versions=found.get("versions", {}),
-            details={**found.get("details", {}), **found.get("model", {})},
-        )
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a child ended: its JSON when all is well, else what went wrong with its last lines of output."""
-
-    outcome: CaseOutcome
-    reason: str
-    exit_code: int | None
-    last_lines: list[str]
-    found: dict[str, Any]
-    refusal: str = ""
-    """An error of ours, meant for the user: wrong input, a provider that is not there."""
-
-
-def _last_lines(out: str, err: str) -> list[str]:
-    lines = [line for line in (err + "\n" + out).splitlines() if line.strip()]
-    return [line[:500] for line in lines[-LAST_LINES:]]
-
-
-def run_child(command: list[str], env: dict[str, str], limit_s: float) -> Ended:
-    """Run one child to its end, or kill it with all its own children at the limit."""
-    child = subprocess.Popen(
-        command,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        out, err = child.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        _kill(child)
-        out, err = child.communicate()
-        return Ended("timeout", f"no end after {limit_s:g} s", None, _last_lines(out, err), {})
-    except BaseException:
-        _kill(child)
-        child.communicate()
-        raise
-    if child.returncode == 0:
-        try:
-            return Ended("ok", "", 0, [], json.loads(out.strip().splitlines()[-1]))
-        except (ValueError, IndexError):
-            return Ended("crash", "ended well without a result", 0, _last_lines(out, err), {})
-    lines = _last_lines(out, err)
-    said = err.lower()
-    if child.returncode in (-signal.SIGKILL, 137) or any(w in said for w in MEMORY_WORDS):
-        return Ended("oom", "out of memory", child.returncode, lines, {})
-    if child.returncode in (2, 4) and lines and lines[-1].startswith("error: "):
-        message = lines[-1].removeprefix("error: ")
-        return Ended("crash", message, child.returncode, lines, {}, refusal=message)
-    how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-    return Ended("crash", how, child.returncode, lines, {})
-
-
-def _kill(child: subprocess.Popen[str]) -> None:
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        child.kill()
+        made: list[CaseRecord] = []
+        for side, ended in ends.items():
+            if ended.refusal and not any(r.side == side for r in self.records):
+                raise BenchError(f"--{side}: {ended.refusal}")  # nothing of this side can be measured
+            outcome, reason = ended.outcome, ended.reason
+            if outcome == "ok" and machine.reason:
+                outcome, reason = "invalid", machine.reason
+            found = ended.found
+            made.append(
+                CaseRecord(
+                    schema_version=1,
+                    run=self.plan.run_id,
+                    side=side,
+                    case=key,
+                    parameters=dict(case.model_dump()),
+                    pair=pair,
+                    attempt=attempt,
+                    position=int((side == "base") != self.plan.base_first(key, pair)),
+                    sequence=len(self.records) + len(made),
+                    in_turn=True if in_turn else None,
+                    metrics=found.get("metrics", {}),
+                    units={m: "B" if m == "peak_memory" else "s" for m in found.get("metrics", {})},
+                    outcome=outcome,
+                    reason=reason,
+                    last_lines=ended.last_lines,
+                    exit_code=ended.exit_code,
+                    duration_s=seconds if ended.seconds is None else ended.seconds,
+                    seed=seed,
+                    warmup_rounds=found.get("warmup_rounds"),
+                    steady=found.get("steady"),
+                    before=watch.before,
+                    after=after,
+                    steal_fraction=machine.steal,
+                    others_fraction=machine.others,
+                    fingerprint=self.fingerprint,
+                    versions=found.get("versions", {}),
+                    details={**found.get("details", {}), **found.get("model", {})},
+                )
+            )
+        return made
 
 
 def learned(side: ComparedSide, records: list[CaseRecord]) -> ComparedSide:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from bench.child import run_child
 from bench.environment import machine
 from bench.machine_state import Limits, Watch
-from bench.paired_run import CHILD, RECORDS, case_key, run_child
+from bench.paired_run import CHILD, RECORDS, case_key
 from bench.sides import SideSpec, environment
 from bench.sweep import Sweep, SweepError
 from reports.case_files import append_record, read_records, repair

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,22 @@ class StorageError(Exception):
 
 
 def append_record(path: Path, record: CaseRecord) -> None:
-    """Append one line; it is on the disk when this returns, or the file is as it was.
+    """Append one line; see :func:`append_records`."""
+    append_records(path, [record])
+
+
+def append_records(path: Path, records: Sequence[CaseRecord]) -> None:
+    """Append one line each, all in one write; they are on the disk when this returns, or the file is as it was.
 
     Raises:
         StorageError: a full disk, a folder that cannot be written.
     """
-    line = (record.model_dump_json() + "\n").encode()
+    lines = "".join(record.model_dump_json() + "\n" for record in records).encode()
     try:
         with path.open("ab") as f:
             before = f.tell()
             try:
-                f.write(line)
+                f.write(lines)
                 f.flush()
                 os.fsync(f.fileno())
             except OSError:

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from reports.comparison import CaseRecord, ChangeStatus, Family, PairResult, Result, Scalar, Verdict
-from reports.paired import LEAST_PAIRS, Prior, Tested, assess, decide, pairs_needed
+from reports.paired import LEAST_PAIRS, Prior, Tested, assess, decide, pairs_needed, trimmed
 from reports.record import Parity
 
 MARGIN = 0.03
@@ -122,12 +122,23 @@ def pairs_of(attempts_by_pair: Mapping[int, Mapping[int, Mapping[str, CaseRecord
                     base_first=None if first is None else first == 0,
                     base=base,
                     candidate=candidate,
-                    ratio=candidate / base if base and candidate else None,
+                    ratio=_ratio(sides, metric, base, candidate),
                     valid=not reason,
                     reason=reason,
                 )
             )
     return made
+
+
+def _ratio(sides: Mapping[str, CaseRecord], metric: str, base: float | None, candidate: float | None) -> float | None:
+    """candidate / base: of the medians, or round by round where rounds were taken in turn (see ``PairResult``)."""
+    if not base or not candidate:
+        return None
+    rounds = [sides[name].metrics[metric] for name in ("base", "candidate")]
+    if not all(r.in_turn for r in sides.values()) or len(rounds[0]) != len(rounds[1]) or len(rounds[0]) < 2:
+        return candidate / base
+    logs = [[math.log(c / b) for b, c in zip(*rounds, strict=True)]]
+    return math.exp(float(trimmed(logs).centre[0]))
 
 
 def _lost(records: Sequence[CaseRecord], metric: str) -> tuple[ChangeStatus, str] | None:
@@ -282,7 +293,7 @@ def judge(records: Sequence[CaseRecord], rules: Rules | None = None) -> Judged:
         gating_metrics=list(rules.gating),
         planned_pairs=rules.planned,
         most_pairs=rules.most,
-        method="moderated paired t on trimmed log ratios of medians (Yuen; Smyth), Holm over the family, two looks",
+        method="moderated paired t on the pairs' trimmed log ratios (Yuen; Smyth), Holm over the family, two looks",
         extension_rule=rules.extension,
         prior_df={m: p.df if math.isfinite(p.df) else 1e9 for m, p in priors.items()},
         prior_sd={m: math.sqrt(p.variance) for m, p in priors.items()},

@@ -66,6 +66,9 @@ class CaseRecord(_Frozen):
     pair: int | None = None
     position: int | None = None
     """Place in its pair: 0 ran first, 1 second."""
+    in_turn: bool | None = None
+    """Both processes of the pair were alive and took their rounds in turn: round k of one belongs to round k of the
+    other."""
     attempt: int = 0
     """0, or how many times this pair had been repeated before."""
     sequence: int | None = None
@@ -142,7 +145,11 @@ class Family(_Frozen):
 
 
 class PairResult(_Frozen):
-    """One interleaved pair of one metric: medians of both processes. ``valid`` pairs count; others say why not."""
+    """One interleaved pair of one metric: medians of both processes. ``valid`` pairs count; others say why not.
+
+    ``ratio`` is candidate / base of the medians, or, where the processes took their rounds in turn, the mean of the
+    rounds' log ratios without the largest and smallest tenth: what both met in the same seconds cancels.
+    """
 
     index: int
     attempt: int = 0

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.child import can_take_turns
 from bench.errors import BenchError
 from runtime.errors import SessionError
 from runtime.generate import LENGTH, Generation
@@ -42,6 +44,8 @@ def genai_python() -> Path | None:
 class GenaiSide:
     """A child process that generates on request; has no logits, so only :meth:`own_generate` works.
 
+    Between requests it is stopped where that can be done: threads that spin on would slow whoever is measured next.
+
     Raises:
         BenchError: the child does not start; its last line is quoted.
     """
@@ -57,6 +61,7 @@ class GenaiSide:
             "intra_op_threads": threads,
             "graph": "the exported folder, its own generator",
         }
+        self._rest()
         self._info = SessionInfo(
             "onnxruntime-genai", "cpu", info.precision, info.context_length, info.vocab_size, details
         )
@@ -65,6 +70,14 @@ class GenaiSide:
     def info(self) -> SessionInfo:
         """What runs."""
         return self._info
+
+    def _rest(self) -> None:
+        if can_take_turns():
+            self._child.send_signal(signal.SIGSTOP)
+
+    def _wake(self) -> None:
+        if can_take_turns():
+            self._child.send_signal(signal.SIGCONT)
 
     def _answer(self) -> dict[str, Any]:
         line = self._child.stdout.readline()
@@ -79,9 +92,11 @@ class GenaiSide:
         """Greedy, ``new_tokens`` for each row, end tokens not taken."""
         if self._child is None:
             raise SessionError("the session is closed; open a new one")
+        self._wake()
         self._child.stdin.write(json.dumps({"prompts": [list(p) for p in prompts], "new_tokens": new_tokens}) + "\n")
         self._child.stdin.flush()
         found = self._answer()
+        self._rest()
         rows = tuple(tuple(row) for row in found["tokens"])
         return Generation(rows, tuple(found["at_s"]), (False,) * len(rows), (LENGTH,) * len(rows))
 
@@ -100,6 +115,7 @@ class GenaiSide:
     def close(self) -> None:
         """End the child; closing twice is allowed."""
         if self._child is not None:
+            self._wake()
             self._child.stdin.close()
             try:
                 self._child.wait(20)

@@ -192,6 +192,15 @@ def _cases(digest: Digest) -> list[CaseView]:
     return views
 
 
+def _pairing(c: Comparison) -> str:
+    if not c.paired:
+        return "no"
+    in_turn = sum(bool(r.in_turn) for r in c.records)
+    if not in_turn:
+        return "yes, process after process"
+    return "yes, rounds in turn" if in_turn == len(c.records) else f"yes, rounds in turn in {in_turn:,} processes"
+
+
 def _facts(digest: Digest) -> list[tuple[str, list[tuple[str, str]]]]:
     c, f = digest.comparison, digest.comparison.family
     priors = [
@@ -211,7 +220,7 @@ def _facts(digest: Digest) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Took", words.duration(c.duration_s)),
         ("Seed", words.DASH if c.seed is None else str(c.seed)),
         ("Processes", f"{len(c.records):,} recorded, {sum(r.outcome != 'ok' for r in c.records):,} not counted"),
-        ("Measured in pairs", "yes, interleaved" if c.paired else "no"),
+        ("Measured in pairs", _pairing(c)),
     ]
     found = [("Statistics", statistics), ("Run", run), ("Base", _side(c.base)), ("Candidate", _side(c.candidate))]
     if c.machine is not None:

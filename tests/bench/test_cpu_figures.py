@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from bench import cpu_figures
-from bench.cpu_figures import Figures, decode_profile, long_and_wide, python_share
+from bench.cpu_figures import Figures, long_and_wide, profile, python_share
 from bench.measure import GemmFloor
+from runtime.ort_session import OrtSession
 
 
 def test_a_limit_is_held_from_its_own_side() -> None:
@@ -55,13 +56,27 @@ def test_pythons_share_is_what_lies_outside_run(session: Any, monkeypatch: pytes
     graph.session = before
 
 
-def test_the_profile_names_every_operator_once_a_layer(exports: Callable[..., Path], monkeypatch: Any) -> None:
-    monkeypatch.setattr(cpu_figures, "PROMPT", 8)
-    found = decode_profile(exports(), threads=1, steps=6)
+def test_the_profile_names_every_operator_once_a_layer(exports: Callable[..., Path]) -> None:
+    found = profile(exports(), threads=1, context=8, steps=6)
     assert found["GroupQueryAttention"][1] == 2
     assert found["MatMul"][1] == 2 * 5 + 1
-    kernels = sum(us for name, (us, _) in found.items() if name != "step")
-    assert 0 < kernels <= found["step"][0]
+    kernels = sum(us for name, (us, _) in found.items() if name != "whole")
+    assert 0 < kernels <= found["whole"][0]
+
+
+def test_a_prefill_is_profiled_by_its_own_runs(exports: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    for name in ("prefill", "step"):
+        own = getattr(OrtSession, name)
+
+        def noted(self: Any, ids: Any, *more: Any, own: Any = own, name: str = name, **named: Any) -> Any:
+            calls.append((name, len(ids)))
+            return own(self, ids, *more, **named)
+
+        monkeypatch.setattr(OrtSession, name, noted)
+    found = profile(exports(), threads=1, batch=3, context=8, prefill=True, steps=6)
+    assert calls == [("prefill", 3)] * 6
+    assert (found["GroupQueryAttention"][1], found["whole"][1]) == (2, 1)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -15,16 +15,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
-from bench import machine_state, paired_run
+from bench import child, machine_state, paired_run
+from bench.child import Ended, can_take_turns, run_child
 from bench.cli import main
-from bench.compare_command import command_of
+from bench.compare_command import command_of, turns_of
 from bench.errors import BenchError
 from bench.machine_state import CpuTimes, Limits, cpu_times, disturbance, sample
-from bench.paired_run import Ended, PairedRun, Plan, case_key, learned, parse_case, run_child
+from bench.paired_run import PairedRun, Plan, case_key, learned, parse_case
 from bench.sides import SideSpec, parse_side, suite_root
 from reports.case_files import StorageError, append_record, read_records, repair
 from reports.compare import Rules
@@ -174,6 +177,81 @@ def test_resume_neither_loses_nor_repeats(stub: Stub, monkeypatch: pytest.Monkey
     assert len(stub.calls) == 20 + 20
 
 
+def in_turn(stub: Stub, calls: list[list[str]]) -> Callable[..., dict[str, Ended]]:
+    def made(commands: dict[str, tuple[list[str], dict[str, str]]], rounds: int, limit_s: float) -> dict[str, Ended]:
+        calls.append(list(commands))
+        return {name: replace(stub(*command, limit_s), seconds=1.0) for name, command in commands.items()}
+
+    return made
+
+
+def test_rounds_in_turn_make_both_records_of_a_pair_at_once(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    calls: list[list[str]] = []
+    monkeypatch.setattr(paired_run, "run_in_turn", in_turn(stub, calls))
+    chosen = plan(tmp_path, turns="rounds", cases=CASES[:1])
+    records = PairedRun(chosen, tmp_path / "out").measure()
+    assert len(calls) == 5
+    assert [r.side for r in records] == [name for call in calls for name in call]
+    assert {tuple(call) for call in calls} == {("base", "candidate"), ("candidate", "base")}
+    assert [r.position for r in records] == [0, 1] * 5
+    assert [r.sequence for r in records] == list(range(10))
+    assert all(r.in_turn and r.duration_s == 1.0 for r in records)
+    assert all(c["in_turn"] for c in stub.calls)
+    apart = PairedRun(plan(tmp_path, cases=CASES[:1]), tmp_path / "apart").measure()
+    assert [r.side for r in apart] == [r.side for r in records]
+    assert not any(r.in_turn for r in apart)
+    assert len(calls) == 5
+
+
+def test_a_pair_of_which_one_line_was_torn_off_is_completed(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    calls: list[list[str]] = []
+    monkeypatch.setattr(paired_run, "run_in_turn", in_turn(stub, calls))
+    out, chosen = tmp_path / "out", plan(tmp_path, turns="rounds", cases=CASES[:1])
+    whole = PairedRun(chosen, out).measure()
+    kept = (out / "cases.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "cases.jsonl").write_bytes(b"".join(kept[:7]) + kept[7][:40])
+    resumed = PairedRun(chosen, out, resume=True).measure()
+    assert [(r.pair, r.side) for r in resumed] == [(r.pair, r.side) for r in whole]
+    assert [r.in_turn for r in resumed] == [True] * 7 + [None] + [True] * 2
+    assert len(calls) == 5 + 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "provider", "memory", "expected"),
+    [
+        ("auto", "cpu", 1 << 40, "rounds"),
+        ("auto", "cuda", 1 << 40, "processes"),
+        ("auto", "cpu", 1000, "processes"),
+        ("rounds", "cuda", 1000, "rounds"),
+        ("processes", "cpu", 1 << 40, "processes"),
+    ],
+)
+def test_what_alternates(
+    asked: str, provider: str, memory: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "model.onnx").write_bytes(b"x" * 400)
+    side = replace(plan(tmp_path).base, provider=provider)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+    assert turns_of(asked, side, side) == expected
+    monkeypatch.setattr(child, "can_take_turns", lambda: False)
+    if asked == "rounds":
+        with pytest.raises(BenchError, match="--turns processes"):
+            turns_of(asked, side, side)
+    else:
+        assert turns_of(asked, side, side) == "processes"
+
+
+def stands(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_kill_9_in_the_middle_of_a_real_run(exports: Paths, tmp_path: Path):
     out = tmp_path / "out"
     arguments = [sys.executable, "-m", "bench.cli", "compare", "--base", str(exports()), "--candidate", str(exports())]
@@ -185,10 +263,16 @@ def test_kill_9_in_the_middle_of_a_real_run(exports: Paths, tmp_path: Path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and first.poll() is None:
         if (out / "cases.jsonl").exists() and len((out / "cases.jsonl").read_bytes().splitlines()) >= 3:
-            break
-        time.sleep(0.05)
+            waiting = [p for p in psutil.Process(first.pid).children() if stands(p)]
+            if waiting or not can_take_turns():
+                break
+        time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.communicate()
+    deadline = time.monotonic() + 20  # a process that waits its turn, stopped, must not outlive the run
+    while left := [p for p in psutil.process_iter(["cmdline"]) if str(exports()) in " ".join(p.info["cmdline"] or [])]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
     before = (out / "cases.jsonl").read_bytes()
     before = before[: before.rfind(b"\n") + 1]
     assert 3 <= before.count(b"\n") < 10
@@ -292,7 +376,7 @@ def test_another_environment_measures_its_side(exports: Paths, tmp_path: Path):
     python.chmod(0o755)
     side = parse_side("candidate", f"{exports()},venv={tmp_path}/venv,threads=1")
     run = PairedRun(plan(exports(), candidate=side, cases=CASES[:1], rounds=1), tmp_path / "out")
-    record = run._measure(CASES[0], 0, 0, 0, "candidate")
+    (record,) = run._measure(CASES[0], 0, 0, ["candidate"])
     assert record.outcome == "ok", record.last_lines
     assert (tmp_path / "used").read_text() == "-P\n"
     assert side.described().venv == f"{tmp_path.name}/venv"  # its place is in the command alone

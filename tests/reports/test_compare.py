@@ -53,6 +53,25 @@ def test_statuses_of_a_family():
     assert slow.valid_pairs == 10
 
 
+def test_rounds_taken_in_turn_are_compared_round_by_round():
+    base = 2 * [0.020, 0.021, 0.030, 0.040, 0.022]  # a neighbour came and went
+    slow = [1.05 * t for t in base]
+    slow[1] = 0.060  # and struck one round alone
+
+    def ratios(in_turn: bool | None, candidate: list[float] = slow) -> list[float | None]:
+        made = []
+        for k in range(5):
+            made.append(record("c", "base", k, None, in_turn=in_turn, metrics={"tpot": base}))
+            made.append(record("c", "candidate", k, None, in_turn=in_turn, metrics={"tpot": candidate}))
+        return [p.ratio for p in judge(made).results[0].pairs]
+
+    apart, in_turn = ratios(None)[0], ratios(True)[0]
+    assert apart is not None
+    assert apart > 1.2
+    assert in_turn == pytest.approx(1.05)
+    assert ratios(True, slow[:9])[0] == pytest.approx(1.05 * 0.030 / 0.022)  # a round too few: no partner for each
+
+
 def test_margin_by_metric():
     records = pairs("slow", 1.06)
     assert status(records, Rules(margins={"tpot": 0.10})) == {"slow": "EQUIVALENT"}
