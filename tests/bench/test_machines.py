@@ -182,6 +182,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     module = sys.modules[request.module.__name__]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in {"period_ms": "500", "failure_threshold": "3", "initial_delay_ms": "1000"}.items():
+            patch.setenv(f"RAY_health_check_{name}", value)  # how soon a lost machine is noticed
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the machines' workers import this suite
         made = Nodes(tmp_path_factory.mktemp("locks"))
         patch.setenv("RAY_ADDRESS", made.cluster.address)
@@ -306,7 +308,7 @@ def noted(folder: str, doomed: str, work: Any, sides: Any, unit: Any) -> Any:
         (Path(folder) / "now").touch()
         time.sleep(120)
     answer = work(sides, unit)
-    (place / "-".join(map(str, unit.ids[:4]))).touch()
+    (place / str(time.time_ns())).touch()
     return answer
 
 
@@ -326,7 +328,7 @@ def test_the_gate_over_two_machines_one_of_which_dies(
         mode = Mode("tiny", 64, 6, 2, 3, True, new_tokens=6)
         subject = make_subject(exports(), str(checkpoints()), mode, tiny_dataset, 1, keep=True, workers=count, **more)
         with cluster(count):
-            found = validate(subject, [BY_NAME[n] for n in ("mean_kld", "tail_kld", "greedy")])
+            found = validate(subject, [BY_NAME["mean_kld"]])
         return [r.model_dump(exclude={"seconds"}) for r in found.results]
 
     alone = document("one", 1)
@@ -345,7 +347,6 @@ def test_the_gate_over_two_machines_one_of_which_dies(
     assert document("two", 2, status=said.append) == alone
     killer.join()
     nodes.add()
-    done = {n: {p.name for p in (notes / n).iterdir()} for n in (survivor, doomed)}
-    assert len(done[doomed]) == 1
-    assert len(done[survivor]) == 5
+    done = {n: len(list((notes / n).iterdir())) for n in (survivor, doomed)}
+    assert done == {doomed: 1, survivor: 5 + 2}  # with the null control's two, which came later
     assert sum("a worker died on unit" in line for line in said) == 1
