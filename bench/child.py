@@ -20,12 +20,15 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from reports.comparison import CaseOutcome, SideName
 
 LAST_LINES = 12
 MEMORY_WORDS = ("bad_alloc", "out of memory", "memoryerror", "failed to allocate memory", "cannot allocate memory")
+TIED = Path(__file__).resolve().with_name("tied.py")
+"""Before a command: it dies with its parent, even where it stands stopped."""
 TURN = "@turn"
 """Marks a child's lines that mean "my turn is over"; whatever else it prints is not for us."""
 

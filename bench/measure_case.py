@@ -15,7 +15,6 @@ import importlib
 import importlib.metadata
 import json
 import platform
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -80,14 +79,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _die_with_parent() -> None:
-    """A stopped process would outlive a parent that was killed, with all its memory (prctl(2), PR_SET_PDEATHSIG)."""
-    if sys.platform.startswith("linux"):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
-
-
 def _turns(a: dict[str, Any]) -> Iterator[int]:
     """The numbers of the rounds; with ``in_turn`` each when the parent says so, and a line when it is over."""
     if not a.get("in_turn"):
@@ -109,8 +100,6 @@ def measure(a: dict[str, Any]) -> dict[str, Any]:
     wrapper, in_turn (rounds when the parent asks for them).
     Returns metrics (seconds and bytes), warmup_rounds, steady, details, versions and facts of the model.
     """
-    if a.get("in_turn"):
-        _die_with_parent()
     started = time.perf_counter()
     session = _open(a)
     load_s = time.perf_counter() - started

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.child import run_child, run_in_turn
+from bench.child import TIED, run_child, run_in_turn
 from bench.errors import BenchError
 from bench.machine_state import Limits, Watch
 from bench.sides import SideSpec, environment
@@ -193,7 +193,8 @@ class PairedRun:
             "seed": seed,
             "in_turn": in_turn,
         }
-        return [spec.python(), "-P", str(CHILD), json.dumps(asked)], environment(spec)
+        command = [spec.python(), "-P", str(CHILD), json.dumps(asked)]
+        return [spec.python(), "-P", str(TIED), *command] if in_turn else command, environment(spec)
 
     def _measure(self, case: Case, pair: int, attempt: int, sides: list[SideName]) -> list[CaseRecord]:
         """The records of one process, or of a pair's two processes that took their rounds in turn."""

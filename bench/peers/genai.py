@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.child import can_take_turns
+from bench.child import TIED, can_take_turns
 from bench.errors import BenchError
 from runtime.errors import SessionError
 from runtime.generate import LENGTH, Generation
@@ -51,7 +51,8 @@ class GenaiSide:
     """
 
     def __init__(self, python: Path, folder: Path, threads: int, info: SessionInfo) -> None:
-        command = [str(python), str(Path(__file__).with_name("genai_server.py")), str(folder), str(threads)]
+        server = [str(python), str(Path(__file__).with_name("genai_server.py")), str(folder), str(threads)]
+        command = [str(python), str(TIED), *server]  # stopped between its turns, it would outlive a killed parent
         self._child: Any = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

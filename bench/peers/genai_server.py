@@ -6,22 +6,12 @@ answers: ``{"tokens": [[ids]], "at_s": [seconds since the request]}``.
 """
 
 import json
-import signal
 import sys
 import time
 
 
-def die_with_parent() -> None:
-    """Stopped between its turns, it would outlive a parent that was killed (prctl(2), PR_SET_PDEATHSIG)."""
-    if sys.platform.startswith("linux"):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
-
-
 def main(folder: str, threads: int) -> None:
     """Load, say which version runs, then serve until the input ends."""
-    die_with_parent()
     import numpy as np
     import onnxruntime_genai as og
 

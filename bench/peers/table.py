@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import median
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from reports.record import Round, RunRecord, Series
+from reports.render.terminal import plain_table
 
 PARITY = "parity"
 """Key of a side's details that holds its parity line."""
@@ -71,12 +71,12 @@ def _ratio(series: Series, ours: Sequence[Round], metric: str) -> float:
 
 def print_peers(rows: Sequence[PeerRow], skipped: dict[str, str], console: Console) -> None:
     """A table, and a line for each peer that could not take part."""
-    table = Table(title="Peers, one interleaved run", title_justify="left")
-    for column in ("side", "TTFT", "TPOT", "prefill, times ours", "decode, times ours", "same model?"):
-        table.add_column(column)
+    title = "Peers, one interleaved run; x ours: above 1 is slower"
+    table = plain_table(title, "side, and is it the same model?", "TTFT", "x ours", "TPOT", "x ours")
     for r in rows:
+        said = Text.assemble(r.title, "\n", (f"  {r.parity}", "dim"))
         ms = f"{r.ttft_s * 1e3:.1f} ms", f"{r.tpot_s * 1e3:.2f} ms"
-        table.add_row(Text(r.title), *ms, f"{r.prefill_ratio:.2f}", f"{r.decode_ratio:.2f}", Text(r.parity))
+        table.add_row(said, ms[0], f"{r.prefill_ratio:.2f}", ms[1], f"{r.decode_ratio:.2f}")
     console.print(table)
     for label, why in skipped.items():
         console.print(f"{label} skipped: {why}", highlight=False, markup=False)
