@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench.child import run_child
+from bench.child import TIED, run_child
 from bench.environment import machine
 from bench.machine_state import Limits, Watch
 from bench.paired_run import CHILD, RECORDS, case_key
@@ -28,7 +28,6 @@ from reports.case_files import append_record, read_records, repair
 from reports.comparison import CaseRecord
 from reports.record import Case
 
-TIED = Path(__file__).resolve().parent / "tied.py"
 Say = Callable[[str], None]
 
 

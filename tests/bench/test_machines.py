@@ -22,11 +22,12 @@ from bench import sweep_measure, workers
 from bench.checks import units
 from bench.checks.base import Mode
 from bench.checks.registry import BY_NAME
+from bench.child import TIED
 from bench.cli import main
 from bench.lock import BusyError
 from bench.machines import MachineError, Queue, spread
 from bench.sweep import Sweep
-from bench.sweep_measure import TIED, processes
+from bench.sweep_measure import processes
 from bench.validate import make_subject, validate
 from bench.workers import WorkerError, cluster
 from reports.case_files import read_records
