@@ -1,8 +1,9 @@
 """``llama-onnx sweep FILE.yaml``: models x precisions x providers x batch x prompt, one process each, into one file.
 
 The file is checked by ``bench/sweep.schema.json`` and an error names its line. Every process is a line of
-``cases.jsonl`` as soon as it ends, so ``--resume`` goes on; files of several machines are merged by ``--merge``, a
-machine's fingerprint being part of what makes a record unique.
+``cases.jsonl`` as soon as it ends, so ``--resume`` goes on. ``--ray`` measures on every machine of a Ray cluster at
+once; files of machines that share no cluster are merged by ``--merge``, a machine's fingerprint being part of what
+makes a record unique. Measuring itself is :mod:`bench.sweep_measure`'s.
 
 Try: ``echo "models: [demo]" > s.yaml; llama-onnx sweep s.yaml --out /tmp/s``.
 """
@@ -10,7 +11,6 @@ Try: ``echo "models: [demo]" > s.yaml; llama-onnx sweep s.yaml --out /tmp/s``.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import sys
@@ -122,6 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="the sweep (YAML; bench/sweep.schema.json)")
     parser.add_argument("--out", type=Path, default=Path("reports/out/sweep"), help="folder of cases.jsonl")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
+    parser.add_argument("--ray", action="store_true", help="on every machine of the Ray cluster (RAY_ADDRESS) at once")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for another measurement here")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="JSONL", help="records of other machines")
 
@@ -129,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, merge, print a table; 0, or 1 when a process failed."""
     from bench.lock import machine_lock
+    from bench.sweep_measure import Records, measure_here, measure_on_machines
     from reports.case_files import read_records
     from reports.publish import write_atomically
 
@@ -138,9 +140,13 @@ def run(args: argparse.Namespace) -> int:
         raise SweepError(f"cannot read {args.file}: {e}") from None
     sweep = parse_sweep(text, str(args.file))
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    with machine_lock("llama-onnx sweep", args.wait, say):
-        own = _measure(sweep, args.out, args.resume, say)
-    records = merge([own, *(read_records(p) for p in args.merge)])
+    own = Records(args.out, args.resume)
+    if args.ray:
+        measure_on_machines(sweep, own, args.wait, say)
+    else:
+        with machine_lock("llama-onnx sweep", args.wait, say):
+            measure_here(sweep, own, say)
+    records = merge([own.all, *(read_records(p) for p in args.merge)])
     if args.merge:
         write_atomically(args.out / "merged.jsonl", "".join(r.model_dump_json() + "\n" for r in records))
     failed = [r for r in records if r.outcome not in ("ok", "invalid")]
@@ -150,78 +156,6 @@ def run(args: argparse.Namespace) -> int:
         _print(records)
         print(f"records: {(args.out / ('merged.jsonl' if args.merge else 'cases.jsonl')).resolve()}")
     return 1 if failed else 0
-
-
-def _exported(sweep: Sweep, model: str, precision: str, provider: str) -> Path:
-    """The model's export, made once and kept in the cache; an exported folder is taken as it is."""
-    from bench.run import Options, Run
-
-    folder = Path(model).expanduser()
-    if (folder / "manifest.json").is_file():
-        return folder
-    return Run(Options(model=model, precision=precision, provider=provider, threads=sweep.threads)).folder
-
-
-def _measure(sweep: Sweep, out: Path, resume: bool, say: Any) -> list[CaseRecord]:
-    from bench.child import run_child
-    from bench.environment import machine
-    from bench.machine_state import Limits, Watch
-    from bench.paired_run import CHILD, RECORDS, case_key
-    from bench.sides import SideSpec, environment
-    from reports.case_files import append_record, read_records, repair
-    from reports.comparison import CaseRecord
-    from reports.record import Case
-
-    file = out / RECORDS
-    out.mkdir(parents=True, exist_ok=True)
-    records: list[CaseRecord] = []
-    if file.is_file() and file.stat().st_size:
-        if not resume:
-            raise SweepError(f"{file} holds an earlier sweep; add --resume to go on with it, or take another --out")
-        repair(file)
-        records = read_records(file)
-    here = machine().fingerprint
-    name = hashlib.sha256(repr(sweep).encode()).hexdigest()[:16]
-    done = {(r.run, r.fingerprint, r.case, r.pair) for r in records}
-    # Processes of one point are spread over the whole sweep, so that an hour's drift meets all points.
-    for process, point in itertools.product(range(sweep.processes), sweep.points()):
-        model, precision, provider, batch, prompt = point
-        case = Case(batch=batch, prompt=prompt, new_tokens=sweep.new_tokens)
-        label = f"{Path(model).name} {precision} {provider} {case_key(case)}"
-        if (name, here, label, process) in done:
-            continue
-        folder = _exported(sweep, model, precision, provider)
-        side = SideSpec("candidate", model, str(folder), provider, sweep.threads)
-        asked = {**side.arguments(), **case.model_dump(), "rounds": sweep.rounds, "seed": process}
-        watch = Watch(Limits())
-        ended = run_child([side.python(), "-P", str(CHILD), json.dumps(asked)], environment(side), sweep.limit_s)
-        after, seen = watch.stop()
-        disturbed = ended.outcome == "ok" and bool(seen.reason)
-        record = CaseRecord(
-            schema_version=1,
-            run=name,
-            case=label,
-            parameters={"model": model, "precision": precision, "provider": provider, **case.model_dump()},
-            pair=process,
-            sequence=len(records),
-            metrics=ended.found.get("metrics", {}),
-            units={m: "B" if m == "peak_memory" else "s" for m in ended.found.get("metrics", {})},
-            outcome="invalid" if disturbed else ended.outcome,
-            reason=seen.reason if disturbed else ended.reason,
-            last_lines=ended.last_lines,
-            exit_code=ended.exit_code,
-            before=watch.before,
-            after=after,
-            steal_fraction=seen.steal,
-            others_fraction=seen.others,
-            fingerprint=here,
-            versions=ended.found.get("versions", {}),
-            details={**ended.found.get("details", {}), **ended.found.get("model", {})},
-        )
-        append_record(file, record)
-        records.append(record)
-        say(f"{label}, process {process + 1} of {sweep.processes}" + (f": {record.reason}" if record.reason else ""))
-    return records
 
 
 def _print(records: Sequence[CaseRecord]) -> None:

@@ -11,11 +11,13 @@ Try: ``llama-onnx perplexity FOLDER --dataset hf:wikitext --workers 2``.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar, cast
 
 from bench.errors import BenchError
 
@@ -62,9 +64,7 @@ def cluster(workers: int) -> Iterator[None]:
         yield
     finally:
         if started:
-            import ray
-
-            ray.shutdown()
+            leave_cluster()
 
 
 def run_units(
@@ -127,22 +127,81 @@ class _Worker:
 
 def _start_ray(workers: int) -> bool:
     """Start Ray on this machine, or join the cluster of ``RAY_ADDRESS``; False when it runs already."""
+    own = {"num_cpus": workers, "object_store_memory": 256 * 2**20, "include_dashboard": False}
+    joining = bool(os.environ.get("RAY_ADDRESS"))
+    return _init_ray("leave --workers out", **({} if joining else {"address": "local", **own}))
+
+
+def join_cluster() -> bool:
+    """Join the cluster of ``RAY_ADDRESS``, or the one that runs on this machine; False when it was joined already.
+
+    Raises:
+        BenchError: Ray is not installed.
+        WorkerError: there is no cluster.
+    """
+    if find_spec("ray") is None:
+        raise BenchError("Ray is not installed, and it is what gives work to other machines: pip install ray")
+    return _init_ray(
+        "start it with `ray start --head` here, `ray start --address=HEAD:6379` on the other machines, and name it: "
+        "export RAY_ADDRESS=HEAD:6379",
+        address="auto",
+    )
+
+
+def _init_ray(remedy: str, **options: Any) -> bool:
     import ray
 
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
     try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, configure_logging=False)
-        else:
-            ray.init(address="local", num_cpus=workers, object_store_memory=256 * 2**20, **options)
+        ray.init(log_to_driver=False, configure_logging=False, **options)
     except (RuntimeError, OSError, ConnectionError, ValueError) as e:
         first = (str(e).splitlines() or [type(e).__name__])[0]
-        raise WorkerError(f"Ray cannot start ({first}); leave --workers out") from None
+        raise WorkerError(f"Ray cannot start ({first}); {remedy}") from None
+    sys.stdout = cast(TextIO, _WithoutRay(sys.stdout))
     return True
+
+
+def leave_cluster() -> None:
+    """The end of what :func:`join_cluster` began."""
+    import ray
+
+    if isinstance(sys.stdout, _WithoutRay):
+        sys.stdout = sys.stdout.inner
+    with redirect_stdout(sys.stderr):  # what its threads still held back is printed by this one
+        ray.shutdown()
+
+
+class _WithoutRay:
+    """Standard output without the lines of Ray's own threads: they tell of lost machines in the midst of our JSON."""
+
+    def __init__(self, inner: TextIO) -> None:
+        self.inner = inner
+
+    def write(self, text: str) -> int:
+        """To standard error where one of Ray's threads calls."""
+        ours = not threading.current_thread().name.startswith("ray_")
+        return (self.inner if ours else sys.stderr).write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def losses() -> tuple[type[Exception], ...]:
+    """What Ray raises when a worker is gone, with its machine or by itself, or its answer with it."""
+    from ray import exceptions as e
+
+    # An answer above 100 KB stays on its machine until it is fetched, so it can be lost after the unit was done.
+    return (
+        e.RayActorError,
+        e.ActorUnschedulableError,
+        e.NodeDiedError,
+        e.ObjectLostError,
+        e.OutOfMemoryError,
+        e.WorkerCrashedError,
+    )
 
 
 def _on_ray(
@@ -156,13 +215,14 @@ def _on_ray(
     done: Callable[[int, Answer], None],
 ) -> list[Answer]:
     import ray
-    from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import RayTaskError
 
     started = _start_ray(workers)
     answers: dict[int, Answer] = {}
     running: dict[Any, tuple[Any, int]] = {}
     try:
-        make = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Worker)
+        # Over all machines: Ray's own choice fills the first one before it takes the next.
+        make = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")(_Worker)
         waiting, lost = deque(range(len(units))), [0] * len(units)
 
         def give(actor: Any) -> None:
@@ -182,7 +242,7 @@ def _on_ray(
             except RayTaskError as e:
                 ray.kill(actor)
                 raise e.cause from None  # what `work` raised, with Ray's own chain left out
-            except (RayActorError, OutOfMemoryError, WorkerCrashedError) as e:
+            except losses() as e:
                 lost[place] += 1
                 if lost[place] > retries:
                     raise WorkerError(
@@ -191,6 +251,7 @@ def _on_ray(
                     ) from None
                 say(f"a worker died on unit {place + 1} of {len(units)}; given to a new one")
                 waiting.appendleft(place)
+                ray.kill(actor)  # where only its answer was lost, or it cannot be reached for a while
                 actor = make.remote(opener, work)
             else:
                 done(place, answers[place])
@@ -200,4 +261,4 @@ def _on_ray(
         for actor, _ in running.values():  # after an error the others would keep their CPUs
             ray.kill(actor)
         if started:
-            ray.shutdown()
+            leave_cluster()

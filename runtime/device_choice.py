@@ -112,7 +112,7 @@ def _draw(nodes: _Nodes, top_k: bool, top_p: bool) -> None:
     sums = add("CumSum", weights, nodes.whole(1))
     total = add("ReduceMax", sums, row, keepdims=1)
     wanted = add("Mul", "numbers", total)
-    # Rounding may lift the number to the total: the last token that has a probability is taken then.
+    # A number of 1, which no generator gives, takes the last token that has a probability, not one beyond the row.
     passed = add("And", add("Not", add("Greater", sums, wanted)), add("Less", sums, total))
     steps = add("Cast", passed, to=TensorProto.INT64)
     place = add("ReduceSum", steps, row, keepdims=1, out="place" if top_p else "ids")

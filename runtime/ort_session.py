@@ -279,9 +279,7 @@ class OrtSession(PipelineMixin, Guarded):
         self._cache = cache = self._cache_for(len(ids), max(lengths) + reserve)
         assert isinstance(cache, SharedCache)
         whole = self._whole
-        if whole is None or whole.kv is not cache or whole.batch != len(ids):
-            # Freed first; then a graph is captured for the new addresses.
-            self._whole = whole = None
+        if whole is None:  # it went with the buffers that it was bound to; a graph is captured for the new addresses
             graph_id = self._captures.new()
             whole = DeviceDecoder(self._decode.session, self.manifest.inputs, cache, self._provider.device, graph_id)
         tokens = whole.prefill(ids, sampling, numbers)

@@ -63,13 +63,13 @@ def test_the_graph_draws_what_the_host_draws(s: Sampling, dtype: Any) -> None:
 
 
 def test_the_largest_number_takes_a_token_that_may_be_drawn() -> None:
-    """1 - 2**-53 times the total is the total itself for some totals; the tail has probability 0 here."""
+    """1 - 2**-53 is the largest that a generator gives; 1 itself must not lead beyond the row either."""
     logits = np.full((50, 40), -1e4, np.float32)
     rng = np.random.default_rng(0)
     logits[:, 3:9] = rng.normal(0, 1, (50, 6))
     for s in (Sampling(1.0), Sampling(1.0, top_p=0.99), Sampling(1.0, top_k=4)):
-        found = chosen(logits, np.full(50, np.nextafter(1, 0)), s)
-        assert set(found) <= set(range(3, 9))
+        for number in (np.nextafter(1, 0), 1.0):
+            assert set(chosen(logits, np.full(50, number), s)) <= set(range(3, 9))
 
 
 @pytest.mark.parametrize("s", SETTINGS[:4], ids=str)

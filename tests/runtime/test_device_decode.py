@@ -114,6 +114,15 @@ def test_graphs_and_bindings_of_other_batch_sizes_are_given_up(exports: Get) -> 
     assert spy.released == [1, 2, 3]
 
 
+def test_closing_releases_what_was_captured(exports: Get) -> None:
+    spy = Releasing()
+    with load(exports(), threads=1, choose_on_device=True) as session:
+        session._captures = Captures(spy, True)
+        generate(session, [[5, 6, 7]], 3)
+        assert spy.released == []
+    assert spy.released == [1]
+
+
 def test_refusals(exports: Get) -> None:
     with load(exports(), threads=1, choose_on_device=True) as session:
         with pytest.raises(SessionError, match="call prefill first"):
@@ -122,6 +131,8 @@ def test_refusals(exports: Get) -> None:
         with pytest.raises(SessionError, match="logits on the host"):
             session.step_token()
         session.prefill_token([[1, 2]], reserve=1)
+        with pytest.raises(SessionError, match="logits on the device"):
+            session.step([3])
         session.step_token()
         with pytest.raises(ContextOverflowError, match="larger reserve"):
             session.step_token()

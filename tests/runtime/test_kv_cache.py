@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnxruntime as ort
 import pytest
 
 from export.manifest import KVLayout
+from runtime.host_decode import HostDecoder
 from runtime.kv_cache import BLOCK, GrowingCache, SharedCache
 
 LAYOUT = KVLayout(layers=2, kv_heads=2, head_dim=4, dtype="fp32", shared_buffer=True)
@@ -79,3 +81,14 @@ def test_bytes_of_a_cache_that_grows() -> None:
     assert growing.nbytes == sum(v.tensor_size_in_bytes() for v in growing._values.values()) == 4 * 3 * 2 * 7 * 4 * 4
     growing.keep([0, 2], 7)
     assert growing.nbytes == sum(v.tensor_size_in_bytes() for v in growing._values.values()) == 4 * 2 * 2 * 7 * 4 * 4
+
+
+def test_when_rows_are_prefilled_one_by_one() -> None:
+    """Long rows of a batch on the CPU over a shared buffer; short ones read the weights once for all."""
+    decoder: Any = object.__new__(HostDecoder)
+    decoder._prefill, decoder._cache = SimpleNamespace(device="cpu"), object.__new__(SharedCache)
+    assert [decoder._one_by_one(n) for n in ([16, 70], [15, 70], [70])] == [True, False, False]
+    decoder._cache = object.__new__(GrowingCache)
+    assert not decoder._one_by_one([16, 70])
+    decoder._prefill, decoder._cache = SimpleNamespace(device="cuda"), object.__new__(SharedCache)
+    assert not decoder._one_by_one([16, 70])
