@@ -234,8 +234,8 @@ def long_context(s: Subject) -> Found:
     for title, length in list(places.items())[: None if original else s.mode.places]:
         if length < 1:
             continue
-        past, wanted = s.baseline.continued(text, length, tail)
-        logits = s.probe.run(tail, past)["logits"][0].astype(np.float32)
+        first, wanted = s.baseline.continued(text, length, tail)
+        logits = s.probe.behind(tail, first, length).astype(np.float32)
         klds = kld_rows(logits, wanted[-len(logits) :])
         # The mean over the new tokens: a past laid together is no text, its single places are rougher than a text's.
         rows.append((f"{title} (from {length:,})", float(klds.mean())))

@@ -24,6 +24,7 @@ from runtime.generate import generate
 if TYPE_CHECKING:
     from bench.checks.base import Subject
     from bench.checks.baseline import Baseline
+    from runtime.ort_session import OrtSession
     from runtime.session import Session
 
 Tokens = tuple[tuple[int, ...], ...]
@@ -86,11 +87,14 @@ class Sides:
                 side.close()
 
 
-def open_candidate(folder: Path, provider: str, threads: int) -> Session:
-    """The folder on ONNX Runtime as every check opens it; hashes are the check ``files``' business."""
+def open_candidate(folder: Path, provider: str, threads: int) -> OrtSession:
+    """The folder on ONNX Runtime as every check opens it; hashes are the check ``files``' business.
+
+    One graph at a time: decode and scoring graph each pack all weights, beside PyTorch that makes three models.
+    """
     from runtime.loading import load
 
-    return load(folder, provider, threads, verify=False, huge_pages=False)
+    return load(folder, provider, threads, verify=False, huge_pages=False, one_graph=True)
 
 
 def window_figures(sides: Sides, window: Window) -> TokenFigures:
