@@ -76,7 +76,7 @@ def test_the_probe_gives_a_graph_up(exports: Exports, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("precision", "spec"), [("fp32", None), ("fp16", None), ("int8", None), ("fp32", {"target": "tensorrt"})]
+    ("precision", "spec"), [("fp32", None), ("fp16", None), ("int4", None), ("fp32", {"target": "tensorrt"})]
 )
 def test_a_long_past_in_shared_buffers_gives_the_bits_of_one_that_is_handed_over(
     precision: str, spec: dict[str, Any] | None, exports: Exports
