@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,9 @@ def joined(parts: Sequence[Dataset]) -> Dataset:
     if len(parts) == 1:
         return parts[0]
     digest = hashlib.sha256("".join(p.sha256 for p in parts).encode()).hexdigest()
-    return Dataset(" + ".join(p.name for p in parts), digest, tuple(i for p in parts for i in p.items))
+    # Ids are found by again, and every file may have its line-1.
+    items = tuple(replace(i, id=f"{k}/{i.id}" if k else i.id) for k, p in enumerate(parts) for i in p.items)
+    return Dataset(" + ".join(p.name for p in parts), digest, items)
 
 
 def load_dataset(text: str | Path | None) -> Dataset:

@@ -21,7 +21,7 @@ from reports.record import Check, Status
 
 Array = NDArray[np.float64]
 RESAMPLES = 2000
-ROWS = 64
+ROWS = 16
 """Positions that are compared at a time: a whole window in float64 would take 0.75 GB with 49,152 tokens."""
 SUSPICIOUS_FACTOR = 10.0
 """A figure inside its margin but this many times its null control is shown as suspicious."""

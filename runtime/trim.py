@@ -11,8 +11,13 @@ import gc
 from contextlib import suppress
 
 
-def give_back() -> None:
-    """Collect what Python holds in cycles, then return free heap pages to the system (``malloc_trim``)."""
-    gc.collect()
+def trim() -> None:
+    """Return free heap pages to the system (``malloc_trim``)."""
     with suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back() -> None:
+    """Collect what Python holds in cycles, then :func:`trim`."""
+    gc.collect()
+    trim()

@@ -63,6 +63,8 @@ def test_texts_are_put_beside_the_projects_own(tmp_path: Path) -> None:
     both = load_dataset(f"own+{other}")
     assert both.prose() == [*own.prose(), "The cat sat on the mat."]
     assert both.groups().keys() == own.groups().keys()
+    three = load_dataset(f"own+{mine}+{other}") if "+" not in mine.name else load_dataset(f"{other}+own")
+    assert len({i.id for i in three.items}) == len(three.items)
     assert both.name == f"{own.name} + other.jsonl"
     assert len({own.sha256, both.sha256, load_dataset(other).sha256, load_dataset(f"{other}+own").sha256}) == 4
     with pytest.raises(DatasetError, match="twice"):

@@ -149,6 +149,15 @@ def test_one_graph_is_open_at_a_time(
         assert alive.opened == 4
 
 
+def test_the_heap_is_trimmed_behind_each_window(
+    exports: Exports, opened: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(units, "trim", lambda: trimmed.append(1))
+    subject = opened(exports())
+    assert len(subject.figures) == len(trimmed) == 6
+
+
 def test_progress_counts_what_an_earlier_run_had_finished(exports: Exports, opened: Callable[..., Subject]) -> None:
     """The time left comes from these: each stage begins at what is done and ends at all of it."""
     seen: list[tuple[int, int]] = []
