@@ -104,7 +104,7 @@ class OrtSession(PipelineMixin, Guarded):
 
     def _need_decode(self) -> None:
         """Open the decode graph again where the scoring graph took its place."""
-        if self._decode is None:
+        if self._one_graph and self._scoring is not None:
             self._drop()
             self._scoring = None
             give_back()
