@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +166,43 @@ def load_shipped() -> Dataset:
     return Dataset("llama-onnx-bench data", digest.hexdigest(), tuple(items))
 
 
+OWN = "own"
+"""The project's data, where ``--dataset`` joins it with others."""
+
+
+def joined(parts: Sequence[Dataset]) -> Dataset:
+    """Several sets as one, in their order: more text where the first ones leave a figure undecided."""
+    if len(parts) == 1:
+        return parts[0]
+    digest = hashlib.sha256("".join(p.sha256 for p in parts).encode()).hexdigest()
+    # Ids are found by again, and every file may have its line-1.
+    items = tuple(replace(i, id=f"{k}/{i.id}" if k else i.id) for k, p in enumerate(parts) for i in p.items)
+    return Dataset(" + ".join(p.name for p in parts), digest, items)
+
+
 def load_dataset(text: str | Path | None) -> Dataset:
-    """What ``--dataset`` names: nothing (the project's data), a JSONL file, or ``hf:...`` (:mod:`bench.hf_datasets`).
+    """What ``--dataset`` names: nothing or ``own`` (the project's data), a JSONL file, or ``hf:...``
+    (:mod:`bench.hf_datasets`); several of these with ``+`` between them are one, as in ``own+mine.jsonl``.
 
     Raises:
-        DatasetError: see :func:`load_file` and :func:`bench.hf_datasets.load_hf`.
+        DatasetError: see :func:`load_file` and :func:`bench.hf_datasets.load_hf`; a set that is named twice.
     """
-    if text is None:
+    parts = _parts(OWN if text is None else str(text))
+    if len(set(parts)) < len(parts):
+        raise DatasetError(f"{text} names a set twice, and the same text twice is no more evidence; name each once")
+    return joined([_load_one(part) for part in parts])
+
+
+def _parts(text: str) -> list[str]:
+    """Parts between ``+`` signs, unless a file has such a name."""
+    whole = Path(text).expanduser()
+    return [text] if "+" not in text or whole.exists() else text.split("+")
+
+
+def _load_one(text: str) -> Dataset:
+    if text == OWN:
         return load_shipped()
-    if isinstance(text, str) and text.startswith("hf:"):
+    if text.startswith("hf:"):
         from bench.hf_datasets import load_hf
 
         return load_hf(text)

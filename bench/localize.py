@@ -45,6 +45,7 @@ def localize(s: Subject) -> Place | None:
         ValueError: a graph without fused attention, whose layers cannot be told apart.
     """
     ids = (s.windows[0] if s.windows else list(range(1, 33)))[:96]
+    s.close()  # the copy that shows its inner values packs all weights once more
     ours = _inner_values(s, ids)
     theirs = s.baseline.residuals(ids)
     kind = s.manifest.activations if s.manifest.activations != "fp32" else "eager"

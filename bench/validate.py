@@ -129,6 +129,8 @@ def validate(
     if subject.resumed:
         notes.append(f"{subject.resumed} windows and batches were finished by an earlier run that was stopped")
     verdict, reasons = decide_verdict(results)
+    if any(r.kind == "numeric" and r.status == "INCONCLUSIVE" for r in results):
+        notes.append("more text decides: put your own beside the project's with --dataset own+FILE.jsonl")
     if verdict == "PASS" and not subject.mode.judges_tails:
         notes.append("quick mode: tails and top-1 are reported, standard mode judges them")
     if not subject.__dict__.get("manifest"):

@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", default="standard", help="quick (under a minute) or standard (default)")
     parser.add_argument("--only", metavar="CHECK,...", help="run these checks alone")
     parser.add_argument("--list-checks", action="store_true", help="name the checks and what each catches")
-    parser.add_argument("--dataset", help="your own texts: a JSONL file (bench/data/README.md), or hf:NAME[:CONFIG]")
+    parser.add_argument(
+        "--dataset",
+        help="your own texts: a JSONL file (bench/data/README.md), or hf:NAME[:CONFIG]; own+FILE adds to the project's",
+    )
     parser.add_argument(
         "--localize",
         action=argparse.BooleanOptionalAction,

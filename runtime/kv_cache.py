@@ -25,6 +25,12 @@ BLOCK = 64
 """Capacity is rounded up to whole blocks, so that runs of similar length reuse the buffers."""
 
 
+def laid(part: NDArray[Any], length: int) -> NDArray[Any]:
+    """``[1, heads, n, width]`` laid together to ``length`` tokens."""
+    repeat = -(-length // part.shape[2])
+    return np.ascontiguousarray(np.tile(part, (1, 1, repeat, 1))[:, :, :length])
+
+
 class SharedCache:
     """Buffers ``[batch, kv_heads, capacity, head_dim]`` per layer, on the session's device.
 
@@ -78,6 +84,17 @@ class SharedCache:
             else:
                 kept[name] = select_rows(self._values[name], rows)
         self._values, self.batch = kept, len(rows)
+
+    def lay(self, layer: int, pair: tuple[NDArray[Any], NDArray[Any]], length: int) -> None:
+        """Fill the first ``length`` positions of one layer of a single row with a short key and value, repeated.
+
+        Args:
+            layer: of the model.
+            pair: key and value ``[1, kv_heads, some, head_dim]``.
+            length: positions.
+        """
+        for kind, part in zip(("key", "value"), pair, strict=True):
+            self._values[f"{layer}.{kind}"].numpy()[:, :, :length] = laid(part, length)  # the same memory
 
     def bind(self, binding: Any) -> None:
         """Bind every buffer as past and as present."""

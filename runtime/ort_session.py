@@ -40,6 +40,7 @@ from runtime.sampling import GREEDY, Sampling
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, right_pad
 from runtime.settings import SessionSettings
 from runtime.tensorrt import Shapes, engine_options, gpu_name, profile_options, require_inside
+from runtime.trim import give_back
 from runtime.turns import Guarded, guarded
 
 _HUGE_PAGES_FROM = 64 << 20
@@ -83,19 +84,50 @@ class OrtSession(PipelineMixin, Guarded):
         self._session_options = dict(settings.session_options or {})
         self._profile = settings.profile
         self._scoring: Graph | None = None
+        self._one_graph = settings.one_graph and manifest.scoring_graph != manifest.decode_graph
         self._cache: SharedCache | GrowingCache | None = None
         self._host: HostDecoder | None = None
         self._device: DeviceDecoder | None = None
         self._whole: DeviceDecoder | None = None
         self._drop()
         started = time.perf_counter()
-        self._decode = self._graph(manifest.decode_graph)
-        self._prefill = self._graph(manifest.decode_graph, "prefill") if self._shapes else self._decode
-        self._captures = Captures(self._decode.session, self._cuda_graph)
+        self._open_decode()
         self._huge_bytes = 0
         if settings.huge_pages and self._provider.device == "cpu" and manifest.decode_weight_bytes > _HUGE_PAGES_FROM:
             self._huge_bytes = collapse()
         self.load_s = time.perf_counter() - started - self._build_s
+
+    def _open_decode(self) -> None:
+        self._decode = self._graph(self.manifest.decode_graph)
+        self._prefill = self._graph(self.manifest.decode_graph, "prefill") if self._shapes else self._decode
+        self._captures = Captures(self._decode.session, self._cuda_graph)
+
+    def _need_decode(self) -> None:
+        """Open the decode graph again where the scoring graph took its place."""
+        if self._one_graph and self._scoring is not None:
+            self._drop()
+            self._scoring = None
+            give_back()
+            self._open_decode()
+
+    def _need_scoring(self) -> Graph:
+        """The scoring graph, opened on first use; with ``one_graph`` in the decode graph's place."""
+        if self._scoring is None:
+            same = self.manifest.scoring_graph == self.manifest.decode_graph and self._shapes is None
+            if self._one_graph:
+                self._drop()
+                self._free()
+                give_back()
+            self._scoring = self._decode if same else self._graph(self.manifest.scoring_graph, "score")
+        return self._scoring
+
+    @guarded
+    def scoring_session(self) -> Any:
+        """ONNX Runtime's own session of the scoring graph, for those who bind a cache of their own.
+
+        Do not hold it: with ``one_graph`` it would keep the weights in memory beside the decode graph's.
+        """
+        return self._need_scoring().session
 
     def _graph(self, file: str, phase: str = "decode") -> Graph:
         run_options: Any = None
@@ -233,6 +265,7 @@ class OrtSession(PipelineMixin, Guarded):
     def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
         """Start a batch; see :meth:`runtime.session.Session.prefill`."""
         lengths = check_prompts(ids, reserve, self.info)
+        self._need_decode()
         self._reset()
         if self._shapes:
             require_inside(self.manifest, self._shapes, "prefill", len(ids), max(lengths), 0)
@@ -275,6 +308,7 @@ class OrtSession(PipelineMixin, Guarded):
         if sampling.repetition_penalty != 1:
             raise SessionError("a repetition penalty is not applied on the device; use prefill() and a Chooser")
         _check_numbers(sampling, numbers, len(ids))
+        self._need_decode()
         self._reset()
         self._cache = cache = self._cache_for(len(ids), max(lengths) + reserve)
         assert isinstance(cache, SharedCache)
@@ -315,16 +349,14 @@ class OrtSession(PipelineMixin, Guarded):
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits at all positions, from the scoring graph (opened on first use)."""
         check_prompts([ids], 0, self.info)
-        if self._scoring is None:
-            same = self.manifest.scoring_graph == self.manifest.decode_graph and self._shapes is None
-            self._scoring = self._decode if same else self._graph(self.manifest.scoring_graph, "score")
+        scoring = self._need_scoring()
         self._drop()
         cache = self._new_cache(1, len(ids))
         padded, mask = right_pad([ids])
         buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions(mask)}
-        binding = self._scoring.bind(buffers, cache.bind)
-        logits = self._scoring.bind_logits(binding, len(ids), 1)
-        self._scoring.run(binding)
+        binding = scoring.bind(buffers, cache.bind)
+        logits = scoring.bind_logits(binding, len(ids), 1)
+        scoring.run(binding)
         return fp32(logits()[0])
 
     @guarded

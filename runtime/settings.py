@@ -34,9 +34,11 @@ class SessionSettings:
         session_options: ONNX Runtime session configuration entries, such as ``session.intra_op.allow_spinning``.
         profile: where ONNX Runtime writes its profile of the decode graph (beginning of the file's name); None for no
             profile. See :meth:`runtime.ort_session.OrtSession.end_profile`.
+        one_graph: hold the decode or the scoring graph, whichever was asked last, never both: each packs the weights
+            anew. Going from one to the other opens it again.
 
     Raises:
-        SessionError: a number of threads below 1.
+        SessionError: a number of threads below 1, or a profile with ``one_graph``.
     """
 
     provider: str = "cpu"
@@ -50,10 +52,13 @@ class SessionSettings:
     engine_home: Path | None = None
     session_options: Mapping[str, str] | None = None
     profile: Path | None = None
+    one_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise SessionError(f"{self.threads} threads make no sense; give 1 or more, or none for every core")
+        if self.one_graph and self.profile is not None:
+            raise SessionError("a profile is the decode graph's from opening to end; it cannot be made with one_graph")
 
 
 class MoreSettings(TypedDict, total=False):
@@ -68,3 +73,4 @@ class MoreSettings(TypedDict, total=False):
     engine_home: Path | None
     session_options: Mapping[str, str] | None
     profile: Path | None
+    one_graph: bool

@@ -204,9 +204,9 @@ class Subject:
     @cached_property
     def candidate(self) -> OrtSession:
         """The folder on ONNX Runtime."""
-        from runtime.loading import load
+        from bench.checks.units import open_candidate
 
-        return load(self.folder, self.provider, self.threads, verify=False, huge_pages=False)
+        return open_candidate(self.folder, self.provider, self.threads)
 
     @cached_property
     def probe(self) -> GraphProbe:

@@ -23,6 +23,7 @@ from export.source import Source
 from export.spec import ExportSpec
 from export.weights import Checkpoint
 from runtime.generate import generate
+from runtime.kv_cache import laid
 from runtime.session import Logits, SessionInfo
 from runtime.torch_session import TorchSession
 
@@ -151,22 +152,20 @@ class Baseline:
         return self._tokens[key]
 
     def continued(self, text: Sequence[int], length: int, ids: Sequence[int]) -> tuple[Past, Logits]:
-        """A past of ``length`` tokens laid together from the cache of ``text``, and ``ids`` behind it.
+        """``ids`` behind a past of ``length`` tokens that is the cache of ``text``, laid together again and again.
 
         Reaching position 8,000 by computing costs minutes; its keys need not mean anything, since both sides get the
         same ones. What is tested is what happens at those positions: rotary rows, lengths, windows.
 
         Returns:
-            Per layer a key and a value ``[1, kv_heads, length, head_dim]`` fp32, and logits ``[len(ids), vocab]``.
+            The cache of ``text``, per layer a key and a value ``[1, kv_heads, len(text), head_dim]`` fp32, which the
+            other side lays together itself (:func:`runtime.kv_cache.laid`: the whole past of the demo model takes
+            0.4 GB, so that it is in memory once at a time); and logits ``[len(ids), vocab]``.
         """
         key = (tuple(text), length, tuple(ids))
         if key not in self._continued:
             first = self._past_of(text)
-            past = [(_laid(k, length), _laid(v, length)) for k, v in first]
-            found = (past, self._behind(text, past, ids))
-            if self._room <= 0:
-                return found
-            self._continued = {key: found}  # one is large: the last is kept
+            self._continued[key] = (first, self._behind(text, first, length, ids))
         return self._continued[key]
 
     def _past_of(self, text: Sequence[int]) -> Past:
@@ -179,16 +178,15 @@ class Baseline:
             model(input_ids=torch.tensor([list(text)]), past_key_values=cache, use_cache=True)
         return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in cache.layers]
 
-    def _behind(self, _text: Sequence[int], past: Past, ids: Sequence[int]) -> Logits:
-        """Logits ``[len(ids), vocab]`` of ``ids`` behind a past laid together from the cache of ``_text``."""
+    def _behind(self, _text: Sequence[int], first: Past, length: int, ids: Sequence[int]) -> Logits:
+        """Logits ``[len(ids), vocab]`` of ``ids`` behind ``length`` tokens of ``first``, the cache of ``_text``."""
         from transformers import DynamicCache
 
         model = self.session.model
         cache = DynamicCache(config=model.config)
-        length = past[0][0].shape[2]
         with torch.inference_mode():
-            for i, (k, v) in enumerate(past):
-                cache.update(torch.from_numpy(k), torch.from_numpy(v), i)
+            for i, (k, v) in enumerate(first):  # laid layer by layer: the cache makes a copy of its own
+                cache.update(torch.from_numpy(laid(k, length)), torch.from_numpy(laid(v, length)), i)
             positions = torch.arange(length, length + len(ids))[None]
             logits = model(
                 input_ids=torch.tensor([list(ids)]), position_ids=positions, past_key_values=cache, use_cache=True
@@ -228,12 +226,6 @@ class Baseline:
         session = self.__dict__.pop("session", None)
         if session is not None:
             session.close()
-
-
-def _laid(part: NDArray[Any], length: int) -> NDArray[Any]:
-    """``[1, heads, n, width]`` laid together to ``length`` tokens."""
-    repeat = -(-length // part.shape[2])
-    return np.ascontiguousarray(np.tile(part, (1, 1, repeat, 1))[:, :, :length])
 
 
 def _residuals(model: Any, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:

@@ -96,11 +96,11 @@ class CachedBaseline(Baseline):
         whole = flat.reshape(len(flat) // 2, 2, 1, -1, len(text), head_size(self.config))
         return [(k, v) for k, v in whole]
 
-    def _behind(self, text: Sequence[int], past: Past, ids: Sequence[int]) -> Logits:
-        cache, request = self._cache("fp32"), ["behind", list(text), past[0][0].shape[2], list(ids)]
+    def _behind(self, text: Sequence[int], first: Past, length: int, ids: Sequence[int]) -> Logits:
+        cache, request = self._cache("fp32"), ["behind", list(text), length, list(ids)]
         logits = cache.array(request)
         if logits is None:
-            logits = super()._behind(text, past, ids)
+            logits = super()._behind(text, first, length, ids)
             cache.keep_array(request, logits)
         return logits
 

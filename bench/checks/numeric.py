@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from bench.checks.base import SEED, Found, Subject
 from bench.checks.units import score
+from bench.explained import explained_agreement
 from bench.parity import TokenFigures, explained_tail, kld_rows, null_ratio_check, teacher_forced_checks
 from reports.record import Check
 from reports.validation import Finding, worst
@@ -30,8 +31,12 @@ def _one(name: str) -> Callable[[Subject], Found]:
         if not s.windows:
             return Found("SKIPPED", "the dataset has no prose to score")
         found = next(c for c in teacher_forced(s) if c.name == name)
-        if name == "tail_kld" and s.manifest.precision in ("fp16", "bf16") and s.tier.tail_kld is not None:
+        short = s.manifest.precision in ("fp16", "bf16")
+        if name == "tail_kld" and short and s.tier.tail_kld is not None:
             found = explained_tail(found, s.figures, lambda k: _own_loss(s, k), s.tier.tail_kld)
+            s.baseline.drop_nulls()
+        if name == "top1_agreement" and short and s.mode.judges_tails:
+            found = explained_agreement(found, s.figures, lambda k: _own_loss(s, k), SEED)
             s.baseline.drop_nulls()
         if not s.mode.judges_tails and name in ("tail_kld", "top1_agreement"):
             status = "FAIL" if found.status == "FAIL" else "REPORTED"
@@ -234,8 +239,8 @@ def long_context(s: Subject) -> Found:
     for title, length in list(places.items())[: None if original else s.mode.places]:
         if length < 1:
             continue
-        past, wanted = s.baseline.continued(text, length, tail)
-        logits = s.probe.run(tail, past)["logits"][0].astype(np.float32)
+        first, wanted = s.baseline.continued(text, length, tail)
+        logits = s.probe.behind(tail, first, length).astype(np.float32)
         klds = kld_rows(logits, wanted[-len(logits) :])
         # The mean over the new tokens: a past laid together is no text, its single places are rougher than a text's.
         rows.append((f"{title} (from {length:,})", float(klds.mean())))

@@ -1,4 +1,5 @@
-"""The named checks in the order in which they run: cheap and exact first, so that they name a defect first.
+"""The named checks in the order in which they run: cheap and exact first, so that they name a defect first; then those
+that ask one graph side by side, because each is opened anew in the other's place.
 
 Try: ``llama-onnx validate --list-checks``. Nothing heavy is imported until a check runs.
 """
@@ -91,17 +92,20 @@ CHECKS: tuple[CheckSpec, ...] = (
         kind="numeric",
     ),
     _spec(
-        "chunked_prefill",
-        "numeric",
-        "a prompt in three chunks over the cache",
-        "positions that start again at 0",
-        kind="numeric",
-    ),
-    _spec(
         "batch_rows",
         "numeric",
         "every row of uneven batches in three orders, prefill and two steps",
         "lengths taken from row 0, pad tokens attended to",
+        kind="numeric",
+    ),
+    _spec(
+        "determinism", "numeric", "the same prompt and step twice", "reads of memory that nobody wrote", kind="numeric"
+    ),
+    _spec(
+        "chunked_prefill",
+        "numeric",
+        "a prompt in three chunks over the cache",
+        "positions that start again at 0",
         kind="numeric",
     ),
     _spec(
@@ -110,9 +114,6 @@ CHECKS: tuple[CheckSpec, ...] = (
         "16 tokens at the end, in the middle and around the original rope context",
         "a past cut at 512, rotary scaling ignored",
         kind="numeric",
-    ),
-    _spec(
-        "determinism", "numeric", "the same prompt and step twice", "reads of memory that nobody wrote", kind="numeric"
     ),
     _spec(
         "perplexity_ratio", "numeric", "teacher-forced perplexity over the baseline's", "coarse damage", kind="numeric"

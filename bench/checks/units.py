@@ -20,10 +20,12 @@ import numpy as np
 from bench.parity import TokenFigures, token_figures
 from bench.workers import able, run_units
 from runtime.generate import generate
+from runtime.trim import trim
 
 if TYPE_CHECKING:
     from bench.checks.base import Subject
     from bench.checks.baseline import Baseline
+    from runtime.ort_session import OrtSession
     from runtime.session import Session
 
 Tokens = tuple[tuple[int, ...], ...]
@@ -86,11 +88,14 @@ class Sides:
                 side.close()
 
 
-def open_candidate(folder: Path, provider: str, threads: int) -> Session:
-    """The folder on ONNX Runtime as every check opens it; hashes are the check ``files``' business."""
+def open_candidate(folder: Path, provider: str, threads: int) -> OrtSession:
+    """The folder on ONNX Runtime as every check opens it; hashes are the check ``files``' business.
+
+    One graph at a time: decode and scoring graph each pack all weights, beside PyTorch that makes three models.
+    """
     from runtime.loading import load
 
-    return load(folder, provider, threads, verify=False, huge_pages=False)
+    return load(folder, provider, threads, verify=False, huge_pages=False, one_graph=True)
 
 
 def window_figures(sides: Sides, window: Window) -> TokenFigures:
@@ -99,7 +104,9 @@ def window_figures(sides: Sides, window: Window) -> TokenFigures:
         ours = sides.candidate.score(window.ids).copy()
     else:
         ours = sides.baseline.null_score(window.side, window.ids)
-    return token_figures(ours, sides.baseline.score(window.ids), window.ids)
+    found = token_figures(ours, sides.baseline.score(window.ids), window.ids)
+    trim()  # blocks of many sizes leave holes: without it 30 windows of the demo model grow the heap by 1.5 GB
+    return found
 
 
 def batch_tokens(sides: Sides, batch: Batch) -> tuple[Tokens, Tokens]:

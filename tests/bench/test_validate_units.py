@@ -22,12 +22,15 @@ from bench.checks.base import MODES, Mode, Subject
 from bench.checks.baseline import Baseline
 from bench.checks.registry import BY_NAME, CHECKS
 from bench.cli import main
+from bench.defects.in_files import DEFECTS
+from bench.defects.workshop import Workshop
 from bench.validate import make_subject, validate
 from bench.validate_command import _watched
 from bench.workers import cluster
 from reports.validation import Validation
 from runtime.ort_session import OrtSession
 from runtime.torch_session import TorchSession
+from tests.open_sessions import Alive
 
 Exports = Callable[..., Path]
 MODE = Mode("tiny", 64, 6, 2, 3, True, new_tokens=6)
@@ -122,12 +125,37 @@ def test_a_second_folder_needs_no_pass_of_the_baseline(
     again = validate(subject)
     subject.close()
     assert again.folder_sha256 != whole.folder_sha256
-    measured = [c for c in scored.calls if len(c) > 1]  # a probe opens the graph with one token
-    assert len(measured) == len(subject.windows) > 10  # the folder itself was measured
+    assert len(scored) == len(subject.windows) > 10  # the folder itself was measured
     assert len(loaded) == 0
     skipped = {"files"}  # it says what is not in the manifest
     kept, new = ([f for f in figures(v) if f["name"] not in skipped] for v in (whole, again))
     assert new == kept
+
+
+def test_one_graph_is_open_at_a_time(
+    exports: Exports, opened: Callable[..., Subject], checkpoints: Exports, tmp_path: Path
+) -> None:
+    """Every check and the localisation: weights are packed once, and beside them is PyTorch's model alone."""
+    bad = Workshop(exports(), tmp_path / "bad", checkpoints())
+    next(d for d in DEFECTS if "K times" in d.name).change(bad)
+    with pytest.MonkeyPatch.context() as patch:
+        alive = Alive(patch)
+        subject = opened(bad.folder)
+        found = validate(subject)
+        subject.close()
+        assert found.place is not None
+        assert alive.most == 1
+        # decode, scoring, decode for the generations, and the copy that shows its inner values
+        assert alive.opened == 4
+
+
+def test_the_heap_is_trimmed_behind_each_window(
+    exports: Exports, opened: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(units, "trim", lambda: trimmed.append(1))
+    subject = opened(exports())
+    assert len(subject.figures) == len(trimmed) == 6
 
 
 def test_progress_counts_what_an_earlier_run_had_finished(exports: Exports, opened: Callable[..., Subject]) -> None:
