@@ -1,4 +1,4 @@
-"""Single rules of the gate that no entry of the catalogue rests on, each there because a deliberate defect got past."""
+"""Single rules of the gate that no entry of the catalogue rests on."""
 
 from __future__ import annotations
 
