@@ -120,6 +120,13 @@ def rope_tables(config: PretrainedConfig) -> tuple[Tensor, Tensor]:
     return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
+def _number(value: int, dtype: torch.dtype) -> Tensor:
+    """The value-th of many different positive numbers, ``[1]``. As integers, bf16 would run out of them at 256."""
+    if dtype.itemsize == 4:
+        return torch.full((1,), value, dtype=dtype)
+    return torch.tensor([0x3F80 + value], dtype=torch.int16).view(dtype)  # finite up to 15,000 in bf16 and fp16
+
+
 def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     """The model with one number of storage per parameter.
 
@@ -139,8 +146,8 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
             if parameter is None:
                 continue
             if id(parameter) not in replaced:
-                value += 1  # fp16 holds integers up to 2,048 exactly, more than any LLaMA has parameters
-                number = torch.full((1,), value, dtype=dtype)
+                value += 1
+                number = _number(value, dtype)
                 replaced[id(parameter)] = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
             module._parameters[name] = replaced[id(parameter)]
     inner = model.model

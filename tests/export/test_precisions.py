@@ -563,6 +563,17 @@ def test_bf16_leaves_the_graph_as_fp32_and_the_cache_stays_bf16(target: str, exp
     assert torch.equal(session.last["logits"], session.last["logits"].bfloat16().float())
 
 
+def test_bf16_of_a_deep_model_keeps_every_parameter_apart(checkpoints: Folders) -> None:
+    """A Llama-2-7B has 291 parameters, more than bf16 has small integers: the exporter merged the last ones."""
+    config = load_config(resolve(str(checkpoints())))
+    config.num_hidden_layers = 32
+    found = convert(config, ExportSpec("x", precision="bf16"), "model.onnx.data")
+    sources = [s for r in found.recipes for s in r.sources]
+    assert len(sources) == len(set(sources)) == 291
+    names = {i.name for i in found.decode.graph.initializer}
+    assert {"model.norm.weight", "model.layers.31.post_attention_layernorm.weight"} <= names
+
+
 @pytest.mark.parametrize("target", ["ort", "tensorrt"])
 def test_bf16_data_is_the_checkpoint_rounded(target: str, checkpoints: Folders, exports: Folders) -> None:
     folder = exports("bf16", spec={"target": target})
