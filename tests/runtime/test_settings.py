@@ -40,9 +40,13 @@ def test_load_hands_every_setting_over(exports: Callable[..., Path], monkeypatch
     load(exports(), "tensorrt", 3, verify=False, **GIVEN)
     load(exports(), provider="cuda", threads=2)
     assert seen[0][2] == SessionSettings("tensorrt", 3, **GIVEN)
-    assert set(GIVEN) == set(MoreSettings.__annotations__)
+    assert {*GIVEN, "one_graph"} == set(MoreSettings.__annotations__)
     assert all(getattr(seen[0][2], name) == value for name, value in GIVEN.items())
     assert seen[1][2] == SessionSettings("cuda", 2)
+    load(exports(), verify=False, one_graph=True)  # alone: it goes with no profile
+    assert seen[2][2].one_graph
+    with pytest.raises(SessionError, match="one_graph"):
+        SessionSettings(**GIVEN, one_graph=True)
     with pytest.raises(FrozenInstanceError):
         seen[0][2].threads = 1
 
