@@ -44,8 +44,8 @@ class Ended:
     found: dict[str, Any]
     refusal: str = ""
     """An error of ours, meant for the user: wrong input, a provider that is not there."""
-    seconds: float | None = None
-    """Time in which it was the one that ran; None where that is the time of the call."""
+    seconds: float = 0.0
+    """Time for which it ran, the time in which it stood stopped left out."""
 
 
 def can_take_turns() -> bool:

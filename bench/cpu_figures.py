@@ -113,11 +113,11 @@ def python_share(session: OrtSession, steps: int = 64) -> float:
 
 
 PROFILED: dict[str, tuple[str, int, int, bool]] = {
-    "decode, context 128": ("ours fp32", 1, PROMPT, False),
-    "decode, context 2,000": ("ours fp32", 1, LONG, False),
-    "decode, batch 4": ("ours fp32", BATCH, PROMPT, False),
-    "prefill 128": ("ours fp32", 1, PROMPT, True),
-    "int4 rtn decode": ("ours int4 rtn, head too", 1, PROMPT, False),
+    "decode, context 128": (FP32, 1, PROMPT, False),
+    "decode, context 2,000": (FP32, 1, LONG, False),
+    "decode, batch 4": (FP32, BATCH, PROMPT, False),
+    "prefill 128": (FP32, 1, PROMPT, True),
+    "int4 rtn decode": (INT4_ALIKE, 1, PROMPT, False),
 }
 """What is profiled: name -> side, batch, context, and whether the prefill is looked at instead of the steps."""
 

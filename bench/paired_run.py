@@ -9,20 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.child import TIED, run_child, run_in_turn
+from bench.child import TIED, Ended, run_child, run_in_turn
 from bench.errors import BenchError
-from bench.machine_state import Limits, Watch
+from bench.machine_state import Disturbance, Limits, Watch
 from bench.sides import SideSpec, environment
 from reports.case_files import append_records, read_records, repair
 from reports.compare import FAILED, Rules, needs_extension
-from reports.comparison import CaseRecord, ComparedSide, SideName
+from reports.comparison import CaseRecord, ComparedSide, MachineState, SideName
 from reports.record import Case
 
 CHILD = Path(__file__).resolve().parent / "measure_case.py"
@@ -205,53 +204,68 @@ class PairedRun:
             for side in sides
         }
         watch = Watch(self.plan.limits)
-        started = time.perf_counter()
         if in_turn:
             ends = run_in_turn(commands, self.plan.rounds, self.plan.limit_s)
         else:
             ends = {side: run_child(*commands[side], self.plan.limit_s) for side in sides}
-        seconds = time.perf_counter() - started
-        after, machine = watch.stop()
+        stopped = watch.stop()
         made: list[CaseRecord] = []
         for side, ended in ends.items():
             if ended.refusal and not any(r.side == side for r in self.records):
                 raise BenchError(f"--{side}: {ended.refusal}")  # nothing of this side can be measured
-            outcome, reason = ended.outcome, ended.reason
-            if outcome == "ok" and machine.reason:
-                outcome, reason = "invalid", machine.reason
-            found = ended.found
-            made.append(
-                CaseRecord(
-                    schema_version=1,
-                    run=self.plan.run_id,
-                    side=side,
-                    case=key,
-                    parameters=dict(case.model_dump()),
-                    pair=pair,
-                    attempt=attempt,
-                    position=int((side == "base") != self.plan.base_first(key, pair)),
-                    sequence=len(self.records) + len(made),
-                    in_turn=True if in_turn else None,
-                    metrics=found.get("metrics", {}),
-                    units={m: "B" if m == "peak_memory" else "s" for m in found.get("metrics", {})},
-                    outcome=outcome,
-                    reason=reason,
-                    last_lines=ended.last_lines,
-                    exit_code=ended.exit_code,
-                    duration_s=seconds if ended.seconds is None else ended.seconds,
-                    seed=seed,
-                    warmup_rounds=found.get("warmup_rounds"),
-                    steady=found.get("steady"),
-                    before=watch.before,
-                    after=after,
-                    steal_fraction=machine.steal,
-                    others_fraction=machine.others,
-                    fingerprint=self.fingerprint,
-                    versions=found.get("versions", {}),
-                    details={**found.get("details", {}), **found.get("model", {})},
-                )
+            record = case_record(
+                ended,
+                watch.before,
+                stopped,
+                run=self.plan.run_id,
+                side=side,
+                case=key,
+                parameters=dict(case.model_dump()),
+                pair=pair,
+                attempt=attempt,
+                position=int((side == "base") != self.plan.base_first(key, pair)),
+                sequence=len(self.records) + len(made),
+                in_turn=True if in_turn else None,
+                seed=seed,
+                warmup_rounds=ended.found.get("warmup_rounds"),
+                steady=ended.found.get("steady"),
+                fingerprint=self.fingerprint,
             )
+            made.append(record)
         return made
+
+
+def case_record(
+    ended: Ended, before: MachineState, stopped: tuple[MachineState, Disturbance], **own: Any
+) -> CaseRecord:
+    """The record of a process that ended; of one that ended well on a disturbed machine, an invalid one.
+
+    Args:
+        ended: the process.
+        before: the machine before it.
+        stopped: the machine after it, and what disturbed it meanwhile (:meth:`bench.machine_state.Watch.stop`).
+        own: the record's other fields: which case of which run this is.
+    """
+    after, seen = stopped
+    disturbed = ended.outcome == "ok" and bool(seen.reason)
+    metrics = ended.found.get("metrics", {})
+    return CaseRecord(
+        schema_version=1,
+        metrics=metrics,
+        units={m: "B" if m == "peak_memory" else "s" for m in metrics},
+        outcome="invalid" if disturbed else ended.outcome,
+        reason=seen.reason if disturbed else ended.reason,
+        last_lines=ended.last_lines,
+        exit_code=ended.exit_code,
+        duration_s=ended.seconds,
+        before=before,
+        after=after,
+        steal_fraction=seen.steal,
+        others_fraction=seen.others,
+        versions=ended.found.get("versions", {}),
+        details={**ended.found.get("details", {}), **ended.found.get("model", {})},
+        **own,
+    )
 
 
 def learned(side: ComparedSide, records: list[CaseRecord]) -> ComparedSide:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from pathlib import Path
 from bench.child import TIED, run_child
 from bench.environment import machine
 from bench.machine_state import Limits, Watch
-from bench.paired_run import CHILD, RECORDS, case_key
+from bench.paired_run import CHILD, RECORDS, case_key, case_record
 from bench.sides import SideSpec, environment
 from bench.sweep import Sweep, SweepError
 from reports.case_files import append_record, read_records, repair
@@ -99,34 +98,19 @@ def measure_process(sweep: Sweep, process: Process) -> CaseRecord:
     folder = _exported(sweep, process)
     side = SideSpec("candidate", process.model, str(folder), process.provider, sweep.threads)
     asked = {**side.arguments(), **process.case.model_dump(), "rounds": sweep.rounds, "seed": process.number}
-    watch = Watch(Limits())
-    started = time.perf_counter()
     command = [side.python(), "-P", str(TIED), side.python(), "-P", str(CHILD), json.dumps(asked)]
+    watch = Watch(Limits())
     ended = run_child(command, environment(side), sweep.limit_s)
-    seconds = time.perf_counter() - started
-    after, seen = watch.stop()
-    disturbed = ended.outcome == "ok" and bool(seen.reason)
     names = {"model": process.model, "precision": process.precision, "provider": process.provider}
-    return CaseRecord(
-        schema_version=1,
+    return case_record(
+        ended,
+        watch.before,
+        watch.stop(),
         run=run_id(sweep),
         case=process.label,
         parameters={**names, **process.case.model_dump()},
         pair=process.number,
-        metrics=ended.found.get("metrics", {}),
-        units={m: "B" if m == "peak_memory" else "s" for m in ended.found.get("metrics", {})},
-        outcome="invalid" if disturbed else ended.outcome,
-        reason=seen.reason if disturbed else ended.reason,
-        last_lines=ended.last_lines,
-        exit_code=ended.exit_code,
-        duration_s=seconds,
-        before=watch.before,
-        after=after,
-        steal_fraction=seen.steal,
-        others_fraction=seen.others,
         fingerprint=machine().fingerprint,
-        versions=ended.found.get("versions", {}),
-        details={**ended.found.get("details", {}), **ended.found.get("model", {})},
     )
 
 

@@ -59,10 +59,7 @@ GLYPHS: dict[ChangeStatus, str] = {
 """Shapes, so that a status needs no colour: the triangles point where the marks of the forest plot lie."""
 
 GLOSSARY = (
-    (
-        "Ratio",
-        "The candidate against the base, the geometric mean over pairs. 1.041 is 4.1\u00a0% slower.",
-    ),
+    ("Ratio", "The candidate against the base, the geometric mean over pairs. 1.041 is 4.1\u00a0% slower."),
     ("Pair", "Base and candidate measured back to back, each in a fresh process; the order alternates."),
     ("Margin", "A change smaller than this does not matter, fixed before measuring. It is the grey band."),
     ("Interval", "Where the true ratio lies with 95\u00a0% confidence, by a t-test on the logarithms of the pairs."),
