@@ -159,6 +159,18 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+def _shrink(model: Any) -> None:
+    """One number in place of each matrix: markers carry their output's size, and the exporter writes parameters out.
+
+    Of the embedding one row is left, which the trace's token 0 looks up.
+    """
+    shrunk = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.Linear) and id(module.weight) not in shrunk:
+            shrunk.add(id(module.weight))  # a tied head has the embedding's
+            module.weight.data = module.weight.data[:1, : None if isinstance(module, nn.Embedding) else 1]
+
+
 def _trace(config: PretrainedConfig, spec: ExportSpec, last_logits: bool) -> onnx.ModelProto:
     dtype, attention = TORCH_DTYPE[spec.float_type], spec.attention
     onnx_config = FusedLlamaOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
@@ -166,6 +178,7 @@ def _trace(config: PretrainedConfig, spec: ExportSpec, last_logits: bool) -> onn
     onnx_config.attention = attention
     onnx_config.guarded = spec.provider == "any"  # CUDA has no ArgMax over integers
     model = _skeleton(config, dtype)
+    _shrink(model)
     kv = (1, config.num_key_value_heads, 1, head_dim_of(config))
     past = [(torch.zeros(kv, dtype=dtype), torch.zeros(kv, dtype=dtype)) for _ in range(config.num_hidden_layers)]
     inputs = {

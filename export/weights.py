@@ -1,14 +1,19 @@
-"""The streaming writer: one initialiser in memory at a time, hashed while it is written.
+"""The streaming writer: reads, makes and writes initialisers at the same time, hashing both ends.
 
-Peak memory is the largest initialiser (read once, transposed once), whatever the size of the model.
+Peak memory is that of the largest two neighbours in the checkpoint, whatever the size of the model: while one weight is
+made into pieces of the file, the next is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
+import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +22,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from export.convert import TORCH_DTYPE, Conversion, WeightRecipe
+from export.data_file import DataFile
 from export.errors import BrokenCheckpointError
 from export.quantize import Packed
 
-_PIECE = 1 << 24
+# A piece of the file in the making, small enough for a cache.
+_PIECE = 1 << 21
+# Read and hashed at once, so that the hash finds it in a cache.
+_READ = 1 << 21
+_HEADER = 8
+_ALIGNED = 64
+# A buffer above this goes back to the system when half of it is no longer needed.
+_LARGE = 128 << 20
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint:
@@ -49,6 +63,7 @@ class Checkpoint:
             )
         self.where: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[Path, dict[str, Any]] = {}
         for file in files:
             try:
                 with safe_open(file, framework="pt") as f:
@@ -69,6 +84,58 @@ class Checkpoint:
         with safe_open(self.where[name], framework="pt") as f:
             tensor: Tensor = f.get_tensor(name)
         return tensor
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in its file."""
+        start, end = self._place(name)[0]["data_offsets"]
+        return int(end - start)
+
+    def load(self, name: str, memory: mmap.mmap, at: int, seen: Callable[[memoryview], None] | None = None) -> Tensor:
+        """As :meth:`read`, but block by block into ``memory`` from byte ``at`` on; the tensor is a view of it.
+
+        A mapped file costs a page fault for every few pages, and new memory as much again.
+
+        Args:
+            name: the tensor.
+            memory: where :meth:`nbytes` bytes go.
+            at: a multiple of the type's size.
+            seen: called with each block of the tensor's bytes, in order.
+
+        Raises:
+            BrokenCheckpointError: the file became shorter.
+        """
+        entry, start = self._place(name)
+        dtype, nbytes = _STORED.get(entry["dtype"]), self.nbytes(name)
+        if dtype is None or not nbytes:
+            tensor = self.read(name)
+            if seen and nbytes:
+                seen(_bytes_of(tensor.contiguous()))
+            return tensor
+        view = memoryview(memory)[at : at + nbytes]
+        fd = os.open(self.where[name], os.O_RDONLY)
+        try:
+            done = 0
+            while done < nbytes:
+                n = os.preadv(fd, [view[done : done + _READ]], start + done)
+                if not n:
+                    raise BrokenCheckpointError(f"{self.where[name]} is cut short; copy or download it again")
+                if seen:
+                    seen(view[done : done + n])
+                done += n
+        finally:
+            os.close(fd)
+        count = nbytes // dtype.itemsize
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=at).reshape(self.shapes[name])
+
+    def _place(self, name: str) -> tuple[dict[str, Any], int]:
+        """A tensor's entry in its file's header, and where its bytes begin. safe_open has checked the header."""
+        file = self.where[name]
+        if file not in self._places:
+            with file.open("rb") as f:
+                length = int.from_bytes(f.read(_HEADER), "little")
+                self._places[file] = {"": length + _HEADER, **json.loads(f.read(length))}
+        entry = self._places[file][name]
+        return entry, self._places[file][""] + entry["data_offsets"][0]
 
 
 def match_names(
@@ -119,22 +186,51 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
 
 
-def make_initialiser(recipe: WeightRecipe, sources: list[Tensor]) -> Tensor:
-    """Apply a recipe: cast, join, transpose. The cast comes first, so that fp16 halves the working memory."""
-    joined = _joined([s.to(TORCH_DTYPE[recipe.dtype]) for s in sources])
-    if recipe.transform in ("transpose", "concat_transpose"):
-        joined = joined.t()
-    if tuple(joined.shape) != recipe.shape:
+def pieces(recipe: WeightRecipe, sources: list[Tensor]) -> Iterator[Tensor]:
+    """Apply a recipe (cast, join, transpose) piece by piece, in file order.
+
+    A piece is contiguous, in the recipe's type, and valid until the next one is asked for.
+
+    Raises:
+        BrokenCheckpointError: the sources do not give the recipe's shape.
+    """
+    rows, rest = sum(s.shape[0] for s in sources), tuple(sources[0].shape[1:])
+    turned = recipe.transform in ("transpose", "concat_transpose")
+    shape = (*rest, rows) if turned else (rows, *rest)
+    if shape != recipe.shape or any(tuple(s.shape[1:]) != rest for s in sources):
         raise BrokenCheckpointError(
-            f"{recipe.name}: the checkpoint gives shape {list(joined.shape)}, config.json demands {list(recipe.shape)}"
+            f"{recipe.name}: the checkpoint gives shape {list(shape)}, config.json demands {list(recipe.shape)}"
         )
-    return joined.contiguous()
+    dtype = TORCH_DTYPE[recipe.dtype]
+    if not turned:
+        step = _PIECE // dtype.itemsize
+        for source in sources:
+            flat = source.reshape(-1)
+            for i in range(0, len(flat), step):
+                yield flat[i : i + step].to(dtype)
+        return
+    columns = rest[0]
+    step = max(1, min(columns, _PIECE // (rows * dtype.itemsize)))
+    # PyTorch's fast transposition wants both sides contiguous: the columns are first brought together.
+    gathered, made = torch.empty(rows * step, dtype=dtype), torch.empty(step * rows, dtype=dtype)
+    for i in range(0, columns, step):
+        width = min(step, columns - i)
+        block = gathered[: rows * width].view(rows, width)
+        top = 0
+        for source in sources:
+            block[top : top + len(source)] = source[:, i : i + width]
+            top += len(source)
+        yield made[: width * rows].view(width, rows).copy_(block.t())
 
 
-def _write(fd: int, data: memoryview) -> None:
-    """Write all of ``data``: a raw write may be short."""
-    while data:
-        data = data[os.write(fd, data) :]
+def make_initialiser(recipe: WeightRecipe, sources: list[Tensor]) -> Tensor:
+    """Apply a recipe as a whole; see :func:`pieces`."""
+    made = torch.empty(math.prod(recipe.shape), dtype=TORCH_DTYPE[recipe.dtype])
+    end = 0
+    for piece in pieces(recipe, sources):
+        made[end : end + piece.numel()] = piece.reshape(-1)
+        end += piece.numel()
+    return made.view(recipe.shape)
 
 
 def write_data(
@@ -160,67 +256,113 @@ def write_data(
         every checkpoint tensor, the same however the checkpoint is sharded.
     """
     mapping = match_names(conversion.recipes, checkpoint, tied, conversion.shapes)
-    maker = _Maker(conversion, checkpoint, mapping, quantiser)
-    file_hash = hashlib.sha256()
-    position = 0
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    contents: dict[str, str] = {}
+    make = _Maker(conversion, quantiser)
 
-    def write(block: memoryview) -> None:
-        for start in range(0, len(block), _PIECE):
-            piece = block[start : start + _PIECE]
-            _write(fd, piece)
-            file_hash.update(piece)
+    def write(file: DataFile, made: Iterator[Tensor], sources: list[Tensor]) -> None:
+        for piece in made:
+            sources.clear()  # what the maker no longer holds goes before the next weight is made
+            file.write(_bytes_of(piece))
             if progress:
-                progress(len(piece))
+                progress(piece.nbytes)
 
-    try:
-        for recipe in conversion.recipes:
-            write(memoryview(bytes(recipe.offset - position)))
-            # Nothing here may keep the initialiser alive while the next one is made.
-            write(_bytes_of(maker.make(recipe)))
-            position = recipe.offset + recipe.nbytes
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    contents = maker.contents
+    with DataFile(path, conversion.data_bytes) as file, _one_thread(quantiser is None):
+        for recipe, sources in _read_ahead(conversion.recipes, checkpoint, mapping, contents):
+            file.pad_to(recipe.offset)
+            write(file, make(recipe, sources), sources)
+        digest = file.finish()
     identity = hashlib.sha256("\n".join(contents[n] for n in sorted(contents)).encode()).hexdigest()
-    return file_hash.hexdigest(), identity
+    return digest, identity
+
+
+@contextlib.contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """Reading, making and hashing side by side keep the cores busy; PyTorch's own threads would wait for each other."""
+    threads = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _read_ahead(
+    recipes: Iterable[WeightRecipe], checkpoint: Checkpoint, mapping: dict[str, str], contents: dict[str, str]
+) -> Iterator[tuple[WeightRecipe, list[Tensor]]]:
+    """Each recipe with its sources, read by a thread while the recipe before it is at work.
+
+    ``contents`` collects the identity of each checkpoint tensor that was read.
+    """
+
+    # While a recipe is at work in one buffer, the next is read into the other.
+    buffers = [_Buffer(), _Buffer()]
+
+    def load(recipe: WeightRecipe, buffer: _Buffer) -> list[Tensor]:
+        if recipe.transform in ("rope", "scales", "zero_points", "offsets"):
+            return []
+        names = [mapping[source] for source in recipe.sources]
+        sizes = [-(-checkpoint.nbytes(name) // _ALIGNED) * _ALIGNED for name in names]
+        memory = buffer.of(sum(sizes))
+        tensors = []
+        for k, name in enumerate(names):
+            digest = None if name in contents else hashlib.sha256()
+            tensors.append(checkpoint.load(name, memory, sum(sizes[:k]), digest.update if digest else None))
+            if digest:
+                contents[name] = _identity(name, tensors[-1], digest.hexdigest())
+        return tensors
+
+    waiting = iter(recipes)
+    with ThreadPoolExecutor(1, "read") as reader:
+        recipe = next(waiting, None)
+        future = reader.submit(load, recipe, buffers[0]) if recipe else None
+        while recipe and future:
+            sources = future.result()
+            following = next(waiting, None)
+            buffers.reverse()
+            future = reader.submit(load, following, buffers[0]) if following else None
+            yield recipe, sources
+            recipe = following
+
+
+class _Buffer:
+    """Memory that is used again, so that its pages are made once."""
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+
+    def of(self, nbytes: int) -> mmap.mmap:
+        """At least so many bytes. What was here before must be done with."""
+        have = len(self._memory) if self._memory is not None else 0
+        if self._memory is None or have < nbytes or (have > _LARGE and have > 2 * nbytes):
+            self._memory = None  # freed before the new one is made, unless a tensor still looks at it
+            self._memory = mmap.mmap(-1, max(nbytes, _ALIGNED))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without them
+                    self._memory.madvise(mmap.MADV_HUGEPAGE)
+        return self._memory
 
 
 class _Maker:
-    """Makes initialisers in file order; ``contents`` collects the identity of each checkpoint tensor read."""
+    """Recipe and sources -> pieces of the initialiser."""
 
-    def __init__(
-        self, conversion: Conversion, checkpoint: Checkpoint, mapping: dict[str, str], quantiser: Quantiser | None
-    ) -> None:
-        self._conversion, self._checkpoint = conversion, checkpoint
-        self._mapping, self._quantiser = mapping, quantiser
+    def __init__(self, conversion: Conversion, quantiser: Quantiser | None) -> None:
+        self._rope, self._quantiser = conversion.rope, quantiser
         self._packed: Packed | None = None
-        self.contents: dict[str, str] = {}
 
-    def make(self, recipe: WeightRecipe) -> Tensor:
+    def __call__(self, recipe: WeightRecipe, sources: list[Tensor]) -> Iterator[Tensor]:
         """One initialiser, in the shape and type that the graph declares."""
         if recipe.transform == "rope":
-            return self._conversion.rope[recipe.name].to(TORCH_DTYPE[recipe.dtype]).contiguous()
+            return iter([self._rope[recipe.name].to(TORCH_DTYPE[recipe.dtype]).contiguous()])
         if recipe.transform in ("scales", "zero_points", "offsets"):
             assert self._packed is not None  # the codes came just before
-            return _part(recipe, self._packed)
-        self._packed = None  # freed before the next weight is read
+            return iter([_part(recipe, self._packed)])
+        self._packed = None  # freed before the next weight is made
         if recipe.transform == "codes":
             assert self._quantiser is not None
-            self._packed = self._quantiser(recipe, _joined(self._read(recipe)))
-            return _part(recipe, self._packed)
-        return make_initialiser(recipe, self._read(recipe))
-
-    def _read(self, recipe: WeightRecipe) -> list[Tensor]:
-        sources = []
-        for source in recipe.sources:
-            name = self._mapping[source]
-            tensor = self._checkpoint.read(name)
-            if name not in self.contents:
-                self.contents[name] = tensor_identity(name, tensor)
-            sources.append(tensor)
-        return sources
+            self._packed = self._quantiser(recipe, _joined(sources))
+            return iter([_part(recipe, self._packed)])
+        return pieces(recipe, list(sources))
 
 
 def _part(recipe: WeightRecipe, packed: Packed) -> Tensor:
@@ -241,5 +383,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def tensor_identity(name: str, tensor: Tensor) -> str:
     """One line that tells a tensor's name, type, shape and content (SHA-256, hex)."""
-    raw = _bytes_of(tensor.contiguous())
-    return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+    return _identity(name, tensor, hashlib.sha256(_bytes_of(tensor.contiguous())).hexdigest())
+
+
+def _identity(name: str, tensor: Tensor, digest: str) -> str:
+    return f"{name} {tensor.dtype} {list(tensor.shape)} {digest}"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
+import itertools
+import mmap
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +18,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 import export.weights
+from export.convert import TORCH_DTYPE, WeightRecipe
+from export.errors import BrokenCheckpointError
 from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
 from export.manifest import read_manifest
 from export.pipeline import export_model
@@ -209,7 +216,7 @@ def live_bytes() -> Iterator[Callable[[], int]]:
     ("precision", "fields"),
     [("fp32", {}), ("fp16", {}), ("int4", {"method": "rtn", "lm_head": "int8"}), ("fp32", {"target": "tensorrt"})],
 )
-def test_one_weight_is_in_memory_at_a_time(
+def test_two_weights_are_in_memory_at_most(
     precision: str,
     fields: dict[str, str],
     checkpoints: Folders,
@@ -217,30 +224,48 @@ def test_one_weight_is_in_memory_at_a_time(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The one at work and the one that is being read, each with what it is joined with."""
     alive: dict[str, weakref.ref[Tensor]] = {}
     order: list[tuple[str, frozenset[str]]] = []
     held: list[int] = []
-    own = Checkpoint.read
+    lock = threading.RLock()
+    own = {"load": Checkpoint.load, "pieces": export.weights.pieces, "joined": export.weights._joined}
 
-    def read(self: Checkpoint, name: str) -> Tensor:
-        others = frozenset(n for n, ref in alive.items() if ref() is not None)
-        order.append((name, others))
-        # Besides the sources that this one is joined with: what is made of weights that are written already?
-        held.append(live_bytes() - sum(alive[n]().nbytes for n in others))  # type: ignore[union-attr]
-        tensor = own(self, name)
-        alive[name] = weakref.ref(tensor)
-        return tensor
+    def names() -> frozenset[str]:
+        return frozenset(n for n, ref in alive.items() if ref() is not None)
 
-    monkeypatch.setattr(Checkpoint, "read", read)
+    def load(self: Checkpoint, name: str, *arguments: Any) -> Tensor:
+        with lock:
+            order.append((name, names()))
+            tensor = own["load"](self, name, *arguments)
+            alive[name] = weakref.ref(tensor)
+            return tensor
+
+    def count() -> None:
+        with lock:
+            held.append(live_bytes() - sum(alive[n]().nbytes for n in names()))  # type: ignore[union-attr]
+
+    def pieces(recipe: WeightRecipe, sources: list[Tensor]) -> Iterator[Tensor]:
+        count()
+        return own["pieces"](recipe, sources)
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        count()
+        return own["joined"](parts)
+
+    monkeypatch.setattr(Checkpoint, "load", load)
+    monkeypatch.setattr(export.weights, "pieces", pieces)
+    monkeypatch.setattr(export.weights, "_joined", joined)
     source = checkpoints()
     manifest, _ = export_model(ExportSpec(str(source), precision, **fields), tmp_path / "out")
-    together = {w.sources for w in manifest.weights}
-    assert {name for name, _ in order} == {s for sources in together for s in sources}
-    strangers = [(n, set(others)) for n, others in order if not any({n, *others} <= set(t) for t in together)]
+    groups = [set(w.sources) for w in manifest.weights]
+    assert {name for name, _ in order} == set().union(*groups)
+    allowed = [a | b for a, b in itertools.pairwise(groups)]
+    strangers = [(n, set(others)) for n, others in order if not any({n, *others} <= pair for pair in allowed)]
     assert strangers == []
     # Transposed or joined copies, codes and scales: nothing of a weight outlives its writing. 1 kB of small constants.
     assert max(held) - held[0] < 1000, [h - held[0] for h in held]
-    assert all(ref() is None for ref in alive.values())
+    assert names() == frozenset()
 
 
 def test_a_weight_that_is_kept_would_be_noticed(
@@ -248,17 +273,87 @@ def test_a_weight_that_is_kept_would_be_noticed(
 ) -> None:
     """The measurement of the test above sees tensors that are held anywhere."""
     kept: list[Tensor] = []
-    own = export.weights.make_initialiser
+    own = export.weights.pieces
 
-    def make(*arguments: Any) -> Tensor:
-        kept.append(own(*arguments))
-        return kept[-1]
+    def pieces(*arguments: Any) -> Iterator[Tensor]:
+        for piece in own(*arguments):
+            kept.append(piece.clone())
+            yield piece
 
-    monkeypatch.setattr(export.weights, "make_initialiser", make)
+    monkeypatch.setattr(export.weights, "pieces", pieces)
     before = live_bytes()
     export_model(ExportSpec(str(checkpoints())), tmp_path / "out")
     assert len(kept) > 10
     assert live_bytes() - before >= sum(t.nbytes for t in kept)
+
+
+@pytest.mark.parametrize("piece", [4, 200, 1 << 21])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("transform", ["copy", "concat", "transpose", "concat_transpose"])
+def test_pieces_are_the_whole(transform: str, dtype: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the pieces: cast, joined and transposed as one operation on the whole would."""
+    monkeypatch.setattr(export.weights, "_PIECE", piece)
+    generator = torch.Generator().manual_seed(5)
+    one = transform in ("copy", "transpose")
+    sources = [torch.randn(n, 13, generator=generator) for n in ((7,) if one else (7, 5, 1))]
+    whole = torch.cat(sources).to(TORCH_DTYPE[dtype])
+    whole = whole.t() if "transpose" in transform else whole
+    recipe = WeightRecipe("w", ("a", "b", "c")[: len(sources)], transform, tuple(whole.shape), dtype, 0, whole.nbytes)
+    got = [p.clone() for p in export.weights.pieces(recipe, sources)]
+    assert all(p.is_contiguous() and p.dtype == whole.dtype for p in got)
+    assert len(got) > 1 or piece > 4
+    assert torch.equal(torch.cat([p.reshape(-1) for p in got]), whole.reshape(-1))
+    assert torch.equal(export.weights.make_initialiser(recipe, sources), whole)
+
+
+def test_sources_of_another_shape_are_refused() -> None:
+    recipe = WeightRecipe("w", ("a", "b"), "concat", (4, 3), "fp32", 0, 48)
+    with pytest.raises(BrokenCheckpointError, match=r"w: .* \[5, 3\].* \[4, 3\]"):
+        list(export.weights.pieces(recipe, [torch.zeros(2, 3), torch.zeros(3, 3)]))
+    with pytest.raises(BrokenCheckpointError, match="w: "):
+        list(export.weights.pieces(recipe, [torch.zeros(2, 3), torch.zeros(2, 4)]))
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+
+
+class TestLoad:
+    def test_reads_what_safetensors_reads(self, tmp_path: Path) -> None:
+        generator = torch.Generator().manual_seed(1)
+        types = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8)
+        tensors = {str(t): (torch.randn(300, 900, generator=generator) * 9).to(t) for t in types}
+        tensors |= {"none": torch.zeros(0, 3), "one": torch.tensor(2.0)}
+        safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+        checkpoint = Checkpoint(tmp_path)
+        memory = mmap.mmap(-1, 6_000_000)
+        for name in tensors:
+            digest = hashlib.sha256()
+            got = checkpoint.load(name, memory, 64, digest.update)
+            expected = checkpoint.read(name)
+            assert got.dtype == expected.dtype
+            assert got.shape == expected.shape
+            assert torch.equal(got, expected)
+            assert checkpoint.nbytes(name) == expected.nbytes
+            assert digest.hexdigest() == hashlib.sha256(raw_bytes(expected)).hexdigest()
+
+    def test_a_file_that_became_shorter_is_named(self, tmp_path: Path) -> None:
+        file = tmp_path / "model.safetensors"
+        safetensors.torch.save_file({"w": torch.zeros(10_000)}, file)
+        checkpoint = Checkpoint(tmp_path)
+        file.write_bytes(file.read_bytes()[:-4])
+        with pytest.raises(BrokenCheckpointError, match=r"model\.safetensors is cut short"):
+            checkpoint.load("w", mmap.mmap(-1, 40_000), 0)
+
+    def test_memory_is_used_again_and_a_large_one_goes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(export.weights, "_LARGE", 10_000)
+        buffer = export.weights._Buffer()
+        first = buffer.of(9000)
+        assert buffer.of(100) is first
+        large = buffer.of(30_000)
+        assert len(large) >= 30_000
+        assert buffer.of(15_000) is large
+        assert len(buffer.of(14_000)) < 30_000
 
 
 @pytest.mark.parametrize(
