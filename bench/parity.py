@@ -75,8 +75,10 @@ def token_figures(candidate: NDArray[np.float32], baseline: NDArray[np.float32],
 
     if candidate.shape != baseline.shape or len(candidate) != len(ids):
         raise ValueError(f"logits {candidate.shape} and {baseline.shape} do not fit {len(ids)} ids")
-    parts = []
     places = len(ids) - 1
+    # Made before the large blocks: small ones that came between them would keep their freed memory apart.
+    nll, nll_baseline, kld = (torch.empty(places, dtype=torch.float64) for _ in range(3))
+    agree = torch.empty(places, dtype=torch.bool)
     blocks = -(-places // ROWS) or 1
     cuts = [places * k // blocks for k in range(blocks + 1)]  # even, since a sum over few rows is split among threads
     for rows in (slice(a, b) for a, b in itertools.pairwise(cuts)):
@@ -84,11 +86,11 @@ def token_figures(candidate: NDArray[np.float32], baseline: NDArray[np.float32],
             raise ValueError("the logits hold NaN or infinity")
         q, p = (torch.log_softmax(torch.from_numpy(x[rows]).double(), dim=-1) for x in (candidate, baseline))
         right = torch.tensor(list(ids[rows.start + 1 : rows.stop + 1]), dtype=torch.int64)[:, None]
-        same = q.argmax(-1) == p.argmax(-1)
-        losses = (-x.gather(1, right)[:, 0] for x in (q, p))
-        parts.append((*losses, (p.exp() * (p - q)).sum(dim=-1), same))
-    nll, nll_baseline, kld, agree = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return TokenFigures(nll, nll_baseline, kld, agree)
+        for loss, x in ((nll, q), (nll_baseline, p)):
+            loss[rows] = -x.gather(1, right)[:, 0]
+        agree[rows] = q.argmax(-1) == p.argmax(-1)
+        kld[rows] = (p.exp() * (p - q)).sum(dim=-1)
+    return TokenFigures(nll.numpy(), nll_baseline.numpy(), kld.numpy(), agree.numpy())
 
 
 def kld_rows(candidate: NDArray[np.float32], baseline: NDArray[np.float32]) -> Array:

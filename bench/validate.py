@@ -16,6 +16,7 @@ from bench.checks.registry import BY_NAME, CHECKS
 from bench.errors import BenchError
 from reports.validation import CheckResult, Finding, Validation, decide_verdict
 from runtime.errors import ProviderUnavailableError
+from runtime.trim import trim
 
 if TYPE_CHECKING:
     from bench.checks.baseline import Baseline
@@ -55,6 +56,8 @@ def run_check(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
     except Exception as e:  # the runtime's, the graph's or the data's: all of them mean that it cannot be shipped so
         text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:240]}"
         found = Found("FAIL", f"stopped: {text}", [Finding(where=spec.name, what=f"stopped: {text}")])
+    finally:
+        trim()  # what one check needed is not kept beside the next one's
     return (
         CheckResult(
             name=spec.name,

@@ -169,6 +169,8 @@ def _shrink(model: Any) -> None:
         if isinstance(module, nn.Embedding | nn.Linear) and id(module.weight) not in shrunk:
             shrunk.add(id(module.weight))  # a tied head has the embedding's
             module.weight.data = module.weight.data[:1, : None if isinstance(module, nn.Embedding) else 1]
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # that row is gone
 
 
 def _trace(config: PretrainedConfig, spec: ExportSpec, last_logits: bool) -> onnx.ModelProto:

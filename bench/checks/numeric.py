@@ -19,6 +19,7 @@ from bench.explained import explained_agreement
 from bench.parity import TokenFigures, explained_tail, kld_rows, null_ratio_check, teacher_forced_checks
 from reports.record import Check
 from reports.validation import Finding, worst
+from runtime.trim import trim
 
 LEAST_TAIL = 2995
 """Tokens from which no exceedance at all bounds the 99.9 % quantile with 95 % confidence: ln 0.05 / ln 0.999."""
@@ -240,6 +241,7 @@ def long_context(s: Subject) -> Found:
         if length < 1:
             continue
         first, wanted = s.baseline.continued(text, length, tail)
+        trim()  # the past is in memory once at a time
         logits = s.probe.behind(tail, first, length).astype(np.float32)
         klds = kld_rows(logits, wanted[-len(logits) :])
         # The mean over the new tokens: a past laid together is no text, its single places are rougher than a text's.

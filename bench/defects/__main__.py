@@ -149,14 +149,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="part of a name")
     parser.add_argument("--list", action="store_true", help="names only")
     parser.add_argument("--out", type=Path, help="Markdown file that the table is written to (rows beside it as JSON)")
+    parser.add_argument("--resume", action="store_true", help="keep the rows beside --out and run the others")
     args = parser.parse_args(argv)
+    if args.resume and not args.out:
+        parser.error("--resume goes on with what lies beside --out; give --out FILE")
     everything: tuple[Defect | Harmless, ...] = (*DEFECTS, *HARMLESS)
     chosen = [d for d in everything if not args.only or args.only.lower() in d.name.lower()]
     if args.list:
         print("\n".join(d.name for d in chosen))
         return 0
     err = Console(stderr=True)
-    rows: list[Row] = []
+    rows = _kept(args.out) if args.resume else []
+    done = {r.name for r in rows}
+    chosen = [d for d in chosen if d.name not in done]
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         good = args.folder or work / "good"
@@ -180,6 +185,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         subject.baseline.close()
         err.print(f"{len(rows)} folders in {time.perf_counter() - started:.0f} s")
     return 0 if all(r.good for r in rows) else 1
+
+
+def _kept(out: Path) -> list[Row]:
+    file = out.with_suffix(".json")
+    if not file.is_file():
+        return []
+    return [Row(**r) for r in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _write(out: Path, rows: Sequence[Row], title: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import bench.defects.__main__ as catalogue
+from bench.checks.base import Mode
 from bench.defects.__main__ import DEFECTS, row_of, run_defect, run_harmless, table
 from bench.defects.harmless import HARMLESS
 from bench.defects.workshop import Defect, Harmless, Workshop
@@ -76,3 +79,32 @@ def test_the_table_counts_what_failed(subject: Any, exports: Exports) -> None:
     text = table(rows, "title")
     assert "0 of 1 defects failed" in text
     assert "1 of 1 harmless changes passed" in text
+
+
+def test_a_catalogue_that_was_stopped_goes_on(
+    exports: Exports, checkpoints: Exports, tiny_dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are there are kept as they are, the others are run."""
+    monkeypatch.setattr(catalogue, "load_file", lambda _: tiny_dataset)
+    monkeypatch.setattr(catalogue, "MODES", {**catalogue.MODES, "quick": Mode("tiny", 96, 70, 4, 3, True)})
+    out = tmp_path / "table.md"
+    names = [d.name for d in DEFECTS if "norm epsilon" in d.name.lower()]
+    assert len(names) == 2
+    kept = {"name": names[0], "harmless": False, "verdict": "FAIL", "wanted_first": "graph", "first": "graph"}
+    kept |= {"failed": ["graph"], "seen": [], "layer": 1, "layer_found": None, "seconds": 99.0, "reason": "kept"}
+    out.with_suffix(".json").write_text(json.dumps([kept]))
+    arguments = ["--model", str(checkpoints(**SIZES)), "--folder", str(exports(**SIZES)), "--out", str(out)]
+    arguments += ["--dataset", "texts.jsonl", "--only", "norm epsilon", "--resume"]
+    assert catalogue.main(arguments) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())
+    assert [r["name"] for r in rows] == names
+    assert rows[0] == kept
+    assert rows[1]["verdict"] == "FAIL"
+    assert "2 of 2 defects failed" in out.read_text()
+
+
+def test_resume_needs_a_file_to_go_on_with(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        catalogue.main(["--resume"])
+    assert stopped.value.code == 2
+    assert "--out FILE" in capsys.readouterr().err

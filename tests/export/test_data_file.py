@@ -110,6 +110,20 @@ def test_a_file_system_without_direct_writes_is_written_to_all_the_same(
     assert digest == hashlib.sha256(wanted).hexdigest()
 
 
+def test_a_write_that_is_refused_either_way_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.data_file, "DIRECT_FROM", 0)
+    tries: list[int] = []
+
+    def write(fd: int, data: Any) -> int:
+        tries.append(fd)
+        raise OSError(errno.EINVAL if len(tries) < 9 else errno.EIO, "Invalid argument")
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(OSError, match="Invalid argument"):
+        written(tmp_path / "data", 5, b"abcde")
+    assert len(tries) <= 2
+
+
 @pytest.mark.parametrize("direct", [True, False])
 def test_short_writes_lose_nothing(direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export.data_file, "DIRECT_FROM", 0 if direct else 1 << 40)

@@ -23,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
+from transformers import LlamaConfig
 
 import export.weights
-from export.convert import TORCH_DTYPE, WeightRecipe
+from export.convert import TORCH_DTYPE, WeightRecipe, convert
 from export.errors import BrokenCheckpointError
 from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
 from export.manifest import read_manifest
@@ -312,6 +313,56 @@ def test_sources_of_another_shape_are_refused() -> None:
         list(export.weights.pieces(recipe, [torch.zeros(2, 3), torch.zeros(3, 3)]))
     with pytest.raises(BrokenCheckpointError, match="w: "):
         list(export.weights.pieces(recipe, [torch.zeros(2, 3), torch.zeros(2, 4)]))
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp16", 1), ("int4", 2)])
+def test_threads_are_one_while_floats_are_written_and_as_before_afterwards(
+    precision: str, expected: int, checkpoints: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quantiser computes and may use them all."""
+    seen: set[int] = set()
+    own = export.weights.pieces
+
+    def pieces(*arguments: Any) -> Iterator[Tensor]:
+        seen.add(torch.get_num_threads())
+        return own(*arguments)
+
+    monkeypatch.setattr(export.weights, "pieces", pieces)
+    torch.set_num_threads(2)  # the fixture of this module gives back what was
+    spec = {"method": "rtn", "keep_float": "none"} if precision == "int4" else {}
+    export_model(ExportSpec(str(checkpoints()), precision, **spec), tmp_path / "out")
+    assert seen == {expected}
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("target", ["ort", "tensorrt"])
+def test_the_trace_holds_no_matrix(target: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter writes out every parameter that it is given, for a model of 7B 13 GB of them."""
+    config = LlamaConfig(
+        vocab_size=4000,
+        hidden_size=64,
+        intermediate_size=3000,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        pad_token_id=3,  # an embedding keeps its row in mind
+        max_position_embeddings=16,
+    )
+    sizes: list[int] = []
+    own = torch.onnx.export
+
+    def onnx_export(model: Any, *arguments: Any, **options: Any) -> Any:
+        sizes.append(sum(p.numel() for p in model.parameters()))
+        return own(model, *arguments, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", onnx_export)
+    made = convert(config, ExportSpec("x", target=target), "data")
+    assert len(sizes) == 2
+    assert max(sizes) < 2000
+    assert made.shapes["model.embed_tokens.weight"] == (4000, 64)
+    assert made.data_bytes > 4 * 2 * 3 * 64 * 3000
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
