@@ -35,7 +35,8 @@ class DataFile:
 
     def __init__(self, path: Path, size: int) -> None:
         self._size = size
-        self._end = 0
+        self.end = 0
+        """Bytes so far."""
         self._hash = hashlib.sha256()
         self._fd = _opened(path, direct=size >= DIRECT_FROM)
         # Anonymous mappings begin at page boundaries, as direct writes demand.
@@ -61,14 +62,14 @@ class DataFile:
             n = min(len(data), CHUNK - self._filled)
             self._chunk[self._filled : self._filled + n] = data[:n]
             self._filled += n
-            self._end += n
+            self.end += n
             data = data[n:]
             if self._filled == CHUNK:
                 self._send()
 
     def pad_to(self, offset: int) -> None:
         """Append zeros up to ``offset``."""
-        self.write(memoryview(bytes(offset - self._end)))
+        self.write(memoryview(bytes(offset - self.end)))
 
     def finish(self) -> str:
         """Wait until everything lies on the disk; SHA-256 (hex) of the file.
@@ -76,8 +77,8 @@ class DataFile:
         Raises:
             ValueError: another number of bytes was written than announced.
         """
-        if self._end != self._size:
-            raise ValueError(f"{self._end} bytes were written to a file of {self._size}")
+        if self.end != self._size:
+            raise ValueError(f"{self.end} bytes were written to a file of {self._size}")
         if self._filled:
             self._send()
         while self._busy:

@@ -259,17 +259,18 @@ def write_data(
     contents: dict[str, str] = {}
     make = _Maker(conversion, quantiser)
 
-    def write(file: DataFile, made: Iterator[Tensor], sources: list[Tensor]) -> None:
+    def write(file: DataFile, offset: int, made: Iterator[Tensor], sources: list[Tensor]) -> None:
         for piece in made:
             sources.clear()  # what the maker no longer holds goes before the next weight is made
+            before = file.end
+            file.pad_to(max(before, offset))
             file.write(_bytes_of(piece))
             if progress:
-                progress(piece.nbytes)
+                progress(file.end - before)
 
     with DataFile(path, conversion.data_bytes) as file, _one_thread(quantiser is None):
         for recipe, sources in _read_ahead(conversion.recipes, checkpoint, mapping, contents):
-            file.pad_to(recipe.offset)
-            write(file, make(recipe, sources), sources)
+            write(file, recipe.offset, make(recipe, sources), sources)
         digest = file.finish()
     identity = hashlib.sha256("\n".join(contents[n] for n in sorted(contents)).encode()).hexdigest()
     return digest, identity

@@ -450,3 +450,16 @@ def test_in_memory_oracle_has_no_external_data(checkpoints: Folders) -> None:
     """Else equality with the streamed file would be equality with itself."""
     model = traced(checkpoints(), "ort", True)
     assert all(t.data_location == TensorProto.DEFAULT for t in model.graph.initializer)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_progress_ends_at_the_size_of_the_file(precision: str, checkpoints: Folders, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    export_model(
+        ExportSpec(str(checkpoints()), precision, **({"keep_float": "none"} if precision == "int8" else {})),
+        tmp_path / "out",
+        progress=lambda done, total: told.append((done, total)),
+    )
+    size = (tmp_path / "out" / "model.onnx.data").stat().st_size
+    assert told[-1] == (size, size)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
