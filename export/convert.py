@@ -127,11 +127,8 @@ def _number(value: int, dtype: torch.dtype) -> Tensor:
     return torch.tensor([0x3F80 + value], dtype=torch.int16).view(dtype)  # finite up to 15,000 in bf16 and fp16
 
 
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
-    """The model with one number of storage per parameter.
-
-    The exporter merges parameters of equal value, so each gets a value of its own.
-    """
+def _meta_model(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """The model without storage, its head tied if the configuration says so."""
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     with torch.device("meta"), warnings.catch_warnings():
@@ -139,6 +136,21 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def _rope_shape(config: PretrainedConfig) -> tuple[int, int]:
+    return config.max_position_embeddings, head_dim_of(config) // 2
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """The model as it is traced, with one number of storage per parameter.
+
+    The exporter merges parameters of equal value, so each gets a value of its own; and it writes every parameter out, so
+    that matrices are one number in shape as well: markers carry the size of their output. Of the embedding one row is
+    left, which the trace's token 0 looks up.
+    """
+    model = _meta_model(config, dtype)
     value = 0
     replaced: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -147,30 +159,19 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
                 continue
             if id(parameter) not in replaced:
                 value += 1
-                number = _number(value, dtype)
-                replaced[id(parameter)] = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
+                shape = parameter.shape
+                if isinstance(module, nn.Embedding):
+                    shape = (1, shape[1])
+                    module.padding_idx = None  # that row is gone
+                elif len(shape) == 2:
+                    shape = (1, 1)
+                replaced[id(parameter)] = nn.Parameter(_number(value, dtype).expand(shape), requires_grad=False)
             module._parameters[name] = replaced[id(parameter)]
-    inner = model.model
-    rows = config.max_position_embeddings
-    half = head_dim_of(config) // 2
     for i, name in enumerate(("rope_cos", "rope_sin")):
-        inner.register_buffer(name, torch.full((1,), -1.0 - i, dtype=dtype).expand(rows, half))
-    inner.rotary_emb._buffers.clear()
+        table = torch.full((1,), -1.0 - i, dtype=dtype).expand(_rope_shape(config))
+        model.model.register_buffer(name, table)
+    model.model.rotary_emb._buffers.clear()
     return model.eval()
-
-
-def _shrink(model: Any) -> None:
-    """One number in place of each matrix: markers carry their output's size, and the exporter writes parameters out.
-
-    Of the embedding one row is left, which the trace's token 0 looks up.
-    """
-    shrunk = set()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding | nn.Linear) and id(module.weight) not in shrunk:
-            shrunk.add(id(module.weight))  # a tied head has the embedding's
-            module.weight.data = module.weight.data[:1, : None if isinstance(module, nn.Embedding) else 1]
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None  # that row is gone
 
 
 def _trace(config: PretrainedConfig, spec: ExportSpec, last_logits: bool) -> onnx.ModelProto:
@@ -180,7 +181,6 @@ def _trace(config: PretrainedConfig, spec: ExportSpec, last_logits: bool) -> onn
     onnx_config.attention = attention
     onnx_config.guarded = spec.provider == "any"  # CUDA has no ArgMax over integers
     model = _skeleton(config, dtype)
-    _shrink(model)
     kv = (1, config.num_key_value_heads, 1, head_dim_of(config))
     past = [(torch.zeros(kv, dtype=dtype), torch.zeros(kv, dtype=dtype)) for _ in range(config.num_hidden_layers)]
     inputs = {
@@ -457,9 +457,8 @@ def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conve
     """
     require_llama(config)
     dtype = TORCH_DTYPE[spec.float_type]
-    skeleton = _skeleton(config, dtype)
-    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
-    shapes |= {f"model.{name}": tuple(getattr(skeleton.model, name).shape) for name in ("rope_cos", "rope_sin")}
+    shapes = {name: tuple(p.shape) for name, p in _meta_model(config, dtype).named_parameters()}
+    shapes |= dict.fromkeys(("model.rope_cos", "model.rope_sin"), _rope_shape(config))
     if spec.precision in BITS and not any(
         spec.bits_of(name, config.num_hidden_layers) for name in shapes if name.endswith("_proj.weight")
     ):

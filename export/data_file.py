@@ -117,7 +117,7 @@ def _opened(path: Path, direct: bool) -> int:
 def _write(fd: int, chunk: mmap.mmap, length: int) -> None:
     """Write the first ``length`` bytes; in whole sectors where the file is written directly."""
     direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
-    if direct and length % _SECTOR:
+    if direct:
         length = -(-length // _SECTOR) * _SECTOR  # what is too much is cut off at the end
     view = memoryview(chunk)[:length]
     while view:

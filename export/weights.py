@@ -259,18 +259,19 @@ def write_data(
     contents: dict[str, str] = {}
     make = _Maker(conversion, quantiser)
 
-    def write(file: DataFile, offset: int, made: Iterator[Tensor], sources: list[Tensor]) -> None:
+    def write(file: DataFile, made: Iterator[Tensor], start: int) -> None:
+        before = file.end
+        file.pad_to(start)
         for piece in made:
-            sources.clear()  # what the maker no longer holds goes before the next weight is made
-            before = file.end
-            file.pad_to(max(before, offset))
             file.write(_bytes_of(piece))
             if progress:
                 progress(file.end - before)
+            before = file.end
 
     with DataFile(path, conversion.data_bytes) as file, _one_thread(quantiser is None):
         for recipe, sources in _read_ahead(conversion.recipes, checkpoint, mapping, contents):
-            write(file, recipe.offset, make(recipe, sources), sources)
+            write(file, make(recipe, sources), recipe.offset)
+            sources.clear()  # the next weight is read over them
         digest = file.finish()
     identity = hashlib.sha256("\n".join(contents[n] for n in sorted(contents)).encode()).hexdigest()
     return digest, identity
@@ -363,7 +364,7 @@ class _Maker:
             assert self._quantiser is not None
             self._packed = self._quantiser(recipe, _joined(sources))
             return iter([_part(recipe, self._packed)])
-        return pieces(recipe, list(sources))
+        return pieces(recipe, sources)
 
 
 def _part(recipe: WeightRecipe, packed: Packed) -> Tensor:
