@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.errors import BenchError
 from bench.workload import latency_prompts
+from export.process import torch_threads
 from reports.record import Case, Load, Memory, Round, Series
 from runtime.generate import Generation, generate
 from runtime.session import Session
@@ -145,14 +146,9 @@ class CpuBandwidth:
 
     def __call__(self) -> float:
         """One sample, bytes per second."""
-        torch = self._torch
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
-        try:
-            kernels = (lambda: torch.mv(self._matrix, self._vector), self._matrix.sum)
+        with torch_threads(self._threads):
+            kernels = (lambda: self._torch.mv(self._matrix, self._vector), self._matrix.sum)
             return float(self._matrix.nbytes / min(median_time(k, self._passes) for k in kernels))
-        finally:
-            torch.set_num_threads(before)
 
 
 class CudaBandwidth:

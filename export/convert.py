@@ -146,8 +146,8 @@ def _rope_shape(config: PretrainedConfig) -> tuple[int, int]:
 def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     """The model as it is traced, with one number of storage per parameter.
 
-    The exporter merges parameters of equal value, so each gets a value of its own; and it writes every parameter out, so
-    that matrices are one number in shape as well: markers carry the size of their output. Of the embedding one row is
+    The exporter merges parameters of equal value, so each gets a value of its own; and it writes every parameter out,
+    so matrices are one number in shape as well: markers carry the size of their output. Of the embedding one row is
     left, which the trace's token 0 looks up.
     """
     model = _meta_model(config, dtype)

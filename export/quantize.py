@@ -9,8 +9,6 @@ Try: ``python -m pytest tests/export/test_quantize.py -q``.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from export.errors import BrokenCheckpointError, UnsupportedModelError
+from export.process import malloc_limits
 
 METHODS = ("rtn", "hqq", "kquant", "gptq")
 
@@ -44,8 +43,6 @@ _CROWDED = 0.7
 _UNUSED = 5
 # One block in so many is looked at to see whether a piece of a tensor was read from a 4-bit file.
 _SAMPLED = 16
-# malloc.h's numbers of two parameters.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 _DAMPING = 0.01
 _GPTQ_BATCH = 128
@@ -210,10 +207,7 @@ def _zeros(packed: Packed, bits: int) -> Tensor:
 @functools.cache
 def _keep_freed_pages() -> None:
     """Have glibc keep 64 MB that were freed: given back after each operation, page faults cost a third of the time."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library has its own ways
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 16 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+    malloc_limits(apart=16 << 20, kept=64 << 20)
 
 
 def _each(work: Callable[[int], None], pieces: range, threads: int) -> None:

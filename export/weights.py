@@ -24,6 +24,7 @@ from torch import Tensor
 from export.convert import TORCH_DTYPE, Conversion, WeightRecipe
 from export.data_file import DataFile
 from export.errors import BrokenCheckpointError
+from export.process import torch_threads
 from export.quantize import Packed
 
 # A piece of the file in the making, small enough for a cache.
@@ -268,25 +269,15 @@ def write_data(
                 progress(file.end - before)
             before = file.end
 
-    with DataFile(path, conversion.data_bytes) as file, _one_thread(quantiser is None):
+    # Reading, making and hashing side by side keep the cores busy; only a quantiser has use for threads of its own.
+    threads = contextlib.nullcontext() if quantiser else torch_threads(1)
+    with DataFile(path, conversion.data_bytes) as file, threads:
         for recipe, sources in _read_ahead(conversion.recipes, checkpoint, mapping, contents):
             write(file, make(recipe, sources), recipe.offset)
             sources.clear()  # the next weight is read over them
         digest = file.finish()
     identity = hashlib.sha256("\n".join(contents[n] for n in sorted(contents)).encode()).hexdigest()
     return digest, identity
-
-
-@contextlib.contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
-    """Reading, making and hashing side by side keep the cores busy; PyTorch's own threads would wait for each other."""
-    threads = torch.get_num_threads()
-    if wanted:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _read_ahead(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from export.convert import Conversion, convert, head_dim_of
 from export.pipeline import eos_ids, load_config
+from export.process import blocks_apart
 from export.source import Source
 from export.spec import ExportSpec
 from export.weights import Checkpoint
@@ -26,7 +27,6 @@ from runtime.generate import generate
 from runtime.kv_cache import laid
 from runtime.session import Logits, SessionInfo
 from runtime.torch_session import TorchSession
-from runtime.trim import apart
 
 Past = list[tuple[NDArray[Any], NDArray[Any]]]
 Tokens = tuple[tuple[int, ...], ...]
@@ -185,7 +185,7 @@ class Baseline:
 
         model = self.session.model
         cache = DynamicCache(config=model.config)
-        with torch.inference_mode(), apart(1 << 20):  # a layer's cache grows by a copy
+        with torch.inference_mode(), blocks_apart(1 << 20):  # a layer's cache grows by a copy
             for i, (k, v) in enumerate(first):  # laid layer by layer: the cache makes a copy of its own
                 cache.update(torch.from_numpy(laid(k, length)), torch.from_numpy(laid(v, length)), i)
             positions = torch.arange(length, length + len(ids))[None]
