@@ -76,6 +76,24 @@ def test_bandwidth_is_plausible() -> None:
     assert 1e8 < CpuBandwidth(1, megabytes=64, passes=2)() < 1e13
 
 
+def test_memory_is_read_by_the_threads_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def timed(_kernel: Any, _passes: int) -> float:
+        seen.append(torch.get_num_threads())
+        return 1.0
+
+    monkeypatch.setattr("bench.measure.median_time", timed)
+    probe = CpuBandwidth(before + 1, megabytes=1, passes=1)
+    seen.clear()
+    probe()
+    assert seen == [before + 1] * 2
+    assert torch.get_num_threads() == before
+
+
 def test_replay_hands_samples_over_unchanged(benchmark: Any) -> None:
     replay(benchmark, [0.25, 0.5, 0.75], "group", side="x")
     assert benchmark.extra_info == {"side": "x"}
