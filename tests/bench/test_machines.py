@@ -147,21 +147,22 @@ class Nodes:
     def __init__(self, folder: Path) -> None:
         from ray.cluster_utils import Cluster
 
-        self._folder, self._made = folder, 0
+        self._folder, self._made = folder, list[Any]()
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         for _ in range(2):
             self.add()
 
     def add(self, lock: str = "") -> Any:
         """Another machine; with ``lock``, one that shares it."""
-        self._made += 1
-        env = {"LLAMA_ONNX_LOCK": str(self._folder / (lock or f"lock{self._made}"))}
-        return self.cluster.add_node(num_cpus=3, env_vars=env)  # Ray by itself would put two workers on one of them
+        env = {"LLAMA_ONNX_LOCK": str(self._folder / (lock or f"lock{len(self._made) + 1}"))}
+        # Three CPUs: Ray by itself would put two workers on one of them.
+        self._made.append(self.cluster.add_node(num_cpus=3, env_vars=env))
+        return self._made[-1]
 
     @property
     def ids(self) -> list[str]:
-        """Of the machines, in the order in which they were added."""
-        return [n.node_id for n in self.cluster.worker_nodes]
+        """Of the machines, in the order in which they were added (the cluster's own is a set, which has none)."""
+        return [n.node_id for n in self._made if n in self.cluster.worker_nodes]
 
     def kill(self, node_id: str) -> None:
         """As if its plug was pulled."""
