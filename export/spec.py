@@ -77,7 +77,7 @@ class ExportSpec:
             "block_size": {"int8": 16, "int4": 32}.get(self.precision),
             "accuracy_level": 4 if quantised else None,
             "zero_points": self._zero_points() if quantised else None,
-            "keep_float": {"int8": "qkv,first:2,last:1", "int4": "none"}.get(self.precision),
+            "keep_float": {"int8": "qkv,down,first:2,last:1", "int4": "none"}.get(self.precision),
             "lm_head": {"int4": "int8"}.get(self.precision, "float"),
             "embedding": "float",
         }

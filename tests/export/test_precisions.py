@@ -350,9 +350,9 @@ def test_a_policy_that_leaves_nothing_to_quantise_is_refused(checkpoints: Folder
     assert list(tmp_path.iterdir()) == []
     manifest, _ = export_model(ExportSpec(str(checkpoints(num_hidden_layers=4)), "int8"), tmp_path / "out")
     assert manifest.quantisation is not None
-    assert manifest.quantisation.keep_float == "qkv,first:2,last:1"
+    assert manifest.quantisation.keep_float == "qkv,down,first:2,last:1"
     quantised = {w.name.removesuffix(".codes") for w in manifest.weights if w.transform == "codes"}
-    assert quantised == {f"model.layers.2.{p}_proj.weight" for p in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
+    assert quantised == {f"model.layers.2.{p}_proj.weight" for p in ("self_attn.o", "mlp.gate", "mlp.up")}
 
 
 @pytest.mark.parametrize("zeros", ["integer", "float"])
