@@ -46,17 +46,30 @@ def test_the_audit_knows_each_quantiser(
     assert result.status == "PASS", result.figure
 
 
-@pytest.mark.parametrize("method", ["rtn", "hqq"])
-def test_a_code_off_by_two_is_outside_the_bound(
-    method: str, exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+@pytest.mark.parametrize(("method", "bit"), [("rtn", 1), ("rtn", 2), ("hqq", 2)])
+def test_a_code_that_is_off_is_outside_the_bound(
+    method: str, bit: int, exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
 ) -> None:
     shop = edited(exports("int4", {"method": method}), checkpoints(), tmp_path)
     name = next(w.name for w in shop.manifest.weights if w.name.endswith("up_proj.weight.codes"))
     with shop.weight(name) as codes:
-        codes[5, 1, 3] ^= 2
+        codes[5, 1, 3] ^= bit
     result = found("weights", subjects(shop.folder))
     assert result.status == "FAIL"
     assert result.findings[0].where == name
+
+
+def test_gptq_may_move_error_but_not_rows(
+    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+) -> None:
+    """GPTQ is held by whole tensors only; rows that slid by one stay far outside what it may do to one."""
+    shop = edited(exports("int4", {"method": "gptq"}), checkpoints(), tmp_path)
+    name = next(w.name for w in shop.manifest.weights if w.name.endswith("up_proj.weight.codes"))
+    with shop.weight(name) as codes:
+        codes[:] = np.roll(codes, 1, axis=0)
+    result = found("weights", subjects(shop.folder))
+    assert [f.where for f in result.findings] == [name]
+    assert "times that of rounding to nearest, gptq allows 10" in result.findings[0].what
 
 
 def test_int4_content_under_a_claimed_fp16_is_named(
