@@ -72,6 +72,26 @@ def test_gptq_may_move_error_but_not_rows(
     assert "times that of rounding to nearest, gptq allows 10" in result.findings[0].what
 
 
+@pytest.mark.parametrize(("stored", "what"), [(0.0, []), (-0.0, ["differs in signs of zeros only"])])
+def test_bit_equal_means_every_bit(
+    stored: float,
+    what: list[str],
+    exports: Exports,
+    subjects: Callable[..., Any],
+    checkpoints: Exports,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shop = edited(exports(), checkpoints(), tmp_path)
+    name = "model.norm.weight"
+    with shop.weight(name) as weight:
+        weight[:] = stored
+    subject = subjects(shop.folder)
+    read = subject.baseline.tensors.read
+    monkeypatch.setattr(subject.baseline.tensors, "read", lambda n: read(n) * 0 if n == name else read(n))
+    assert [f.what for f in found("weights", subject).findings] == what
+
+
 def test_int4_content_under_a_claimed_fp16_is_named(
     exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
 ) -> None:
