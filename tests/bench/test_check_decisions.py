@@ -72,9 +72,7 @@ def test_ids_that_decode_to_another_text_are_named(beside: Any) -> None:
     [({}, 0), ({"prompt": "bot:"}, 3), ({"chat": "<s>"}, 6), ({"chat_template": ""}, 1)],
     ids=["equal", "another generation prompt", "another beginning", "none"],
 )
-def test_every_rendering_of_the_chat_template_counts(
-    changes: dict[str, Any], conversations: int, beside: Any
-) -> None:
+def test_every_rendering_of_the_chat_template_counts(changes: dict[str, Any], conversations: int, beside: Any) -> None:
     result = text_checks.chat_template(beside(Tokenizer(**changes)))
     assert (result.status, len(result.findings)) == ("FAIL" if conversations else "PASS", conversations)
 
@@ -194,3 +192,18 @@ def test_few_tokens_report_the_tail_and_fail_what_is_worse(name: str, mode: str,
     )
     expected = status if status == "FAIL" or mode == "standard" else "REPORTED"
     assert getattr(numeric, name)(subject).status == expected
+
+
+def test_the_null_controls_model_is_dropped_behind_its_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch in the folder's precision beside both models would be a third model in memory."""
+    order: list[Any] = []
+    monkeypatch.setattr(numeric, "score", lambda s, kind, windows: order.append((kind, windows)) or [])
+    subject: Any = SimpleNamespace(
+        manifest=SimpleNamespace(activations="fp16"),
+        windows=[[1], [2], [3]],
+        mode=SimpleNamespace(null_windows=2),
+        baseline=SimpleNamespace(drop_nulls=lambda: order.append("dropped")),
+    )
+    numeric.null_figures(subject)
+    numeric.null_figures(subject)
+    assert order == [("fp16", [[1], [2]]), "dropped"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import numpy as np
 import onnx
 import pytest
 
+from bench.checks import numeric
 from bench.checks.base import Found
 from bench.checks.registry import BY_NAME, CHECKS
 from bench.defects.workshop import Workshop
-from bench.validate import chosen_checks, run_check, validate
+from bench.validate import chosen_checks, run_check, run_checks, validate
+from runtime.errors import ProviderUnavailableError
 
 Exports = Callable[..., Path]
 
@@ -181,6 +184,62 @@ def test_chunked_prefill_sees_positions_that_start_again(
         GraphProbe, "run", lambda self, ids, past=None, outputs=("logits",): run(self, ids, None, outputs)
     )
     assert found("chunked_prefill", subjects(exports())).status == "FAIL"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_first_step_behind_a_prefill_counts(
+    late: bool, exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subjects(exports())
+    steps = 0
+    step = subject.candidate.step
+
+    def wrong_once(ids: list[int]) -> Any:
+        nonlocal steps
+        steps += 1
+        logits = step(ids).copy()
+        return logits[:, ::-1].copy() if steps == (13 if late else 1) else logits
+
+    monkeypatch.setattr(subject.candidate, "step", wrong_once)
+    result = found("decode_steps", subject)
+    assert result.status == "FAIL"
+    late_start = len(numeric._text(subject, 160)) - 25
+    assert result.findings[0].where == f"step 1 behind {late_start if late else 3}"
+
+
+def test_the_null_control_leaves_the_baseline_as_it_was(exports: Exports, subjects: Callable[..., Any]) -> None:
+    """`eager` is the same model object for a while; what is scored after it goes through the usual kernel again."""
+    baseline = subjects(exports()).baseline
+    config = baseline.session.model.config
+    usual = config._attn_implementation
+    baseline.null_score("eager", [5, 6, 7, 8])
+    assert usual != "eager"
+    assert config._attn_implementation == usual
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, ProviderUnavailableError])
+def test_what_says_nothing_about_the_folder_is_no_verdict(
+    error: type[BaseException], exports: Exports, subjects: Callable[..., Any]
+) -> None:
+    def stop(_: Any) -> Found:
+        raise error("stopped")
+
+    with pytest.raises(error):
+        run_check(replace(BY_NAME["files"], run=stop), subjects(exports()))
+
+
+def test_a_folder_that_cannot_be_read_fails_once(
+    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+) -> None:
+    shop = edited(exports(), checkpoints(), tmp_path)
+    shop.own("manifest.json").write_text("{", encoding="utf-8")
+    results = run_checks(subjects(shop.folder), CHECKS[:4])
+    assert [(r.name, r.status) for r, _ in results] == [("files", "FAIL")]
+
+
+def test_checks_run_in_their_own_order() -> None:
+    checks, _ = chosen_checks("tasks, mean_kld,files", "quick")
+    assert [c.name for c in checks] == ["files", "mean_kld", "tasks"]
 
 
 def test_a_row_that_sees_another_rows_length_is_named(
