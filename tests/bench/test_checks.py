@@ -17,6 +17,7 @@ from bench.checks import numeric
 from bench.checks.base import Found
 from bench.checks.registry import BY_NAME, CHECKS
 from bench.defects.workshop import Workshop
+from bench.localize import localize
 from bench.validate import chosen_checks, run_check, run_checks, validate
 from runtime.errors import ProviderUnavailableError
 
@@ -237,9 +238,46 @@ def test_a_folder_that_cannot_be_read_fails_once(
     assert [(r.name, r.status) for r, _ in results] == [("files", "FAIL")]
 
 
+def test_what_the_exact_checks_name_is_not_looked_for_in_the_layers(
+    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+) -> None:
+    shop = edited(exports(), checkpoints(), tmp_path)
+    shop.json("manifest.json", lambda m: m.update(vocab_size=m["vocab_size"] - 1))
+    result = validate(subjects(shop.folder), [BY_NAME["manifest"]])
+    assert (result.verdict, result.place) == ("FAIL", None)
+    assert [n for n in result.notes if "localisation" in n] == []
+
+
 def test_checks_run_in_their_own_order() -> None:
     checks, _ = chosen_checks("tasks, mean_kld,files", "quick")
     assert [c.name for c in checks] == ["files", "mean_kld", "tasks"]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_a_place_counts_where_pytorch_itself_is_not_as_far_off(
+    noise: float,
+    exports: Exports,
+    subjects: Callable[..., Any],
+    checkpoints: Exports,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shop = edited(exports(), checkpoints(), tmp_path)
+    name = next(w.name for w in shop.manifest.weights if w.name.endswith("layers.0.self_attn.o_proj.weight"))
+    with shop.weight(name) as weight:
+        weight *= 1.001
+    subject = subjects(shop.folder)
+    baseline = subject.baseline
+    residuals, score = baseline.null_residuals, baseline.score
+
+    def null_residuals(kind: str, ids: list[int]) -> list[dict[str, Any]]:
+        off = 1 + noise if kind == "eager" else 1.0
+        return [{k: v * off for k, v in layer.items()} for layer in residuals(kind, ids)]
+
+    monkeypatch.setattr(baseline, "null_residuals", null_residuals)
+    monkeypatch.setattr(baseline, "null_score", lambda kind, ids: score(ids) * (1 + noise))
+    place = localize(subject)
+    assert (place and (place.layer, place.operator)) == (None if noise else (0, "o_proj"))
 
 
 def test_a_row_that_sees_another_rows_length_is_named(
