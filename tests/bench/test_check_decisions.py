@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.checks import generation, numeric, text_checks
 from bench.checks.base import MODES
+from bench.localize import _gap
 from bench.parity import TIERS
 from reports.record import Check, TaskMetric
 
@@ -207,3 +209,14 @@ def test_the_null_controls_model_is_dropped_behind_its_windows(monkeypatch: pyte
     numeric.null_figures(subject)
     numeric.null_figures(subject)
     assert order == [("fp16", [[1], [2]]), "dropped"]
+
+
+def test_one_wrong_row_does_not_drown_in_the_others() -> None:
+    theirs = np.ones((100, 8))
+    ours = theirs.copy()
+    assert _gap(ours, theirs) == 0
+    ours[3] *= 1.5
+    assert _gap(ours, theirs) == pytest.approx(0.5)
+    ours[3, 2] = np.nan
+    assert _gap(ours, theirs) == float("inf")
+    assert _gap(theirs[:50], theirs) == float("inf")
