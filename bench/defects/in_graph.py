@@ -13,7 +13,8 @@ NORM = "SkipSimplifiedLayerNormalization"
 Change = Callable[[Any], None]
 
 
-def _set(node: Any, name: str, value: Any) -> None:
+def set_attribute(node: Any, name: str, value: Any) -> None:
+    """Give an ONNX node an attribute, in place of the one of that name if it has one."""
     from onnx import helper
 
     for a in [a for a in node.attribute if a.name == name]:
@@ -36,7 +37,7 @@ def _attribute(name: str, value: Callable[[float], Any] | Any, everywhere: bool 
         for k, node in enumerate(_attentions(model)):
             if everywhere or k == _here(model):
                 old = next((a.f for a in node.attribute if a.name == "scale"), 0.0)
-                _set(node, name, value(old) if callable(value) else value)
+                set_attribute(node, name, value(old) if callable(value) else value)
 
     return change
 
@@ -46,7 +47,7 @@ def _epsilon(value: float, everywhere: bool) -> Change:
         norms = [n for n in model.graph.node if n.op_type == NORM]
         chosen = norms if everywhere else [norms[2 * _here(model)]]
         for node in chosen:
-            _set(node, "epsilon", value)
+            set_attribute(node, "epsilon", value)
 
     return change
 

@@ -57,6 +57,17 @@ def subjects(checkpoints: Callable[..., Path], tiny_dataset: Any) -> Iterator[Ca
         subject.baseline.close()
 
 
+@pytest.fixture
+def workshop(exports: Callable[..., Path], checkpoints: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
+    """``workshop(precision, spec, **changes)``: a copy of that export to edit; hashes stay until it is resealed."""
+    from bench.defects.workshop import Workshop
+
+    def get(*asked: Any, **changes: Any) -> Workshop:
+        return Workshop(exports(*asked, **changes), tmp_path / "copy", checkpoints(**changes))
+
+    return get
+
+
 @pytest.fixture(scope="module")
 def ray(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Ray on this machine only, two workers; skips with its reason where it cannot start."""

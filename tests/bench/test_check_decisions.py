@@ -48,7 +48,7 @@ class Tokenizer:
 def beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """``beside(tokenizer)``: a subject whose folder has this tokenizer, the baseline the plain one."""
 
-    def make(ours: Tokenizer, **changes: Any) -> Any:
+    def make(ours: Tokenizer) -> Any:
         monkeypatch.setattr("runtime.text.load_tokenizer", lambda folder: ours)
         config = SimpleNamespace(max_position_embeddings=64)
         return SimpleNamespace(
@@ -57,7 +57,6 @@ def beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             dataset=SimpleNamespace(items=[]),
             manifest=SimpleNamespace(eos_token_ids=[2, 5]),
             baseline=SimpleNamespace(eos=(2, 5), config=config, checkpoint=tmp_path / "checkpoint"),
-            **changes,
         )
 
     return make

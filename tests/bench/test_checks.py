@@ -22,14 +22,11 @@ from bench.validate import chosen_checks, run_check, run_checks, validate
 from runtime.errors import ProviderUnavailableError
 
 Exports = Callable[..., Path]
+Workshops = Callable[..., Workshop]
 
 
 def found(name: str, subject: Any) -> Found:
     return BY_NAME[name].run(subject)
-
-
-def edited(good: Path, checkpoint: Path, tmp_path: Path) -> Workshop:
-    return Workshop(good, tmp_path / "copy", checkpoint)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
@@ -52,9 +49,9 @@ def test_the_audit_knows_each_quantiser(
 
 @pytest.mark.parametrize(("method", "bit"), [("rtn", 1), ("rtn", 2), ("hqq", 2)])
 def test_a_code_that_is_off_is_outside_the_bound(
-    method: str, bit: int, exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+    method: str, bit: int, workshop: Workshops, subjects: Callable[..., Any]
 ) -> None:
-    shop = edited(exports("int4", {"method": method}), checkpoints(), tmp_path)
+    shop = workshop("int4", {"method": method})
     name = next(w.name for w in shop.manifest.weights if w.name.endswith("up_proj.weight.codes"))
     with shop.weight(name) as codes:
         codes[5, 1, 3] ^= bit
@@ -63,11 +60,9 @@ def test_a_code_that_is_off_is_outside_the_bound(
     assert result.findings[0].where == name
 
 
-def test_gptq_may_move_error_but_not_rows(
-    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
-) -> None:
+def test_gptq_may_move_error_but_not_rows(workshop: Workshops, subjects: Callable[..., Any]) -> None:
     """GPTQ is held by whole tensors only; rows that slid by one stay far outside what it may do to one."""
-    shop = edited(exports("int4", {"method": "gptq"}), checkpoints(), tmp_path)
+    shop = workshop("int4", {"method": "gptq"})
     name = next(w.name for w in shop.manifest.weights if w.name.endswith("up_proj.weight.codes"))
     with shop.weight(name) as codes:
         codes[:] = np.roll(codes, 1, axis=0)
@@ -78,15 +73,9 @@ def test_gptq_may_move_error_but_not_rows(
 
 @pytest.mark.parametrize(("stored", "what"), [(0.0, []), (-0.0, ["differs in signs of zeros only"])])
 def test_bit_equal_means_every_bit(
-    stored: float,
-    what: list[str],
-    exports: Exports,
-    subjects: Callable[..., Any],
-    checkpoints: Exports,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stored: float, what: list[str], workshop: Workshops, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shop = edited(exports(), checkpoints(), tmp_path)
+    shop = workshop()
     name = "model.norm.weight"
     with shop.weight(name) as weight:
         weight[:] = stored
@@ -96,21 +85,17 @@ def test_bit_equal_means_every_bit(
     assert [f.what for f in found("weights", subject).findings] == what
 
 
-def test_int4_content_under_a_claimed_fp16_is_named(
-    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
-) -> None:
+def test_int4_content_under_a_claimed_fp16_is_named(workshop: Workshops, subjects: Callable[..., Any]) -> None:
     from bench.defects.in_files import DEFECTS
 
-    shop = edited(exports("fp16"), checkpoints(), tmp_path)
+    shop = workshop("fp16")
     next(d for d in DEFECTS if "int4" in d.name).change(shop)
     result = found("weights", subjects(shop.folder))
     assert "quantised?" in result.findings[0].what
 
 
-def test_a_weight_left_over_is_named(
-    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
-) -> None:
-    shop = edited(exports(), checkpoints(), tmp_path)
+def test_a_weight_left_over_is_named(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    shop = workshop()
     extra = onnx.numpy_helper.from_array(np.ones((9, 9), np.float32), "adapter")
     shop.graphs(lambda model: model.graph.initializer.append(extra), ("decode",))
     result = found("weights", subjects(shop.folder))
@@ -118,10 +103,10 @@ def test_a_weight_left_over_is_named(
 
 
 def test_optimums_folder_is_audited_by_content(
-    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+    workshop: Workshops, exports: Exports, subjects: Callable[..., Any]
 ) -> None:
     """A folder without our manifest: names mean nothing, contents do."""
-    shop = edited(exports(), checkpoints(), tmp_path)
+    shop = workshop()
     (shop.folder / "manifest.json").unlink()
     subject = subjects(shop.folder)
     assert found("graph", subject).status == "SKIPPED"
@@ -141,7 +126,7 @@ def test_optimums_folder_is_audited_by_content(
 
 
 def test_rotary_tables_beyond_the_original_context(
-    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+    workshop: Workshops, exports: Exports, subjects: Callable[..., Any]
 ) -> None:
     """llama3 scaling: the export passes; a table without the scaling fails, and so do the numbers out there."""
     scaling = {
@@ -158,7 +143,7 @@ def test_rotary_tables_beyond_the_original_context(
     result = found("long_context", subject)
     assert result.status == "PASS", result.figure
     assert "3 places" in result.figure
-    shop = edited(good, checkpoints(**settings), tmp_path)
+    shop = workshop(**settings)
     angles = np.arange(512)[:, None] * 10000.0 ** -(np.arange(0, 16, 2) / 16)[None]
     for name, function in (("model.rope_cos", np.cos), ("model.rope_sin", np.sin)):
         with shop.weight(name) as table:
@@ -229,19 +214,17 @@ def test_what_says_nothing_about_the_folder_is_no_verdict(
         run_check(replace(BY_NAME["files"], run=stop), subjects(exports()))
 
 
-def test_a_folder_that_cannot_be_read_fails_once(
-    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
-) -> None:
-    shop = edited(exports(), checkpoints(), tmp_path)
+def test_a_folder_that_cannot_be_read_fails_once(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    shop = workshop()
     shop.own("manifest.json").write_text("{", encoding="utf-8")
     results = run_checks(subjects(shop.folder), CHECKS[:4])
     assert [(r.name, r.status) for r, _ in results] == [("files", "FAIL")]
 
 
 def test_what_the_exact_checks_name_is_not_looked_for_in_the_layers(
-    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
+    workshop: Workshops, subjects: Callable[..., Any]
 ) -> None:
-    shop = edited(exports(), checkpoints(), tmp_path)
+    shop = workshop()
     shop.json("manifest.json", lambda m: m.update(vocab_size=m["vocab_size"] - 1))
     result = validate(subjects(shop.folder), [BY_NAME["manifest"]])
     assert (result.verdict, result.place) == ("FAIL", None)
@@ -255,14 +238,9 @@ def test_checks_run_in_their_own_order() -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_a_place_counts_where_pytorch_itself_is_not_as_far_off(
-    noise: float,
-    exports: Exports,
-    subjects: Callable[..., Any],
-    checkpoints: Exports,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    noise: float, workshop: Workshops, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shop = edited(exports(), checkpoints(), tmp_path)
+    shop = workshop()
     name = next(w.name for w in shop.manifest.weights if w.name.endswith("layers.0.self_attn.o_proj.weight"))
     with shop.weight(name) as weight:
         weight *= 1.001
@@ -310,10 +288,8 @@ def test_a_runtime_that_is_not_deterministic_fails(
     assert found("determinism", subject).status == "FAIL"
 
 
-def test_a_tokenizer_serialised_again_is_the_same(
-    exports: Exports, subjects: Callable[..., Any], checkpoints: Exports, tmp_path: Path
-) -> None:
-    shop = edited(exports(), checkpoints(), tmp_path)
+def test_a_tokenizer_serialised_again_is_the_same(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    shop = workshop()
     path = shop.own("tokenizer.json")
     path.write_text(json.dumps(json.loads(path.read_text())))
     assert found("tokenizer", subjects(shop.folder)).status == "PASS"

@@ -15,11 +15,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from bench.checks.canonical import attributes_of
 from bench.checks.registry import BY_NAME
+from bench.defects.in_graph import set_attribute
 from bench.defects.workshop import Workshop
 from export.manifest import MANIFEST_NAME
 
 Exports = Callable[..., Path]
+Workshops = Callable[..., Workshop]
 GQA = "GroupQueryAttention"
 LAST = "SimplifiedLayerNormalization"
 SKIP = "SkipSimplifiedLayerNormalization"
@@ -34,10 +37,7 @@ def attribute(op: str, name: str, change: Callable[[Any], Any], index: int = 1) 
 
     def edit(model: Any) -> None:
         node = of(model, op)[index]
-        old = next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
-        kept = [a for a in node.attribute if a.name != name]
-        del node.attribute[:]
-        node.attribute.extend([*kept, onnx.helper.make_attribute(name, change(old))])
+        set_attribute(node, name, change(attributes_of(node).get(name)))
 
     return edit
 
@@ -83,10 +83,10 @@ EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
 @pytest.mark.parametrize("role", ["decode", "scoring"])
 @pytest.mark.parametrize("name", EDITS)
 def test_attributes_alone_names_an_edit(
-    name: str, role: str, exports: Exports, checkpoints: Exports, subjects: Callable[..., Any], tmp_path: Path
+    name: str, role: str, workshop: Workshops, subjects: Callable[..., Any]
 ) -> None:
     change, what = EDITS[name]
-    shop = Workshop(exports(), tmp_path / "copy", checkpoints())
+    shop = workshop()
     shop.graphs(change, (role,))
     result = BY_NAME["attributes"].run(subjects(shop.folder))
     assert result.status == "FAIL"
@@ -95,10 +95,8 @@ def test_attributes_alone_names_an_edit(
     assert result.findings[0].where.startswith(graph)
 
 
-def test_attributes_names_the_layer(
-    exports: Exports, checkpoints: Exports, subjects: Callable[..., Any], tmp_path: Path
-) -> None:
-    shop = Workshop(exports(), tmp_path / "copy", checkpoints())
+def test_attributes_names_the_layer(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    shop = workshop()
     shop.graphs(EDITS["window"][0])
     result = BY_NAME["attributes"].run(subjects(shop.folder))
     assert [f.layer for f in result.findings] == [1, 1]
@@ -123,10 +121,8 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_a_false_claim_is_named(
-    claim: str, exports: Exports, checkpoints: Exports, subjects: Callable[..., Any], tmp_path: Path
-) -> None:
-    shop = Workshop(exports(), tmp_path / "copy", checkpoints())
+def test_a_false_claim_is_named(claim: str, workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    shop = workshop()
     shop.json(MANIFEST_NAME, CLAIMS[claim])
     result = BY_NAME["manifest"].run(subjects(shop.folder))
     assert result.status == "FAIL"
@@ -134,10 +130,10 @@ def test_a_false_claim_is_named(
 
 
 def test_tables_shorter_than_the_context_are_named(
-    exports: Exports, checkpoints: Exports, subjects: Callable[..., Any], tmp_path: Path
+    workshop: Workshops, checkpoints: Exports, subjects: Callable[..., Any]
 ) -> None:
     """Every row that is there is right; past the last one the operator would read what is not there."""
-    shop = Workshop(exports(), tmp_path / "copy", checkpoints())
+    shop = workshop()
     context = json.loads((checkpoints() / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     with shop.weight("model.rope_cos") as cos:
         rows = np.array(cos[: context - 8])
