@@ -1,8 +1,9 @@
 """One long evaluation on several processes, GPUs or machines, through Ray.
 
 Units of work (a window, a batch) are the same whatever the number of workers, each is computed by itself, and results
-are put in the units' order: so N workers give the digits of one. A worker that dies costs its unit a retry; an error
-*in* the work is not retried, it would come again. Without Ray, or with one worker, all runs here in a plain loop.
+are put in the units' order: so N workers give the digits of one. A worker that dies costs its unit a retry; one that dies
+before it stands costs none (Ray starts workers on a lost machine until it notices); an error *in* the work is not
+retried, it would come again. Without Ray, or with one worker, all runs here in a plain loop.
 Machines that should take part are joined with Ray's own ``ray start``; ``RAY_ADDRESS`` then names the cluster.
 
 Try: ``llama-onnx perplexity FOLDER --dataset hf:wikitext --workers 2``.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -33,6 +35,9 @@ Opened = TypeVar("Opened", bound=Closes)
 Unit = TypeVar("Unit")
 Answer = TypeVar("Answer")
 RETRIES = 2
+STARTS = 40
+"""How many workers in a row may die before they stand; at a second each, longer than Ray takes to notice a lost machine."""
+START_PAUSE_S = 1.0
 
 
 class WorkerError(BenchError):
@@ -117,6 +122,9 @@ class _Worker:
     def __init__(self, opener: Callable[[], Any], work: Callable[[Any, Any], Any]) -> None:
         self._opener, self._work = opener, work
         self._session: Any = None
+
+    def stand(self) -> None:
+        """Answered once this process runs."""
 
     def run(self, unit: Any) -> Any:
         """One unit. The session is opened here, so that an error in opening comes back as what it is."""
@@ -219,43 +227,58 @@ def _on_ray(
 
     started = _start_ray(workers)
     answers: dict[int, Answer] = {}
-    running: dict[Any, tuple[Any, int]] = {}
+    running: dict[Any, tuple[Any, int | None]] = {}  # None: it does not stand yet
     try:
         # Over all machines: Ray's own choice fills the first one before it takes the next.
         make = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")(_Worker)
-        waiting, lost = deque(range(len(units))), [0] * len(units)
+        waiting, lost, stillborn = deque(range(len(units))), [0] * len(units), 0
 
-        def give(actor: Any) -> None:
+        def hire() -> None:
+            actor = make.remote(opener, work)
+            running[actor.stand.remote()] = (actor, None)
+
+        for _ in range(workers):
+            hire()
+        while len(answers) < len(units):
+            (ready, *_), _rest = ray.wait(list(running), num_returns=1)
+            actor, place = running.pop(ready)
+            try:
+                answer = ray.get(ready)
+            except RayTaskError as e:
+                ray.kill(actor)
+                raise e.cause from None  # what `work` raised, with Ray's own chain left out
+            except losses() as e:
+                ray.kill(actor)  # where only its answer was lost, or it cannot be reached for a while
+                why = str(e).splitlines()[0][:160]
+                if place is None:
+                    stillborn += 1
+                    if stillborn >= STARTS:
+                        raise WorkerError(
+                            f"{stillborn} workers in a row died before they stood ({why}); can this suite be imported "
+                            "on every machine of the cluster?"
+                        ) from None
+                    time.sleep(START_PAUSE_S)
+                else:
+                    lost[place] += 1
+                    if lost[place] > retries:
+                        raise WorkerError(
+                            f"unit {place + 1} of {len(units)} lost its worker {lost[place]} times ({why}); "
+                            f"not enough memory for {workers} workers?"
+                        ) from None
+                    say(f"a worker died on unit {place + 1} of {len(units)}; given to a new one")
+                    waiting.appendleft(place)
+                hire()
+                continue
+            if place is None:
+                stillborn = 0
+            else:
+                answers[place] = answer
+                done(place, answer)
             if waiting:
                 place = waiting.popleft()
                 running[actor.run.remote(units[place])] = (actor, place)
             else:
                 ray.kill(actor)
-
-        for _ in range(workers):
-            give(make.remote(opener, work))
-        while running:
-            (ready, *_), _rest = ray.wait(list(running), num_returns=1)
-            actor, place = running.pop(ready)
-            try:
-                answers[place] = ray.get(ready)
-            except RayTaskError as e:
-                ray.kill(actor)
-                raise e.cause from None  # what `work` raised, with Ray's own chain left out
-            except losses() as e:
-                lost[place] += 1
-                if lost[place] > retries:
-                    raise WorkerError(
-                        f"unit {place + 1} of {len(units)} lost its worker {lost[place]} times "
-                        f"({str(e).splitlines()[0][:160]}); not enough memory for {workers} workers?"
-                    ) from None
-                say(f"a worker died on unit {place + 1} of {len(units)}; given to a new one")
-                waiting.appendleft(place)
-                ray.kill(actor)  # where only its answer was lost, or it cannot be reached for a while
-                actor = make.remote(opener, work)
-            else:
-                done(place, answers[place])
-            give(actor)
         return [answers[k] for k in range(len(units))]
     finally:
         for actor, _ in running.values():  # after an error the others would keep their CPUs

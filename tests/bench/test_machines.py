@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from functools import partial
 from itertools import pairwise
@@ -29,7 +29,7 @@ from bench.machines import MachineError, Queue, spread
 from bench.sweep import Sweep
 from bench.sweep_measure import processes
 from bench.validate import make_subject, validate
-from bench.workers import WorkerError, cluster
+from bench.workers import WorkerError, cluster, run_units
 from reports.case_files import read_records
 from reports.comparison import CaseRecord
 
@@ -176,6 +176,13 @@ class Nodes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    def noticed(self, node_id: str) -> None:
+        """Wait until Ray itself takes that machine for lost; until then it starts workers there."""
+        deadline = time.monotonic() + 60
+        while any(n["Alive"] for n in self.cluster.global_state.node_table() if n["NodeID"] == node_id):
+            assert time.monotonic() < deadline, "Ray does not notice that a machine is gone"
+            time.sleep(0.05)
+
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Nodes]:
@@ -223,6 +230,16 @@ def joined(nodes: Nodes) -> Iterator[Nodes]:
 def one(number: int) -> int:
     """A unit's work."""
     return number + 1
+
+
+def nothing() -> Any:
+    """An opener."""
+    return ExitStack()
+
+
+def times_ten(_: Any, number: int) -> int:
+    """A unit's work for a worker."""
+    return number * 10
 
 
 def busy() -> str:
@@ -294,21 +311,27 @@ def test_a_sweep_over_two_machines_one_of_which_dies(
     assert again[:6] == lines[:6]
     assert sorted((r.parameters["batch"], r.pair) for r in read_records(out / "cases.jsonl")) == points
     nodes.kill(twin)
+    nodes.noticed(twin)
 
 
 # --- the gate over machines ------------------------------------------------------------------------------------------
 
 
 def noted(folder: str, doomed: str, work: Any, sides: Any, unit: Any) -> Any:
-    """The unit's work; which node did it is noted, and the doomed one waits with its second unit for its end."""
+    """The unit's work; which node did it is noted. The doomed one waits with its second unit for its end, the other one
+    until it is there: it might do all by itself.
+    """
     import ray
 
     node = ray.get_runtime_context().get_node_id()
     place = Path(folder) / node
     place.mkdir(exist_ok=True)
+    now, deadline = Path(folder) / "now", time.monotonic() + 60
     if node == doomed and list(place.iterdir()):
-        (Path(folder) / "now").touch()
+        now.touch()
         time.sleep(120)
+    while node != doomed and not now.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     answer = work(sides, unit)
     (place / str(time.time_ns())).touch()
     return answer
@@ -340,7 +363,10 @@ def test_the_gate_over_two_machines_one_of_which_dies(
     monkeypatch.setattr(units, "window_figures", partial(noted, str(notes), doomed, units.window_figures))
 
     def pull_the_plug() -> None:
+        deadline = time.monotonic() + 120
         while not (notes / "now").exists():
+            if time.monotonic() > deadline:
+                return  # it got no second unit, which the counts below tell
             time.sleep(0.05)
         nodes.kill(doomed)
 
@@ -348,7 +374,21 @@ def test_the_gate_over_two_machines_one_of_which_dies(
     killer.start()
     assert document("two", 2, status=said.append) == alone
     killer.join()
+    nodes.noticed(doomed)
     nodes.add()
     done = {n: len(list((notes / n).iterdir())) for n in (survivor, doomed)}
     assert done == {doomed: 1, survivor: 5 + 2}  # with the null control's two, which came later
     assert sum("a worker died on unit" in line for line in said) == 1
+
+
+@pytest.mark.slow
+def test_a_machine_lost_before_ray_notices_costs_no_retry(nodes: Nodes) -> None:
+    """Right after a machine is gone Ray still starts workers there: no unit pays for those."""
+    ghost = nodes.add().node_id
+    nodes.kill(ghost)
+    with cluster(2):
+        said: list[str] = []
+        found = run_units(nothing, times_ten, list(range(8)), workers=4, retries=0, say=said.append)
+    assert found == [10 * n for n in range(8)]
+    assert said == []
+    nodes.noticed(ghost)

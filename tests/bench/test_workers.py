@@ -116,6 +116,44 @@ def test_a_dead_worker_costs_its_unit_a_retry(ray: Any, tmp_path: Path) -> None:
     assert said == ["a worker died on unit 3 of 5; given to a new one"]
 
 
+class DiesAtBirth(workers._Worker):
+    """On a machine that is gone, which Ray has not noticed: as often as ``opener``'s first argument says."""
+
+    def __init__(self, opener: Any, work: Any) -> None:
+        super().__init__(opener, work)
+        deaths, folder = opener.args
+        if len(list(Path(folder).iterdir())) < deaths:
+            (Path(folder) / str(os.getpid())).touch()
+            os.kill(os.getpid(), 9)
+
+
+def nothing_more(deaths: int, folder: str) -> Any:
+    """An opener for :class:`DiesAtBirth`."""
+    return Nothing()
+
+
+def test_a_worker_that_dies_before_it_stands_costs_no_retry(
+    ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_Worker", DiesAtBirth)
+    monkeypatch.setattr(workers, "START_PAUSE_S", 0)
+    said: list[str] = []
+    found = run_units(
+        partial(nothing_more, 3, str(tmp_path)), lambda _, n: n + 1, [1, 2, 3], workers=2, retries=0, say=said.append
+    )
+    assert found == [2, 3, 4]
+    assert said == []
+    assert len(list(tmp_path.iterdir())) >= 3
+
+
+def test_workers_that_never_stand_end_the_run(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_Worker", DiesAtBirth)
+    monkeypatch.setattr(workers, "START_PAUSE_S", 0)
+    monkeypatch.setattr(workers, "STARTS", 3)
+    with pytest.raises(WorkerError, match="3 workers in a row died before they stood"):
+        run_units(partial(nothing_more, 99, str(tmp_path)), lambda _, n: n, [1, 2], workers=2)
+
+
 def test_a_unit_that_always_kills_ends_the_run(ray: Any) -> None:
     with pytest.raises(WorkerError, match="unit 2 of 3 lost its worker 2 times"):
         run_units(nothing, always_die, [0, 1, 2], workers=2, retries=1)
