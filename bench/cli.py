@@ -66,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--method", help="rtn, hqq, kquant or gptq (default: int8 rtn, int4 hqq)")
     weights.add_argument("--block-size", type=int, help="weights that share a scale (default: int8 16, int4 32)")
     weights.add_argument("--accuracy-level", type=int, help="0 computes in floats, 4 in int8 (default 4)")
-    weights.add_argument("--zero-points", help="integer or float (default: float for int4 by hqq and kquant)")
+    weights.add_argument(
+        "--zero-points",
+        help="integer, float, or none: symmetric, the fastest (default: float for int4 by hqq and kquant, else integer)",
+    )
     weights.add_argument(
         "--keep-float", help="parts kept in floats: none, or a list of qkv, o, gate, up, down, first:N, last:N"
     )

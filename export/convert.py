@@ -245,24 +245,27 @@ class _Weights:
         return self.add(name, sources, transform, (self.shapes[sources[0]][1], rows))
 
     def quantised(self, sources: tuple[str, ...], name: str, bits: int) -> list[str]:
-        """Codes, scales and zero points in MatMulNBits' layout; three neighbours in the file."""
+        """Codes, scales and, but for symmetric ones, zero points in MatMulNBits' layout; neighbours in the file."""
         rows, columns = sum(self.shapes[s][0] for s in sources), self.shapes[sources[0]][1]
         block = self.spec.block
         blocks = -(-columns // block)
         float_zero = self.spec.float_zero(bits)
-        if float_zero and columns % block == 0:
+        last: list[Any]
+        if self.spec.symmetric:
+            last = []
+        elif float_zero and columns % block == 0:
             # (q - z) s = (q - 8) s + (8 - z) s: the second part multiplies the sums of the input's blocks. MatMulNBits
             # itself takes real zero points too, but has no fast kernel for them (30 times slower on the CPU).
-            last: Any = (f"{name}.offsets", sources, "offsets", (blocks, rows), None, bits, columns)
+            last = [(f"{name}.offsets", sources, "offsets", (blocks, rows), None, bits, columns)]
         elif float_zero:
-            last = (f"{name}.zero_points", sources, "zero_points", (rows, blocks), None, bits, columns)
+            last = [(f"{name}.zero_points", sources, "zero_points", (rows, blocks), None, bits, columns)]
         else:
             packed = (rows, -(-blocks * bits // 8))
-            last = (f"{name}.zero_points", sources, "zero_points", packed, "uint8", bits, columns)
+            last = [(f"{name}.zero_points", sources, "zero_points", packed, "uint8", bits, columns)]
         return [
             self.add(f"{name}.codes", sources, "codes", (rows, blocks, block * bits // 8), "uint8", bits, columns),
             self.add(f"{name}.scales", sources, "scales", (rows, blocks), None, bits, columns),
-            self.add(*last),
+            *(self.add(*part) for part in last),
         ]
 
 
@@ -291,7 +294,7 @@ def _linear_nodes(
     else:
         used = weights.quantised(sources, name, bits)
         rows, columns = weights.recipes[used[0]].shape[0], weights.shapes[sources[0]][1]
-        offsets = used[2] if weights.recipes[used[2]].transform == "offsets" else None
+        offsets = next((n for n in used if weights.recipes[n].transform == "offsets"), None)
         nodes = [
             helper.make_node(
                 "MatMulNBits",

@@ -80,8 +80,8 @@ class Weight:
 class Quantisation:
     """How weights became integers; see :class:`export.spec.ExportSpec` for the values.
 
-    ``weights``, ``lm_head`` and ``embedding`` are ``float``, ``int8`` or ``int4``; ``zero_points`` is ``integer`` or
-    ``float``.
+    ``weights``, ``lm_head`` and ``embedding`` are ``float``, ``int8`` or ``int4``; ``zero_points`` is ``integer``,
+    ``float`` or ``none``.
     """
 
     weights: str

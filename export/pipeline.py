@@ -330,6 +330,7 @@ def _quantiser(
             hessian=hessians.get(recipe.sources[0]) if method == "gptq" else None,
             scale_dtype=TORCH_DTYPE[spec.float_type],
             float_zero=spec.float_zero(recipe.bits),
+            symmetric=spec.symmetric,
         )
 
     return apply

@@ -17,7 +17,7 @@ PRECISIONS = (*FLOATS, *BITS)
 TARGETS = ("ort", "tensorrt", "plain")
 METHODS = ("rtn", "hqq", "kquant", "gptq")
 PROVIDERS = ("any", "cuda")
-ZERO_POINTS = ("integer", "float")
+ZERO_POINTS = ("integer", "float", "none")
 KEEP = ("none", "qkv", "o", "gate", "up", "down", "first:N", "last:N")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -39,7 +39,8 @@ class ExportSpec:
         method: how weights become integers: ``rtn`` (round to nearest), ``hqq``, ``kquant`` or ``gptq`` (calibrated).
         block_size: weights that share a scale, along the input axis.
         accuracy_level: MatMulNBits' own: 0 computes in the activations' type, 4 in int8.
-        zero_points: ``integer`` or ``float``: real ones fit better and cost a small product more (4 bits only).
+        zero_points: ``integer``; ``float``: real ones fit better and cost a small product more (4 bits only); ``none``:
+            zero is the middle code of every block, which is fastest and fits worst.
         keep_float: comma-separated parts that stay in the activations' type: ``qkv``, ``o``, ``gate``, ``up``,
             ``down``, ``first:N`` and ``last:N`` layers, or ``none``.
         lm_head: ``float``, ``int8`` or ``int4``.
@@ -159,6 +160,11 @@ class ExportSpec:
     def float_zero(self, bits: int) -> bool:
         """Whether zero points of such a weight are real numbers."""
         return self.zero_points == "float" and bits == 4
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether no zero points are stored: codes stand around the middle one."""
+        return self.zero_points == "none"
 
     @property
     def digest(self) -> str:

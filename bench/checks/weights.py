@@ -175,7 +175,9 @@ def _quantised(
         over = padded.abs().amax(dim=2) > bound * 1.0001 + 1e-12
     else:
         float_zero = s.spec.float_zero(bits)
-        nearest = quantize(weight, bits, block, "rtn", scale_dtype=scales.dtype, float_zero=float_zero)
+        nearest = quantize(
+            weight, bits, block, "rtn", s.spec.symmetric, scale_dtype=scales.dtype, float_zero=float_zero
+        )
         base_error = dequantize(nearest, bits, block, columns).sub_(weight)
         base_square = torch.nn.functional.pad(base_error, (0, blocks * block - columns)).view_as(padded).square().sum(2)
         square = padded.square().sum(dim=2)

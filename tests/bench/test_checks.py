@@ -38,7 +38,7 @@ def test_a_true_export_passes_every_exact_check(precision: str, exports: Exports
 
 
 @pytest.mark.parametrize("method", ["rtn", "hqq", "kquant", "gptq"])
-@pytest.mark.parametrize("zero_points", ["integer", "float"])
+@pytest.mark.parametrize("zero_points", ["integer", "float", "none"])
 def test_the_audit_knows_each_quantiser(
     method: str, zero_points: str, exports: Exports, subjects: Callable[..., Any]
 ) -> None:
@@ -47,11 +47,14 @@ def test_the_audit_knows_each_quantiser(
     assert result.status == "PASS", result.figure
 
 
-@pytest.mark.parametrize(("method", "bit"), [("rtn", 1), ("rtn", 2), ("hqq", 2)])
+@pytest.mark.parametrize(
+    ("method", "zero_points", "bit"),
+    [("rtn", "integer", 1), ("rtn", "integer", 2), ("rtn", "none", 1), ("hqq", "float", 2), ("hqq", "none", 2)],
+)
 def test_a_code_that_is_off_is_outside_the_bound(
-    method: str, bit: int, workshop: Workshops, subjects: Callable[..., Any]
+    method: str, zero_points: str, bit: int, workshop: Workshops, subjects: Callable[..., Any]
 ) -> None:
-    shop = workshop("int4", {"method": method})
+    shop = workshop("int4", {"method": method, "zero_points": zero_points})
     name = next(w.name for w in shop.manifest.weights if w.name.endswith("up_proj.weight.codes"))
     with shop.weight(name) as codes:
         codes[5, 1, 3] ^= bit

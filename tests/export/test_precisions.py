@@ -32,8 +32,8 @@ PARTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate": ("gate",), "up": ("up",), 
 EMBEDDING = "model.embed_tokens.weight"
 # precision, method, zero points: everything that can be asked for.
 RECIPES = [
-    *(("int8", method, "integer") for method in ("rtn", "hqq", "kquant", "gptq")),
-    *(("int4", method, zeros) for method in ("rtn", "hqq", "kquant", "gptq") for zeros in ("integer", "float")),
+    *(("int8", method, zeros) for method in ("rtn", "hqq", "kquant", "gptq") for zeros in ("integer", "none")),
+    *(("int4", method, zeros) for method in ("rtn", "hqq", "kquant", "gptq") for zeros in ("integer", "float", "none")),
 ]
 STEPS = 8
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "uint8": torch.uint8}
@@ -90,6 +90,7 @@ def packed_weights(
                 hessian=hessians[key] if method == "gptq" else None,
                 scale_dtype=TYPES[spec.float_type],
                 float_zero=spec.zero_points == "float" and n == 4,
+                symmetric=spec.zero_points == "none",
             ),
         )
     return out
@@ -141,7 +142,7 @@ def same_bits(have: Tensor, want: Tensor) -> None:
 
 
 def check_on_disk(folder: Path, packed: dict[str, tuple[list[str], int, Packed]]) -> None:
-    """Codes, scales and zero points (or offsets) of every packed weight, bit for bit; and no others."""
+    """Codes, scales and zero points (or offsets, or none) of every packed weight, bit for bit; and no others."""
     manifest = read_manifest(folder)
     weights = {w.name: w for w in manifest.weights}
     seen = set()
@@ -153,7 +154,9 @@ def check_on_disk(folder: Path, packed: dict[str, tuple[list[str], int, Packed]]
         same_bits(stored(folder, manifest, codes).reshape(want.codes.shape), want.codes)
         scales = weights[f"{product}.weight.scales"]
         same_bits(stored(folder, manifest, scales), want.scales)
-        assert want.zero_points is not None
+        seen |= {codes.name, scales.name}
+        if want.zero_points is None:
+            continue
         last = f"{product}.weight.offsets"
         if last in weights:
             offsets = ((8 - want.zero_points.float()) * want.scales.float()).t().to(want.scales.dtype)
@@ -161,7 +164,7 @@ def check_on_disk(folder: Path, packed: dict[str, tuple[list[str], int, Packed]]
         else:
             last = f"{product}.weight.zero_points"
             same_bits(stored(folder, manifest, weights[last]), want.zero_points)
-        seen |= {codes.name, scales.name, last}
+        seen.add(last)
     assert seen == {w.name for w in manifest.weights if w.bits}
 
 
@@ -211,7 +214,7 @@ def test_accuracy_level_4_is_a_few_percent_away(
         assert max(found) < 0.1
 
 
-@pytest.mark.parametrize("zeros", ["integer", "float"])
+@pytest.mark.parametrize("zeros", ["integer", "float", "none"])
 def test_a_row_that_blocks_do_not_divide(zeros: str, checkpoints: Folders, exports: Folders, tmp_path: Path) -> None:
     """88 inputs of down_proj are 2.75 blocks: no sums of whole blocks, so real zero points go to MatMulNBits itself."""
     fields = recipe("int4", "rtn", zeros)
@@ -227,6 +230,8 @@ def test_a_row_that_blocks_do_not_divide(zeros: str, checkpoints: Folders, expor
         assert parts[f"{up}.offsets"] == ("offsets", "fp32")
         assert f"{down}.offsets" not in parts
         assert f"{up}.zero_points" not in parts
+    elif zeros == "none":
+        assert {t for t, _ in parts.values()} == {"codes", "scales"}
     else:
         assert parts[f"{down}.zero_points"] == parts[f"{up}.zero_points"] == ("zero_points", "uint8")
     oracle = replaced(checkpoints(**changes), tmp_path / "oracle", packed, spec.block)
@@ -236,17 +241,20 @@ def test_a_row_that_blocks_do_not_divide(zeros: str, checkpoints: Folders, expor
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    ("precision", "method", "lm_head", "embedding"),
+    ("precision", "method", "zeros", "lm_head", "embedding"),
     [
-        ("int8", "rtn", "int8", "float"),
-        ("int8", "gptq", "int8", "int8"),
-        ("int4", "hqq", "int4", "float"),
-        ("int4", "rtn", "float", "int8"),
+        ("int8", "rtn", "integer", "int8", "float"),
+        ("int8", "gptq", "integer", "int8", "int8"),
+        ("int8", "rtn", "none", "int8", "int8"),
+        ("int4", "hqq", "float", "int4", "float"),
+        ("int4", "rtn", "float", "float", "int8"),
+        ("int4", "rtn", "none", "int4", "int8"),
     ],
 )
 def test_head_and_embedding_follow_their_own_policy(
     precision: str,
     method: str,
+    zeros: str,
     lm_head: str,
     embedding: str,
     tied: bool,
@@ -255,7 +263,6 @@ def test_head_and_embedding_follow_their_own_policy(
     calibration: Sequence[str],
     tmp_path: Path,
 ) -> None:
-    zeros = "float" if precision == "int4" else "integer"
     fields = recipe(precision, method, zeros, lm_head=lm_head, embedding=embedding)
     changes = {"tie_word_embeddings": tied}
     source = checkpoints(**changes)
@@ -267,7 +274,7 @@ def test_head_and_embedding_follow_their_own_policy(
     lookup = next(n for n in nodes if "input_ids" in n.input and n.input[1] == "input_ids")
     assert lookup.op_type == ("GatherBlockQuantized" if embedding == "int8" else "Gather")
     head = next(n for n in nodes if "logits" in n.output)
-    wanted = {"float": "MatMul", "int8": "MatMulNBits", "int4": "Add"}
+    wanted = {"float": "MatMul", "int8": "MatMulNBits", "int4": "Add" if zeros == "float" else "MatMulNBits"}
     assert head.op_type == wanted[lm_head]
     manifest = read_manifest(folder)
     if embedding == "float":
