@@ -34,9 +34,16 @@ OURS: dict[str, dict[str, Any]] = {
     "ours fp32": {},
     "ours int4": {"precision": "int4"},
     "ours int4 rtn, head too": {"precision": "int4", "method": "rtn", "lm_head": "int4"},
+    "ours int4 rtn, head too, symmetric": {
+        "precision": "int4",
+        "method": "rtn",
+        "lm_head": "int4",
+        "zero_points": "none",
+    },
 }
-"""Our sides: name -> fields of :class:`export.spec.ExportSpec`. The last is quantised as genai's builder does it."""
-FP32, INT4, INT4_ALIKE = OURS
+"""Our sides: name -> fields of :class:`export.spec.ExportSpec`. The last is quantised as genai's builder does it, the one
+before it as llama.cpp's Q4_1 is (a smallest value for each block)."""
+FP32, INT4, INT4_Q4_1, INT4_ALIKE = OURS
 GENAI = {"genai fp32": "fp32", "genai int4": "int4"}
 PROMPT, NEW, LONG, BATCH = 128, 32, 2000, 4
 VOCAB = 30_000
@@ -117,7 +124,7 @@ PROFILED: dict[str, tuple[str, int, int, bool]] = {
     "decode, context 2,000": (FP32, 1, LONG, False),
     "decode, batch 4": (FP32, BATCH, PROMPT, False),
     "prefill 128": (FP32, 1, PROMPT, True),
-    "int4 rtn decode": (INT4_ALIKE, 1, PROMPT, False),
+    "int4 rtn decode": (INT4_Q4_1, 1, PROMPT, False),
 }
 """What is profiled: name -> side, batch, context, and whether the prefill is looked at instead of the steps."""
 
@@ -239,7 +246,7 @@ def interleaved(sides: dict[str, Session], figures: Figures, config: dict[str, A
         figures.add("int4 decode, of genai int4, quantised alike", _paired(runs, INT4_ALIKE, "genai int4", _tpot), 0.85)
         figures.add("int4 decode, of genai int4, ours by HQQ", _paired(runs, INT4, "genai int4", _tpot))
     if LLAMA_CPP in sides:
-        figures.add("int4 decode, of llama.cpp Q4_1, ours rtn", _paired(runs, INT4_ALIKE, LLAMA_CPP, _tpot), 0.85)
+        figures.add("int4 decode, of llama.cpp Q4_1, ours rtn", _paired(runs, INT4_Q4_1, LLAMA_CPP, _tpot), 0.85)
         figures.add("int4 decode, of llama.cpp Q4_1, ours by HQQ", _paired(runs, INT4, LLAMA_CPP, _tpot), 0.85)
         figures.add("fp32 prefill 128, of llama.cpp Q4_1", _paired(runs, FP32, LLAMA_CPP, _ttft))
 
