@@ -37,6 +37,7 @@ OURS: dict[str, dict[str, Any]] = {
     "int8, nothing kept": {"precision": "int8", "keep_float": "none"},
     "int8, nothing kept, level 0": {"precision": "int8", "keep_float": "none", "accuracy_level": 0},
     "int4 rtn": {"precision": "int4", "method": "rtn"},
+    "int4 rtn, no zero points": {"precision": "int4", "method": "rtn", "zero_points": "none"},
     "int4 gptq": {"precision": "int4", "method": "gptq"},
     "int4 kquant": {"precision": "int4", "method": "kquant"},
     "int4 hqq": {"precision": "int4", "method": "hqq"},
