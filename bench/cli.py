@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--accuracy-level", type=int, help="0 computes in floats, 4 in int8 (default 4)")
     weights.add_argument(
         "--zero-points",
-        help="integer, float, or none: symmetric, the fastest (default: float for int4 by hqq and kquant, else integer)",
+        help="integer, float, or none: symmetric, fastest (default: float for int4 by hqq and kquant, else integer)",
     )
     weights.add_argument(
         "--keep-float", help="parts kept in floats: none, or a list of qkv, o, gate, up, down, first:N, last:N"

@@ -41,8 +41,8 @@ OURS: dict[str, dict[str, Any]] = {
         "zero_points": "none",
     },
 }
-"""Our sides: name -> fields of :class:`export.spec.ExportSpec`. The last is quantised as genai's builder does it, the one
-before it as llama.cpp's Q4_1 is (a smallest value for each block)."""
+"""Our sides: name -> fields of :class:`export.spec.ExportSpec`. The last is quantised as genai's builder does it, the
+one before it as llama.cpp's Q4_1 is (a smallest value for each block)."""
 FP32, INT4, INT4_Q4_1, INT4_ALIKE = OURS
 GENAI = {"genai fp32": "fp32", "genai int4": "int4"}
 PROMPT, NEW, LONG, BATCH = 128, 32, 2000, 4

@@ -160,7 +160,7 @@ def make(
     from runtime.loading import load
     from runtime.torch_session import TorchSession
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     texts = [w for t in load_shipped().prose() for w in chunked(tokenizer(t)["input_ids"], 256)]
     chosen = texts[:: max(1, len(texts) // windows)][:windows]
     log = Console(stderr=True)

@@ -1,8 +1,8 @@
 """One long evaluation on several processes, GPUs or machines, through Ray.
 
 Units of work (a window, a batch) are the same whatever the number of workers, each is computed by itself, and results
-are put in the units' order: so N workers give the digits of one. A worker that dies costs its unit a retry; one that dies
-before it stands costs none (Ray starts workers on a lost machine until it notices); an error *in* the work is not
+are put in the units' order: so N workers give the digits of one. A worker that dies costs its unit a retry; one that
+dies before it stands costs none (Ray starts workers on a lost machine until it notices); an error *in* the work is not
 retried, it would come again. Without Ray, or with one worker, all runs here in a plain loop.
 Machines that should take part are joined with Ray's own ``ray start``; ``RAY_ADDRESS`` then names the cluster.
 
@@ -36,7 +36,7 @@ Unit = TypeVar("Unit")
 Answer = TypeVar("Answer")
 RETRIES = 2
 STARTS = 40
-"""How many workers in a row may die before they stand; at a second each, longer than Ray takes to notice a lost machine."""
+"""How many workers in a row may die before they stand: at a second each, longer than Ray takes to notice a loss."""
 START_PAUSE_S = 1.0
 
 

@@ -21,21 +21,25 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def publish(target: Path, shared: bool = False) -> Iterator[Path]:
+def publish(target: Path, shared: bool = False, replace: bool = False) -> Iterator[Path]:
     """A new folder that becomes ``target`` in one rename when the block ends well, and vanishes otherwise.
 
-    ``shared`` is for a cache: when another process published the same target meanwhile, its folder stays.
+    ``shared`` is for a cache: when another process published the same target meanwhile, its folder stays. ``replace``
+    lets the new folder take the place of one that is there, which stays until the new one is complete.
 
     A process that was killed leaves its unfinished folder *beside* the target, never under its name; the next
     caller removes what dead processes left.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.partial-"
-    for old in target.parent.glob(f"{prefix}*"):
-        pid = old.name.removeprefix(prefix)
+    prefix, aside = f".{target.name}.partial-", f".{target.name}.replaced-"
+    for old in [p for p in target.parent.iterdir() if p.name.startswith((prefix, aside))]:
+        pid = old.name.rpartition("-")[2]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
+            if old.name.startswith(aside) and not target.exists():
+                old.rename(target)  # killed between the two renames
+            else:
+                shutil.rmtree(old, ignore_errors=True)
     work = target.parent / f"{prefix}{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -48,6 +52,15 @@ def publish(target: Path, shared: bool = False) -> Iterator[Path]:
             target.rmdir()
         if shared and target.is_dir():
             shutil.rmtree(work)
+        elif replace and target.is_dir():
+            old = target.with_name(f"{aside}{os.getpid()}")
+            target.rename(old)
+            try:
+                work.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             work.rename(target)
     except BaseException:

@@ -36,7 +36,7 @@ def hessians_of(
     """
     if not any(texts):
         raise ExportError("gptq needs text to calibrate on; pass some, or choose --method hqq")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     wide = 3 * config.hidden_size**2 + config.intermediate_size**2
     needed = 2 * weights + 4 * wide * config.num_hidden_layers
@@ -47,7 +47,7 @@ def hessians_of(
             f"choose --method hqq or kquant, which stream"
         )
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception:  # transformers raises whatever its converters stumble over
         raise ExportError(f"{folder} has no tokenizer, which gptq needs to calibrate; choose --method hqq") from None
     status("calibrating")
@@ -55,7 +55,9 @@ def hessians_of(
     if not ids:
         raise ExportError("gptq needs text to calibrate on, and this is blank; choose --method hqq")
     window = min(WINDOW, config.max_position_embeddings)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
     moments: dict[str, Tensor] = {}
 
     def watch(name: str, layer: nn.Linear) -> None:

@@ -50,7 +50,7 @@ def demo_model(status: Status = lambda _: None, progress: Callable[[int, int], N
     found = cached_demo_model()
     if found:
         return found
-    from export.source import convert_gguf
+    from export.gguf_file import convert_gguf
 
     target = cache_dir() / "demo-model" / FOLDER
     with tempfile.TemporaryDirectory(prefix="llama-onnx-demo-") as tmp:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 from export.cache import publish
 from export.check import check_graph
 from export.convert import EMBEDDING, OPSET, TORCH_DTYPE, Conversion, WeightRecipe, convert, head_dim_of
-from export.errors import BrokenCheckpointError, DestinationError
+from export.errors import BrokenCheckpointError, DestinationError, UnsupportedModelError
 from export.genai import write_genai_config
 from export.manifest import (
     SCHEMA_VERSION,
@@ -78,8 +78,13 @@ def load_config(source: Source) -> PretrainedConfig:
         BrokenCheckpointError: transformers does not know the architecture or cannot read the file.
     """
     try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as e:
+        if "trust_remote_code" in str(e):
+            raise UnsupportedModelError(
+                f"{source.folder} brings Python code of its own, which is never run; only models that transformers "
+                "itself knows are exported"
+            ) from None
         first = str(e).splitlines()[0][:200]
         raise BrokenCheckpointError(f"{source.folder}/config.json cannot be used: {first}") from None
 
@@ -163,6 +168,7 @@ def export_model(
         ExportError: see :mod:`export.errors`.
     """
     out = out.expanduser()
+    out = out.resolve() if out.is_symlink() else out  # a link stays one
     existing = _check_destination(out, spec, force)
     source = source or resolve(spec.model, spec.revision, status, allow_pickle)
     if existing is not None:
@@ -175,8 +181,6 @@ def export_model(
     config = load_config(source)
     checkpoint = Checkpoint(source.folder)
     made = _plain if spec.target == "plain" else _fused
-    if force and out.exists():
-        shutil.rmtree(out)
     return made(spec, source, config, checkpoint, out, calibration, status, progress), True
 
 
@@ -205,7 +209,7 @@ def _fused(
         done += n
         progress(done, conversion.data_bytes)
 
-    with publish(out) as work:
+    with publish(out, replace=True) as work:
         data_sha, identity = write_data(
             conversion,
             checkpoint,
@@ -237,7 +241,7 @@ def _plain(
     progress: Progress,
 ) -> Manifest:
     _check_disk(out, 2 * sum(f.stat().st_size for f in source.folder.glob("*.safetensors")) + (64 << 20))
-    with publish(out) as work:
+    with publish(out, replace=True) as work:
         graph = run_optimum(spec, source.folder, config, work, status)
         _copy_side_files(source.folder, work)
         status("hashing")

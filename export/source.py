@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.cache import cache_dir, publish
-from export.errors import BrokenCheckpointError, ExportError, ModelNotFoundError
+from export.errors import BrokenCheckpointError, ModelNotFoundError
 from export.manifest import sha256_of
+from export.newer_config import readable
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -100,8 +101,9 @@ def _local(folder: Path, status: Status, allow_pickle: bool) -> Source:
                 f"{folder} holds pickled weights only ({pickles[0].name}), and a pickle can run code when it is read; "
                 f"save the model with safe_serialization=True, or pass --allow-pickle if you trust its maker"
             )
-        return Source(unpickled_checkpoint(folder, pickles, status), folder.resolve().name, f"{origin}, unpickled")
-    return Source(folder, folder.resolve().name, origin)
+        unpickled = unpickled_checkpoint(folder, pickles, status)
+        return Source(readable(unpickled), folder.resolve().name, f"{origin}, unpickled")
+    return Source(readable(folder), folder.resolve().name, origin)
 
 
 def _from_hub(model: str, revision: str | None, status: Status) -> Source:
@@ -133,7 +135,7 @@ def _from_hub(model: str, revision: str | None, status: Status) -> Source:
             f"the hub cannot be reached and {model!r} is not cached; pass a local checkpoint folder instead, "
             f"or 'demo' for the built-in demo model"
         ) from None
-    return Source(Path(folder), model, f"hub {model}" + (f" at {revision}" if revision else ""))
+    return Source(readable(Path(folder)), model, f"hub {model}" + (f" at {revision}" if revision else ""))
 
 
 def unpickled_checkpoint(folder: Path, pickles: list[Path], status: Status) -> Path:
@@ -147,7 +149,10 @@ def unpickled_checkpoint(folder: Path, pickles: list[Path], status: Status) -> P
     import torch
     from safetensors.torch import save_file
 
-    digest = hashlib.sha256("".join(sha256_of(p) for p in pickles).encode()).hexdigest()[:16]
+    others = sorted(f for f in folder.iterdir() if _goes_along(f))
+    digest = hashlib.sha256("".join(f"{p.name} {sha256_of(p)}\n" for p in [*pickles, *others]).encode()).hexdigest()[
+        :16
+    ]
     target = cache_dir() / "unpickled" / digest
     if (target / "config.json").is_file():
         return target
@@ -170,43 +175,27 @@ def unpickled_checkpoint(folder: Path, pickles: list[Path], status: Status) -> P
             total += sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (work / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-        for file in folder.iterdir():
-            if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, work / file.name)
+        for file in others:
+            shutil.copyfile(file, work / file.name)
     return target
+
+
+def _goes_along(file: Path) -> bool:
+    """Whether a file is copied beside weights that are converted: configuration and tokenizer."""
+    return file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json")
 
 
 def gguf_checkpoint(path: Path, status: Status = lambda _: None) -> Path:
     """Convert a GGUF file to a safetensors folder in the cache, once per content; returns the folder.
 
     Raises:
-        BrokenCheckpointError: the file is damaged, or of an architecture that transformers cannot read.
+        BrokenCheckpointError: the file is damaged or incomplete, or of an architecture that transformers cannot read.
+        UnsupportedModelError: it holds what would be lost.
     """
-    target = cache_dir() / "gguf" / sha256_of(path)[:16]
+    from export.gguf_file import convert_gguf
+
+    target = cache_dir() / "gguf-2" / sha256_of(path)[:16]  # files of the first version lack their rope scaling
     if not (target / "config.json").is_file():
         with publish(target, shared=True) as work:
             convert_gguf(path, work, status)
     return target
-
-
-def convert_gguf(path: Path, out: Path, status: Status) -> None:
-    """Read a GGUF file through transformers and save weights (fp32), config and tokenizer to ``out``."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()  # its notes on legacy tokenizers are about other files
-    status(f"reading {path.name} (about a minute)")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except ExportError:
-        raise
-    except Exception as e:
-        first = (str(e).splitlines() or [type(e).__name__])[0]
-        raise BrokenCheckpointError(f"{path} cannot be read as GGUF ({first}); is it whole, and a LLaMA?") from None
-    status("saving as safetensors")
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    # transformers saves the GGUF itself as "tokenizer.model"; tokenizer.json holds all that is needed.
-    (out / "tokenizer.model").unlink(missing_ok=True)

@@ -38,6 +38,38 @@ _LARGE = 128 << 20
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read: ``model.safetensors``, else what the index names.
+
+    Raises:
+        BrokenCheckpointError: none, an index that cannot be read, or several files and nothing that says which.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            raise BrokenCheckpointError(f"{index} is not a safetensors index ({e}); download it again") from None
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise BrokenCheckpointError(f"{index} names {outside[0]!r}, which is not a file beside it; refused")
+        if names:
+            return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BrokenCheckpointError(
+            f"{folder} holds no *.safetensors; save the model with save_pretrained(..., safe_serialization=True)"
+        )
+    if len(files) > 1:
+        raise BrokenCheckpointError(
+            f"{folder} holds {', '.join(f.name for f in files[:3])}{', ...' * (len(files) > 3)} and neither "
+            f"{single.name} nor {index.name}: which of them are the model? Remove the others, or add the index"
+        )
+    return files
+
+
 class Checkpoint:
     """Tensors of a safetensors checkpoint, sharded or not, read one by one.
 
@@ -49,19 +81,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as e:
-                raise BrokenCheckpointError(f"{index} is not a safetensors index ({e}); download it again") from None
-            files = [folder / name for name in names]
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise BrokenCheckpointError(
-                f"{folder} holds no *.safetensors; save the model with save_pretrained(..., safe_serialization=True)"
-            )
+        files = _weight_files(folder)
         self.where: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[Path, dict[str, Any]] = {}
@@ -69,6 +89,11 @@ class Checkpoint:
             try:
                 with safe_open(file, framework="pt") as f:
                     for name in f.keys():  # noqa: SIM118 (not a dict)
+                        if name in self.where:
+                            raise BrokenCheckpointError(
+                                f"{name} is both in {self.where[name].name} and in {file.name}; "
+                                "remove the file that does not belong to the model"
+                            )
                         self.where[name] = file
                         self.shapes[name] = tuple(f.get_slice(name).get_shape())
             except FileNotFoundError:

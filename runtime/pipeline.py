@@ -94,7 +94,7 @@ class PipelineMixin(PreTrainedModel):
         # The pipeline logs an error for classes that it does not find here.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("llama-onnx-session", type(self).__name__)
         try:
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as e:
             first = str(e).splitlines()[0][:160]
             raise SessionError(

@@ -65,7 +65,12 @@ class TorchSession(Guarded):
     def _open(self, folder: Path, dtype: torch.dtype) -> Any:
         def load(attention: str) -> Any:
             return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             )
 
         try:

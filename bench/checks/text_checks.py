@@ -56,7 +56,7 @@ def config(s: Subject) -> Found:
     if not path.is_file():
         return Found("REPORTED", "no config.json in the folder")
     try:
-        ours = AutoConfig.from_pretrained(s.folder, local_files_only=True).to_dict()
+        ours = AutoConfig.from_pretrained(s.folder, local_files_only=True, trust_remote_code=False).to_dict()
     except (ValueError, OSError, KeyError, TypeError) as e:
         return exact([Finding(where="config.json", what=str(e).splitlines()[0][:160])], "")
     theirs = s.baseline.config.to_dict()

@@ -13,7 +13,7 @@ from bench.defects.workshop import Defect, Workshop, layer_at
 def _config(w: Workshop) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(w.checkpoint, local_files_only=True)
+    return AutoConfig.from_pretrained(w.checkpoint, local_files_only=True, trust_remote_code=False)
 
 
 def _name(w: Workshop, part: str) -> str:

@@ -1,0 +1,117 @@
+"""GGUF files, read through transformers, with what transformers leaves out put right or refused.
+
+transformers takes weights and sizes from a GGUF file and drops the rest in silence: rope scaling (as metadata, or as
+the ``rope_freqs`` tensor of LLaMA 3.1), biases, experts; and a tensor that is missing becomes random numbers.
+Try: ``llama-onnx export FILE.gguf OUT``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from export.errors import BrokenCheckpointError, ExportError, UnsupportedModelError
+
+_LLAMA_TENSOR = re.compile(
+    r"(token_embd|output|output_norm|rope_freqs)\.weight"
+    r"|blk\.\d+\.(attn_norm|attn_q|attn_k|attn_v|attn_output|ffn_norm|ffn_gate|ffn_up|ffn_down)\.weight"
+)
+_ROPE_FACTORS = "rope_freqs.weight"
+# What every LLaMA 3.1 and 3.2 was trained with; only the factor differs (8 and 32).
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
+    """Save a GGUF file's weights (fp32), configuration and tokenizer to the folder ``out``.
+
+    Raises:
+        BrokenCheckpointError: damaged, or a tensor is missing.
+        UnsupportedModelError: it holds what would be lost.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()  # its notes on legacy tokenizers are about other files
+    status(f"reading {path.name} (about a minute)")
+    try:
+        scaling = _rope_scaling(path)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except ExportError:
+        raise
+    except Exception as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise BrokenCheckpointError(f"{path} cannot be read as GGUF ({first}); is it whole, and a LLaMA?") from None
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise BrokenCheckpointError(
+            f"{path} lacks {len(missing)} tensors, the first {missing[0]}; download or convert it again"
+        )
+    if scaling:
+        model.config.rope_scaling = scaling
+    status("saving as safetensors")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # transformers saves the GGUF itself as "tokenizer.model"; tokenizer.json holds all that is needed.
+    (out / "tokenizer.model").unlink(missing_ok=True)
+
+
+def _rope_scaling(path: Path) -> dict[str, Any] | None:
+    """transformers' ``rope_scaling`` for a LLaMA file; None for no scaling, and for other architectures."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        return None if field is None else field.contents()
+
+    if value("general.architecture") != "llama":
+        return None
+    strange = sorted(t.name for t in reader.tensors if not _LLAMA_TENSOR.fullmatch(t.name))
+    if strange:
+        raise UnsupportedModelError(
+            f"{path} holds {len(strange)} tensors that no LLaMA has (the first: {strange[0]}) and that would be lost; "
+            "export the original checkpoint folder instead"
+        )
+    kind, factor = value("llama.rope.scaling.type") or "none", value("llama.rope.scaling.factor")
+    factors = next((t.data for t in reader.tensors if t.name == _ROPE_FACTORS), None)
+    if factors is not None:
+        return _llama3(path, factors, float(value("llama.rope.freq_base") or 10000.0))
+    if kind == "none" or (kind == "linear" and factor in (None, 1.0)):
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": float(factor)}
+    raise UnsupportedModelError(
+        f"{path} scales its rotary embedding ({kind}), which is not read from GGUF; export the original checkpoint "
+        "folder instead"
+    )
+
+
+def _llama3(path: Path, factors: Any, base: float) -> dict[str, Any]:
+    """LLaMA 3's rope scaling, recognised by the factors that it divides the frequencies by, fp32 [head_dim / 2]."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    found = np.asarray(factors, dtype=np.float64).ravel()
+    scaling = {"rope_type": "llama3", "factor": float(found.max()), **_LLAMA3}
+    config = LlamaConfig(head_dim=2 * len(found), rope_theta=base, rope_scaling=scaling, max_position_embeddings=131072)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = base ** -(np.arange(len(found)) / len(found))
+    if not np.allclose(plain / scaled.double().numpy(), found, rtol=1e-3):
+        raise UnsupportedModelError(
+            f"the rotary factors in {path} are not those of LLaMA 3.1 or 3.2, and their rule is not known; export the "
+            "original checkpoint folder instead"
+        )
+    return scaling

@@ -1,0 +1,86 @@
+"""Checkpoints saved by transformers 5, made readable for the transformers 4 that optimum exports with.
+
+Version 5 writes ``rope_parameters`` where 4 reads ``rope_theta`` and ``rope_scaling``; 4 ignores the new key in silence
+and would take a base of 10,000 without scaling.
+Try: ``python -m pytest tests/export/test_newer_config.py -q``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from export.cache import cache_dir, publish
+from export.errors import BrokenCheckpointError, UnsupportedModelError
+
+_TOKENIZER = "tokenizer_config.json"
+_NEW_CLASS = "TokenizersBackend"
+
+
+def older(raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with ``rope_theta`` and ``rope_scaling`` for its ``rope_parameters``; others as they are.
+
+    Raises:
+        BrokenCheckpointError: both spellings are there and contradict each other, or the new one is not an object.
+        UnsupportedModelError: parameters by layer type, which the old spelling cannot say.
+    """
+    if raw.get("rope_parameters") is None:
+        return raw
+    new = raw["rope_parameters"]
+    if not isinstance(new, dict):
+        raise BrokenCheckpointError(f"config.json: rope_parameters is {new!r}, not an object; download it again")
+    if any(isinstance(v, dict) for v in new.values()):
+        raise UnsupportedModelError("config.json has rope_parameters for each type of layer; no LLaMA has")
+    scaling: dict[str, Any] | None = {k: v for k, v in new.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    if scaling is not None and scaling.get("rope_type", "default") == "default":
+        scaling = None
+    said = {"rope_scaling": scaling}
+    said |= {k: new[k] for k in ("rope_theta", "partial_rotary_factor") if k in new}
+    for key, value in said.items():
+        if raw.get(key) not in (None, value):
+            raise BrokenCheckpointError(
+                f"config.json says {key} {raw[key]!r}, its rope_parameters say {value!r}; remove the wrong one"
+            )
+    return {**raw, **said}
+
+
+def readable(folder: Path) -> Path:
+    """The folder itself, or one in the cache that links to its files and has the older spelling.
+
+    Raises:
+        BrokenCheckpointError: as :func:`older`, or a configuration that is not JSON.
+        UnsupportedModelError: as :func:`older`.
+    """
+    texts = {}
+    for name, change in (("config.json", older), (_TOKENIZER, _known_class)):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise BrokenCheckpointError(f"{path} is not valid JSON ({e}); copy or download it again") from None
+        if isinstance(raw, dict) and (changed := change(raw)) != raw:
+            texts[name] = json.dumps(changed, indent=2) + "\n"
+    if not texts:
+        return folder
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name not in texts)
+    facts = [str(folder.resolve()), *texts.values()]
+    facts += [f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
+    digest = hashlib.sha256("|".join(facts).encode()).hexdigest()[:16]
+    target = cache_dir() / "readable" / digest / folder.resolve().name
+    if not (target / "config.json").is_file():
+        with publish(target, shared=True) as work:
+            for file in files:
+                (work / file.name).symlink_to(file.resolve())
+            for name, text in texts.items():
+                (work / name).write_text(text, encoding="utf-8")
+    return target
+
+
+def _known_class(raw: dict[str, Any]) -> dict[str, Any]:
+    if raw.get("tokenizer_class") != _NEW_CLASS:
+        return raw
+    return {**raw, "tokenizer_class": "PreTrainedTokenizerFast"}
