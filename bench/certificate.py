@@ -148,6 +148,12 @@ def hash_baseline(checkpoint: Path, progress: Progress | None = None) -> dict[st
     return roles
 
 
+def baseline_digest(roles: Mapping[str, Mapping[str, str]]) -> str:
+    """One SHA-256 (hex) over what :func:`hash_baseline` found."""
+    parts = ("baseline", "tokenizer")
+    return folder_digest({f"{role}/{name}": digest for role in parts for name, digest in roles[role].items()})
+
+
 # -- the result -----------------------------------------------------------------------------------------------------
 
 
@@ -257,12 +263,22 @@ def make_certificate(
         progress: called with the bytes of each chunk hashed.
 
     Raises:
-        CertificateError: no result in the document, or one that was measured on another folder or other data.
+        CertificateError: no result in the document, or one that was measured on another folder, against another
+            checkpoint or on other data; days that are not a number.
     """
+    if not (math.isfinite(valid_days) and valid_days > 0):
+        raise CertificateError("dates", f"a certificate cannot be valid for {valid_days:g} days; give more than 0", 2)
     result = read_result(verdict_document)
     files = hash_folder(folder, progress)
     roles = hash_baseline(baseline_checkpoint, progress)
     notes = _binding(result, folder, files, dataset)
+    measured_on = verdict_document.get("baseline_sha256")
+    if not measured_on:
+        notes.append("the result does not say by digest which checkpoint it was measured against")
+    elif measured_on != baseline_digest(roles):
+        raise CertificateError(
+            "other-baseline", f"the result was measured against another checkpoint than {baseline_checkpoint}", 1
+        )
     if dataset is not None:
         roles["data"] = {dataset.name: dataset.sha256}
     made = (now or datetime.datetime.now(datetime.UTC)).replace(microsecond=0)

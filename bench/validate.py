@@ -6,6 +6,7 @@ runtime is no folder to ship. Try: ``llama-onnx validate FOLDER --baseline demo 
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -112,7 +113,9 @@ def validate(
     from bench.environment import machine, versions
 
     started = time.perf_counter()
-    digest = subject.digest  # before anything is measured: what a certificate of this result may cover
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    # Before anything is measured: what a certificate of this result may cover.
+    digest, baseline_digest = subject.digest, subject.baseline.digest
     done = run_checks(subject, specs, on_result)
     results = [r for r, _ in done]
     place = None
@@ -143,9 +146,11 @@ def validate(
         if not subject.ours:
             notes.append("not a fused folder of ours: attributes, weights by content and numbers were checked")
     return Validation(
+        created_utc=created,
         folder=subject.folder.resolve().name,
         folder_sha256=digest,
         baseline=f"{subject.baseline.source.name} ({subject.baseline.source.origin}), PyTorch fp32",
+        baseline_sha256=baseline_digest,
         mode=subject.mode.name,
         tier=tier,
         dataset=f"{subject.dataset.name} (SHA-256 {subject.dataset.sha256[:16]})",

@@ -120,6 +120,8 @@ def _check_dates(evidence: Evidence, max_age_days: float | None, now: datetime.d
         )
     if now >= evidence.expires_utc:
         raise CertificateError("expired", f"the certificate expired on {evidence.expires_utc:%Y-%m-%d %H:%M} UTC")
+    if max_age_days is not None and not max_age_days >= 0:
+        raise CertificateError("dates", f"--max-age {max_age_days:g} is no number of days", 2)
     age = (now - evidence.created_utc).total_seconds() / 86400
     if max_age_days is not None and age > max_age_days:
         raise CertificateError("too-old", f"the certificate is {age:.1f} days old, --max-age allows {max_age_days:g}")

@@ -60,13 +60,16 @@ class Place(_Frozen):
 class Validation(_Frozen):
     """Everything of one run; ``verdict`` with its ``reasons`` decides the exit code.
 
-    ``folder_sha256`` is over names and SHA-256 of every file of the folder, "" where it could not be read.
+    ``folder_sha256`` is over names and SHA-256 of every file of the folder, "" where it could not be read;
+    ``baseline_sha256`` the same over the baseline's weights, configuration and tokenizer.
     """
 
     schema_version: Literal[1] = 1
+    created_utc: str = ""
     folder: str
     folder_sha256: str
     baseline: str
+    baseline_sha256: str = ""
     mode: str
     tier: str
     dataset: str

@@ -21,6 +21,8 @@ from runtime.trust import check_graph
 GENAI_CONFIG = "genai_config.json"
 GRAPHS = ("model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx")
 """File names that optimum has used, the present one first."""
+SCORING_GRAPH = "model_scoring.onnx"
+"""The second graph of our own export, whose manifest may have been left behind."""
 FUSED = (
     "GroupQueryAttention",
     "MultiHeadAttention",
@@ -94,6 +96,7 @@ def describe(folder: Path) -> Manifest:
     if counts["MultiHeadAttention"]:
         notes.append("MultiHeadAttention: its padding rules are taken to be those of an unfused graph")
     looked_up = _only_gathered(graph)
+    scoring = _scoring_graph(folder, name)
     files = {
         p.name: FileEntry(p.stat().st_size, "") for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."
     }
@@ -114,13 +117,13 @@ def describe(folder: Path) -> Manifest:
         target="ort" if attention == "GroupQueryAttention" else "plain",
         attention=attention,
         padding="right" if attention == "GroupQueryAttention" else "any",
-        decode_logits="last" if _dim(outputs["logits"], 1) == 1 else "all",
+        decode_logits="last" if scoring != name or _dim(outputs["logits"], 1) == 1 else "all",
         opset=next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
         vocab_size=vocab,
         context_length=context,
         eos_token_ids=eos,
         decode_graph=name,
-        scoring_graph=name,
+        scoring_graph=scoring,
         data_file=next((e.value for t in graph.initializer for e in t.external_data if e.key == "location"), name),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
@@ -133,6 +136,14 @@ def describe(folder: Path) -> Manifest:
         files=files,
         notes=tuple(notes),
     )
+
+
+def _scoring_graph(folder: Path, decode: str) -> str:
+    """Our own layout has a second graph that gives the logits of every position."""
+    if decode == GRAPHS[0] and (folder / SCORING_GRAPH).is_file():
+        check_graph(folder / SCORING_GRAPH)
+        return SCORING_GRAPH
+    return decode
 
 
 def _json(path: Path) -> dict[str, Any]:

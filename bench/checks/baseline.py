@@ -71,6 +71,16 @@ class Baseline:
         return self.source.folder
 
     @cached_property
+    def digest(self) -> str:
+        """One SHA-256 over names and contents of its weights, configuration and tokenizer; "" without weights."""
+        from bench.certificate import CertificateError, baseline_digest, hash_baseline
+
+        try:
+            return baseline_digest(hash_baseline(self.checkpoint))
+        except CertificateError:
+            return ""
+
+    @cached_property
     def config(self) -> Any:
         """transformers' configuration."""
         return load_config(self.source)

@@ -98,6 +98,7 @@ def tokenizer(s: Subject) -> Found:
     a, b = _tokenizer_json(s.folder), _tokenizer_json(s.baseline.checkpoint)
     if a is not None and b is not None:
         findings += _parts(a, b)
+    findings += _settings(ours, theirs, s)
     texts = [*STRESS, *(t for item in s.dataset.items for t in item.fields.values())]
     step = max(1, len(texts) // MOST_TEXTS)
     chosen = [*STRESS, *texts[len(STRESS) :: step]]
@@ -115,6 +116,39 @@ def tokenizer(s: Subject) -> Found:
             findings.append(Finding(where=f"text {text[:40]!r}", what="decodes to another text"))
             break
     return exact(findings, f"every part equal, {len(chosen)} texts give the same ids and come back")
+
+
+SETTINGS = (
+    "split_special_tokens",
+    "clean_up_tokenization_spaces",
+    "padding_side",
+    "truncation_side",
+    "model_max_length",
+)
+"""What tokenizer_config.json sets on a tokenizer beside its parts."""
+
+
+def _settings(ours: Any, theirs: Any, s: Subject) -> list[Finding]:
+    """Settings that no text of a check need show: how special tokens are cut, what is stripped, which file is read."""
+    findings = []
+    for name in SETTINGS:
+        a, b = getattr(ours, name, None), getattr(theirs, name, None)
+        if a != b:
+            findings.append(Finding(where=f"tokenizer_config.json, {name}", what=f"is {a}, the baseline has {b}"))
+    a, b = ({i: repr(t) for i, t in getattr(x, "added_tokens_decoder", {}).items()} for x in (ours, theirs))
+    wrong = sorted(i for i in a.keys() | b.keys() if a.get(i) != b.get(i))
+    if wrong:
+        what = f"is {a.get(wrong[0])}, the baseline has {b.get(wrong[0])}"
+        findings.append(Finding(where=f"tokenizer_config.json, added token {wrong[0]}", what=what))
+    # transformers reads another tokenizer.json where this names one for its version.
+    named = [
+        (_json(f / "tokenizer_config.json") or {}).get("fast_tokenizer_files")
+        for f in (s.folder, s.baseline.checkpoint)
+    ]
+    if named[0] != named[1]:
+        what = f"is {named[0]}, the baseline has {named[1]}"
+        findings.append(Finding(where="tokenizer_config.json, fast_tokenizer_files", what=what))
+    return findings
 
 
 def _parts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
@@ -169,8 +203,18 @@ def chat_template(s: Subject) -> Found:
                         what=f"gives {_around(left, right)!r}, the baseline's gives {_around(right, left)!r}",
                     )
                 )
-    notes = [] if a == b else ["the template's text differs, what it renders does not"]
-    return exact(findings, f"{2 * len(CHATS)} renderings equal" + (", template equal" if a == b else ""), notes)
+    if not findings and _text_of(a) != _text_of(b):
+        # A condition on one word would show in no rendering.
+        what = f"is another text, though it renders {len(CHATS)} conversations alike; use the baseline's"
+        findings.append(Finding(where="chat template", what=what))
+    return exact(findings, f"{2 * len(CHATS)} renderings equal, template equal")
+
+
+def _text_of(template: Any) -> Any:
+    """A template (or several by name) without what an editor does to the ends of a file and of lines."""
+    if isinstance(template, dict):
+        return {name: _text_of(t) for name, t in template.items()}
+    return str(template).replace("\r\n", "\n").strip()
 
 
 def _render(tokenizer: Any, chat: list[dict[str, str]], prompt: bool) -> str:
@@ -222,7 +266,50 @@ def special_ids(s: Subject) -> Found:
         context = model.get("context_length")
         if context not in (None, s.baseline.config.max_position_embeddings):
             findings.append(Finding(where="genai_config.json, context_length", what=f"is {context}"))
+        findings += _genai(s, genai)
     return exact(findings, f"bos, eos {list(wanted)}, pad, unk and {len(theirs.get_added_vocab())} added tokens equal")
+
+
+def _genai(s: Subject, path: Path) -> list[Finding]:
+    """What onnxruntime-genai is told: in our folders exactly what the export writes (but for session options)."""
+    import tempfile
+
+    from export.genai import write_genai_config
+
+    found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    if not s.ours:
+        decoder = found.get("model", {}).get("decoder", {})
+        wrong: dict[str, tuple[Any, Any]] = {"filename": (decoder.get("filename"), s.manifest.decode_graph)}
+        wrong |= {"sliding_window": (decoder.get("sliding_window"), None)}
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_genai_config(Path(scratch), s.baseline.config, s.manifest.decode_graph, s.baseline.eos)
+            wanted = json.loads((Path(scratch) / path.name).read_text(encoding="utf-8"))
+        ours, theirs = _flat(found), _flat(wanted)
+        wrong = {k: (ours.get(k), theirs.get(k)) for k in sorted(ours.keys() | theirs.keys())}
+    return [
+        Finding(where=f"genai_config.json, {key}", what=f"is {a!r}, the export has {b!r}"[:200])
+        for key, (a, b) in wrong.items()
+        if a != b and ".session_options" not in key and not key.endswith(("eos_token_id", "context_length"))
+    ]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one with a key twice is read differently by different programs."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{next(k for k, _ in pairs if sum(k == x for x, _ in pairs) > 1)!r} is there twice")
+    return found
+
+
+def _flat(raw: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, keys joined by dots."""
+    if not isinstance(raw, dict):
+        return {prefix: raw}
+    out: dict[str, Any] = {}
+    for key, value in raw.items():
+        out |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return out
 
 
 def generation_config(s: Subject) -> Found:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.checks.base import Found, Subject, exact
+from bench.checks.canonical import constants_of
 from bench.checks.tensors import TensorReader
 from reports.validation import Finding
 
@@ -27,6 +28,8 @@ RATIO = {"rtn": 1.0, "hqq": 1.02, "kquant": 1.3, "gptq": float("inf")}
 kquant weighs errors by magnitude; gptq moves error between columns on purpose, so only whole tensors can be held."""
 WHOLE = {"rtn": 1.0, "hqq": 1.02, "kquant": 1.3, "gptq": 10.0}
 """The same over a whole tensor."""
+ROW = 30.0
+"""The same over one row of gptq's, which works on rows by themselves."""
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -38,13 +41,13 @@ def weights(s: Subject) -> Found:
     audited: set[tuple[str, str]] = set()
     reader = TensorReader(s.folder)
     for role in s.roles:
-        tensors = {t.name: t for t in s.graph(role).graph.initializer}
+        tensors = constants_of(s.graph(role))
         pairing = s.pairings[role]
         findings += [
             Finding(where=name, what=f"is stored in the {role} graph and belongs to no tensor of the checkpoint")
             for name in pairing.unused
         ]
-        places = {e: f for e, f in pairing.weights.items() if _new(audited, e, tensors.get(f))}
+        places = {e: f for e, f in pairing.weights.items() if _new(audited, role, e, tensors.get(f))}
         for finding in _audit(s, reader, places, tensors):
             if finding not in findings:
                 findings.append(finding)
@@ -64,9 +67,10 @@ def _layer(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _new(audited: set[tuple[str, str]], expected: str, tensor: Any) -> bool:
+def _new(audited: set[tuple[str, str]], role: str, expected: str, tensor: Any) -> bool:
     """Whether this weight at this place was not compared before: both graphs mostly read one file."""
-    place = "" if tensor is None else repr(sorted((e.key, e.value) for e in tensor.external_data)) or tensor.name
+    external = sorted((e.key, e.value) for e in tensor.external_data) if tensor is not None else []
+    place = repr((external, tensor.data_type, list(tensor.dims))) if external else role
     key = (expected.partition("#")[0], place)
     if key in audited:
         return False
@@ -170,14 +174,15 @@ def _quantised(
         value += offsets.float().t().repeat_interleave(block, dim=1)[:, :columns]
     error = value.sub_(weight)
     padded = torch.nn.functional.pad(error, (0, blocks * block - columns)).view(rows, blocks, block)
+    nearest = quantize(
+        weight, bits, block, "rtn", s.spec.symmetric, scale_dtype=scales.dtype, float_zero=s.spec.float_zero(bits)
+    )
     if method == "rtn" and offsets is None:
         bound = error_bound(Packed(codes, scales.reshape(rows, blocks), zeros), bits, block, columns)
-        over = padded.abs().amax(dim=2) > bound * 1.0001 + 1e-12
+        # Half a step of the grid that rounding to nearest has: a wider one of its own would hide what it lost.
+        bound = torch.minimum(bound, error_bound(nearest, bits, block, columns))
+        over = ~(padded.abs().amax(dim=2) <= bound * 1.0001 + 1e-12)  # NaN is over, too
     else:
-        float_zero = s.spec.float_zero(bits)
-        nearest = quantize(
-            weight, bits, block, "rtn", s.spec.symmetric, scale_dtype=scales.dtype, float_zero=float_zero
-        )
         base_error = dequantize(nearest, bits, block, columns).sub_(weight)
         base_square = torch.nn.functional.pad(base_error, (0, blocks * block - columns)).view_as(padded).square().sum(2)
         square = padded.square().sum(dim=2)
@@ -185,9 +190,16 @@ def _quantised(
         slack = 1e-5 * torch.nn.functional.pad(weight, (0, blocks * block - columns)).view_as(padded).square().sum(2)
         if scales.dtype != torch.float32:
             slack *= 10
-        over = square > RATIO[method] * base_square + slack
+        over = ~(square <= RATIO[method] * base_square + slack) if method != "gptq" else ~square.isfinite()
+        rows_over = square.sum(1) / (base_square.sum(1) + slack.sum(1)).clamp_min(1e-30)
+        if method == "gptq" and (wrong := ~(rows_over <= ROW)).any():
+            row = int(wrong.nonzero()[0])
+            return (
+                f"row {row} has {float(rows_over[row]):.3g} times the squared error of rounding to nearest, gptq "
+                f"allows {ROW:g} ({int(wrong.sum())} of {rows} rows)"
+            )
         whole = float(square.sum() / (base_square.sum() + slack.sum()))
-        if whole > WHOLE[method]:
+        if not whole <= WHOLE[method]:
             return (
                 f"its squared error is {whole:.3g} times that of rounding to nearest, {method} allows {WHOLE[method]}"
             )
