@@ -174,6 +174,18 @@ class Run:
             export_model(spec, path, source=self._source, calibration=texts, status=tick)
         return path
 
+    def _digests(self) -> dict[str, str]:
+        """What a certificate of this run is held against."""
+        from bench.certificate import CertificateError, baseline_digest, folder_digest, hash_baseline, hash_folder
+
+        try:
+            return {
+                "folder_sha256": folder_digest(hash_folder(self.folder)),
+                "baseline_sha256": baseline_digest(hash_baseline(self.checkpoint)),
+            }
+        except (CertificateError, OSError):
+            return {}  # a hub cache's folder of links
+
     @cached_property
     def manifest(self) -> Manifest:
         """The exported folder's manifest."""
@@ -485,6 +497,7 @@ class Run:
                 node_count=manifest.node_count,
                 fused_ops=manifest.fused_ops,
                 spec_digest=manifest.spec_digest,
+                **self._digests(),
             ),
             machine=machine(),
             versions=versions(),

@@ -29,7 +29,11 @@ class _Frozen(BaseModel):
 
 
 class ModelFacts(_Frozen):
-    """The model under test. ``random_weights`` marks made-up weights, whose outputs mean nothing."""
+    """The model under test. ``random_weights`` marks made-up weights, whose outputs mean nothing.
+
+    ``folder_sha256`` is over names and SHA-256 of every file of the exported folder, ``baseline_sha256`` the same over
+    the baseline's weights, configuration and tokenizer; "" where it was not taken.
+    """
 
     name: str
     origin: str
@@ -43,6 +47,8 @@ class ModelFacts(_Frozen):
     node_count: int
     fused_ops: dict[str, int]
     spec_digest: str
+    folder_sha256: str = ""
+    baseline_sha256: str = ""
 
 
 class Machine(_Frozen):

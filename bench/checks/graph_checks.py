@@ -23,6 +23,7 @@ ONNX_TYPE = {"fp32": 1, "fp16": 10, "bf16": 16}
 
 def files(s: Subject) -> Found:
     """Every file against the manifest's size and SHA-256, and nothing in the folder that may not be trusted."""
+    from bench.checks.canonical import constants_of
     from runtime.errors import SessionError
     from runtime.loading import read_folder
 
@@ -40,6 +41,18 @@ def files(s: Subject) -> Found:
         # optimum takes model.onnx, onnxruntime-genai what its configuration names.
         what = f"is a graph that no check looks at (the manifest names {', '.join(sorted(graphs))}); remove it"
         return exact([Finding(where=n, what=what) for n in others], "")
+    places = {
+        e.value
+        for r in s.roles
+        for t in constants_of(s.graph(r)).values()
+        for e in t.external_data
+        if e.key == "location"
+    }
+    unsealed = sorted(places - manifest.files.keys())
+    if unsealed and manifest.target != "plain":
+        return exact(
+            [Finding(where=n, what="holds weights and is not in the manifest's list of files") for n in unsealed], ""
+        )
     extra = sorted(p.name for p in s.folder.iterdir() if p.name not in manifest.files and p.name != MANIFEST_NAME)
     notes = [f"not in the manifest: {', '.join(extra[:5])}"] if extra else []
     return exact([], f"{len(manifest.files)} files as published", notes)
@@ -95,10 +108,14 @@ def graph(s: Subject) -> Found:
         return Found(
             "SKIPPED", "not a fused graph of ours: the attributes and the numbers are checked instead", notes=notes
         )
+    from export.tensorrt_ops import check_standard
+
     findings: list[Finding] = []
     for role in s.roles:
         name = s.manifest.decode_graph if role == "decode" else s.manifest.scoring_graph
         findings += [f.model_copy(update={"where": f"{name}: {f.where}"}) for f in s.pairings[role].findings]
+        if s.spec.target == "tensorrt":
+            findings += [Finding(where=name, what=what) for what in check_standard(s.graph(role))]
     nodes = [n for role in s.roles for n in s.graph(role).graph.node]
     fused = findings and any("Fusion" in n.name for n in nodes)
     notes = ["ONNX Runtime's optimiser has saved this graph; ship it as exported, it is optimised when it is opened"]

@@ -52,12 +52,16 @@ def config(s: Subject) -> Found:
     """config.json against the baseline's, but for keys that say nothing about the model."""
     from transformers import AutoConfig
 
+    from export.errors import ExportError
+    from export.newer_config import readable
+
     path = s.folder / "config.json"
     if not path.is_file():
         return Found("REPORTED", "no config.json in the folder")
     try:
-        ours = AutoConfig.from_pretrained(s.folder, local_files_only=True, trust_remote_code=False).to_dict()
-    except (ValueError, OSError, KeyError, TypeError) as e:
+        folder = readable(s.folder)  # another tool may have saved it by transformers 5
+        ours = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+    except (ValueError, OSError, KeyError, TypeError, ExportError) as e:
         return exact([Finding(where="config.json", what=str(e).splitlines()[0][:160])], "")
     theirs = s.baseline.config.to_dict()
     findings = _differences("config.json", ours, theirs)
@@ -81,8 +85,7 @@ def _tokenizer_json(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     raw: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())
-    # Set by the last caller, not by the model.
-    return {k: v for k, v in raw.items() if k not in ("truncation", "padding", "version")}
+    return {k: v for k, v in raw.items() if k != "version"}
 
 
 def tokenizer(s: Subject) -> Found:
@@ -140,14 +143,12 @@ def _settings(ours: Any, theirs: Any, s: Subject) -> list[Finding]:
     if wrong:
         what = f"is {a.get(wrong[0])}, the baseline has {b.get(wrong[0])}"
         findings.append(Finding(where=f"tokenizer_config.json, added token {wrong[0]}", what=what))
-    # transformers reads another tokenizer.json where this names one for its version.
-    named = [
-        (_json(f / "tokenizer_config.json") or {}).get("fast_tokenizer_files")
-        for f in (s.folder, s.baseline.checkpoint)
-    ]
-    if named[0] != named[1]:
-        what = f"is {named[0]}, the baseline has {named[1]}"
-        findings.append(Finding(where="tokenizer_config.json, fast_tokenizer_files", what=what))
+    # The first names another tokenizer.json for transformers to read, the second a Python class.
+    configs = [_json(f / "tokenizer_config.json") or {} for f in (s.folder, s.baseline.checkpoint)]
+    for key in ("fast_tokenizer_files", "auto_map"):
+        a, b = (c.get(key) for c in configs)
+        if a != b:
+            findings.append(Finding(where=f"tokenizer_config.json, {key}", what=f"is {a}, the baseline has {b}"))
     return findings
 
 
@@ -203,18 +204,31 @@ def chat_template(s: Subject) -> Found:
                         what=f"gives {_around(left, right)!r}, the baseline's gives {_around(right, left)!r}",
                     )
                 )
-    if not findings and _text_of(a) != _text_of(b):
+    if not findings and _meaning(a) != _meaning(b):
         # A condition on one word would show in no rendering.
-        what = f"is another text, though it renders {len(CHATS)} conversations alike; use the baseline's"
+        what = f"is another one, though it renders {len(CHATS)} conversations alike; use the baseline's"
         findings.append(Finding(where="chat template", what=what))
     return exact(findings, f"{2 * len(CHATS)} renderings equal, template equal")
 
 
-def _text_of(template: Any) -> Any:
-    """A template (or several by name) without what an editor does to the ends of a file and of lines."""
+def _meaning(template: Any) -> Any:
+    """What a template (or several by name) does, comments and layout of its code aside; else its text."""
+    import jinja2
+
     if isinstance(template, dict):
-        return {name: _text_of(t) for name, t in template.items()}
-    return str(template).replace("\r\n", "\n").strip()
+        return {name: _meaning(t) for name, t in template.items()}
+    text = str(template).replace("\r\n", "\n").strip()
+    # As transformers compiles it; a template with a tag of transformers' own is compared as text.
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return _joined_text(repr(environment.parse(text)))
+    except jinja2.TemplateSyntaxError:
+        return text
+
+
+def _joined_text(tree: str) -> str:
+    """A comment in the middle cuts a text in two."""
+    return tree.replace("'), TemplateData(data='", "")
 
 
 def _render(tokenizer: Any, chat: list[dict[str, str]], prompt: bool) -> str:
@@ -314,12 +328,26 @@ def _flat(raw: Any, prefix: str = "") -> dict[str, Any]:
 
 def generation_config(s: Subject) -> Found:
     """generation_config.json against the baseline's: end tokens and sampling settings."""
-    ours, theirs = (_json(f / "generation_config.json") for f in (s.folder, s.baseline.checkpoint))
+    ours, theirs = (_generation(f / "generation_config.json") for f in (s.folder, s.baseline.checkpoint))
     if ours is None and theirs is None:
         return Found("REPORTED", "neither side has a generation_config.json")
     if ours is None:
         return exact([Finding(where="generation_config.json", what="is missing")], "")
     return exact(_differences("generation_config.json", ours, theirs or {}), "generation settings equal")
+
+
+def _generation(path: Path) -> dict[str, Any] | None:
+    """A file of generation settings with transformers' defaults filled in: it writes only what differs from them."""
+    from transformers import GenerationConfig
+
+    raw = _json(path)
+    if raw is None:
+        return None
+    try:
+        filled: dict[str, Any] = GenerationConfig.from_dict(raw).to_dict()
+        return filled
+    except (ValueError, TypeError, AttributeError):  # settings that it refuses are compared as they stand
+        return raw
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -172,7 +172,9 @@ def _all_logits(w: Workshop) -> None:
         (w.folder / raw["decode_graph"]).unlink()
         raw.update(decode_graph=raw["scoring_graph"], decode_logits="all")
 
+    name = w.manifest.scoring_graph
     w.json("manifest.json", change)
+    w.json("genai_config.json", lambda raw: raw["model"]["decoder"].update(filename=name))
 
 
 def _other_numerics(w: Workshop) -> None:
@@ -218,6 +220,46 @@ def _notes(w: Workshop) -> None:
     (w.folder / "README.md").write_text("About this model.\n", encoding="utf-8")
 
 
+def _constants_as_nodes(w: Workshop) -> None:
+    """Small constants by ``Constant`` nodes, whole numbers in their short form."""
+
+    def change(model: Any) -> None:
+        from onnx import helper, numpy_helper
+
+        for tensor in [t for t in model.graph.initializer if not t.external_data]:
+            value = numpy_helper.to_array(tensor)
+            model.graph.initializer.remove(tensor)
+            short = {"value_int": int(value)} if value.ndim == 0 else {"value_ints": value.tolist()}
+            form = short if value.dtype == np.int64 and value.ndim < 2 else {"value": tensor}
+            model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], **form))
+
+    w.graphs(change)
+
+
+def _defaults_written(w: Workshop) -> None:
+    """Attributes that are what they are anyway, as ONNX Runtime's optimiser writes them when it saves a graph."""
+    from bench.defects.in_graph import set_attribute
+
+    def change(model: Any) -> None:
+        for node in model.graph.node:
+            if node.op_type == "GroupQueryAttention":
+                for name, value in (("causal", 1), ("smooth_softmax", -1), ("qk_output", 0), ("k_quant_type", "NONE")):
+                    set_attribute(node, name, value)
+
+    w.graphs(change)
+
+
+def _settings_again(w: Workshop) -> None:
+    """config.json and generation_config.json as transformers saves them."""
+    from transformers import AutoConfig, GenerationConfig
+
+    for kind, name in ((AutoConfig, "config.json"), (GenerationConfig, "generation_config.json")):
+        if (w.folder / name).is_file():
+            settings = kind.from_pretrained(w.checkpoint)
+            w.own(name).unlink()
+            settings.save_pretrained(w.folder)
+
+
 def _template_comment(w: Workshop) -> None:
     path = w.folder / "chat_template.jinja"
     if path.is_file():
@@ -245,5 +287,8 @@ HARMLESS: tuple[Harmless, ...] = (
     Harmless("rotary tables by another sine", _other_numerics),
     Harmless("tokenizer file serialised again", _tokenizer_again),
     Harmless("a comment in the chat template", _template_comment),
+    Harmless("small constants as nodes", _constants_as_nodes),
+    Harmless("default attributes written out", _defaults_written),
+    Harmless("configuration and generation settings saved again", _settings_again),
 )
 """Beside these, fp32 -> fp16 in its own tier: the whole catalogue runs over an fp16 export as well."""

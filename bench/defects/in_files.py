@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -238,6 +239,113 @@ def _claims_fp32(w: Workshop) -> None:
     w.json("manifest.json", change)
 
 
+def _rare_row(w: Workshop, tensor: Any) -> Any:
+    """The embedding with one rare token's row turned round."""
+    from bench.checks.tensors import TensorReader
+
+    value = TensorReader(w.folder).read(tensor).copy()
+    value[-5] = value[-5][::-1]
+    return value
+
+
+def _embedding(model: Any) -> Any:
+    return next(t for t in model.graph.initializer if t.name == "model.embed_tokens.weight")
+
+
+def _sparse_twin(w: Workshop) -> None:
+    """A sparse tensor of a weight's name: ONNX Runtime takes that one."""
+
+    def change(model: Any) -> None:
+        from onnx import helper, numpy_helper
+
+        dense = _embedding(model)
+        flat = _rare_row(w, dense).reshape(-1)
+        where = np.flatnonzero(flat)
+        values = numpy_helper.from_array(flat[where], dense.name)
+        indices = numpy_helper.from_array(where.astype(np.int64), "indices")
+        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, list(dense.dims)))
+
+    w.graphs(change)
+
+
+def _second_tensor(w: Workshop) -> None:
+    """A weight's name given twice: ONNX Runtime takes the first."""
+
+    def change(model: Any) -> None:
+        from onnx import numpy_helper
+
+        first = numpy_helper.from_array(_rare_row(w, _embedding(model)), _embedding(model).name)
+        model.graph.initializer.insert(0, first)
+
+    w.graphs(change)
+
+
+def _own_embedding(w: Workshop) -> None:
+    """The scoring graph carries an embedding of its own, under the name that the decode graph has a right one for."""
+
+    def change(model: Any) -> None:
+        from onnx import numpy_helper
+
+        tensor = _embedding(model)
+        tensor.CopyFrom(numpy_helper.from_array(_rare_row(w, tensor), tensor.name))
+
+    w.graphs(change, ("scoring",))
+
+
+def _negated(w: Workshop, good: str, out: str) -> None:
+    """Another model's graph at ``out``: the one at ``good`` with its logits negated."""
+    import onnx
+
+    model = onnx.load(w.folder / good, load_external_data=False)
+    last = next(n for n in model.graph.node if "logits" in n.output)
+    last.output[list(last.output).index("logits")] = "raw"
+    model.graph.node.append(onnx.helper.make_node("Neg", ["raw"], ["logits"]))
+    onnx.save(model, w.own(out))
+
+
+def _decoy(w: Workshop) -> None:
+    """The manifest names a good graph, and the file that optimum opens is another model."""
+    good = w.manifest.decode_graph
+    w.own(good).rename(w.folder / "graph.onnx")
+    _negated(w, "graph.onnx", good)
+    w.json("manifest.json", lambda raw: raw.update(decode_graph="graph.onnx"))
+
+
+def _genai_graph(w: Workshop) -> None:
+    _negated(w, w.manifest.decode_graph, "decoder.onnx")
+    w.json("genai_config.json", lambda raw: raw["model"]["decoder"].update(filename="decoder.onnx"))
+
+
+def _genai_sampling(w: Workshop) -> None:
+    w.json("genai_config.json", lambda raw: raw["search"].update(do_sample=True, temperature=5.0, top_k=300))
+
+
+def _specials_cut_up(w: Workshop) -> None:
+    w.json("tokenizer_config.json", lambda raw: raw.update(split_special_tokens=True))
+
+
+def _other_tokenizer_file(w: Workshop) -> None:
+    """transformers reads the file that is named here, and the checked tokenizer.json is left unread."""
+    raw = json.loads((w.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = raw["model"]["vocab"]
+    a, b = sorted(vocab, key=vocab.get)[-2:]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (w.folder / "tokenizer.4.0.0.json").write_text(json.dumps(raw), encoding="utf-8")
+    w.json("tokenizer_config.json", lambda raw: raw.update(fast_tokenizer_files=["tokenizer.4.0.0.json"]))
+
+
+def _template_that_wakes(w: Workshop) -> None:
+    """Renders the check's conversations as it should, and others too unless one word is in them."""
+    from runtime.text import load_tokenizer
+
+    template = load_tokenizer(w.checkpoint).chat_template
+    wakes = "{% if messages and 'refund' in messages[0]['content'] %}No.{% else %}" + template + "{% endif %}"
+    if (w.folder / "chat_template.jinja").is_file():
+        w.own("chat_template.jinja").write_text(wakes, encoding="utf-8")
+    else:
+        w.json("tokenizer_config.json", lambda raw: raw.update(chat_template=wakes))
+
+
 def _flipped_byte(w: Workshop) -> None:
     path = w.own(w.manifest.data_file)
     with path.open("r+b") as f:
@@ -273,4 +381,13 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("another rope base in config.json", _rope_theta, "config", visible=False),
     Defect("half the context length in the manifest", _context, "manifest", visible=False),
     Defect("another precision claimed", _claims_fp32, "manifest"),
+    Defect("a sparse tensor of a weight's name", _sparse_twin, "graph", visible=False),
+    Defect("a second tensor of a weight's name", _second_tensor, "graph", visible=False),
+    Defect("a weight of the scoring graph's own", _own_embedding, "weights", visible=False),
+    Defect("another model in model.onnx, the good graph elsewhere", _decoy, "files", visible=False),
+    Defect("another graph named in genai_config.json", _genai_graph, "files", visible=False),
+    Defect("sampling in genai_config.json", _genai_sampling, "special_ids", visible=False),
+    Defect("special tokens cut up by the tokenizer", _specials_cut_up, "tokenizer", visible=False),
+    Defect("another tokenizer file named in its configuration", _other_tokenizer_file, "tokenizer", visible=False),
+    Defect("a chat template that wakes on one word", _template_that_wakes, "chat_template", visible=False),
 )

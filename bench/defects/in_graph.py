@@ -235,6 +235,43 @@ def _last_position_of_pads(model: Any) -> None:
     minimum.input.extend([kept, kept])
 
 
+def _hidden_function(model: Any) -> None:
+    """A function that bears an operator's name and negates the logits once a prompt holds one word thirty times."""
+    from onnx import helper, numpy_helper
+
+    def constant(name: str, value: Any) -> Any:
+        return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.asarray(value), name))
+
+    body = [
+        constant("word", np.int64(21)),
+        constant("often", np.int64(30)),
+        constant("axes", np.array([0, 1])),
+        helper.make_node("Equal", ["ids", "word"], ["same"]),
+        helper.make_node("Cast", ["same"], ["ones"], to=7),
+        helper.make_node("ReduceSum", ["ones", "axes"], ["count"], keepdims=0),
+        helper.make_node("Less", ["often", "count"], ["awake"]),
+        helper.make_node("Neg", ["x"], ["negative"]),
+        helper.make_node("Where", ["awake", "negative", "x"], ["y"]),
+    ]
+    function = helper.make_function("local", "Identity", ["x", "ids"], ["y"], body, [helper.make_opsetid("", 18)])
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    last = next(n for n in model.graph.node if "logits" in n.output)
+    last.output[list(last.output).index("logits")] = "logits.raw"
+    model.graph.node.append(helper.make_node("Identity", ["logits.raw", "input_ids"], ["logits"], domain="local"))
+
+
+def _guard_as_input(model: Any) -> None:
+    """The table that refuses left-padded batches becomes an input's default, and refuses nothing."""
+    from onnx import helper, numpy_helper
+
+    guard = next(n for n in model.graph.node if n.op_type == "Gather" and "left_padded" in n.name)
+    table = next(t for t in model.graph.initializer if t.name == guard.input[0])
+    values = numpy_helper.to_array(table)
+    table.CopyFrom(numpy_helper.from_array(np.ones(64, dtype=values.dtype), table.name))
+    model.graph.input.append(helper.make_tensor_value_info(table.name, table.data_type, [64]))
+
+
 def _graph(change: Change, roles: tuple[str, ...] = ("decode", "scoring")) -> Callable[[Workshop], None]:
     return lambda w: w.graphs(change, roles)
 
@@ -268,4 +305,6 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("pad tokens attended to", _graph(_pads_attended), "graph"),
     Defect("logits of the last column, padding included", _graph(_last_position_of_pads, ("decode",)), "graph"),
     Defect("temperature of 0.8 hidden in the graph", _graph(_temperature), "graph"),
+    Defect("a function named Identity that wakes on one word", _graph(_hidden_function), "graph", visible=False),
+    Defect("the guard against left padding as an input", _graph(_guard_as_input), "graph", visible=False),
 )

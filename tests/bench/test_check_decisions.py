@@ -55,7 +55,8 @@ def beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             folder=tmp_path,
             tokenizer=Tokenizer(),
             dataset=SimpleNamespace(items=[]),
-            manifest=SimpleNamespace(eos_token_ids=[2, 5]),
+            manifest=SimpleNamespace(eos_token_ids=[2, 5], decode_graph="model.onnx"),
+            ours=False,
             baseline=SimpleNamespace(eos=(2, 5), config=config, checkpoint=tmp_path / "checkpoint"),
         )
 
@@ -106,7 +107,8 @@ def test_special_ids_one_by_one(changes: dict[str, Any], where: str, beside: Any
 def test_genais_configuration_ends_where_the_baseline_does(
     model: dict[str, Any], where: str | None, beside: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "genai_config.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+    document = {"model": {**model, "decoder": {"filename": "model.onnx"}}}
+    (tmp_path / "genai_config.json").write_text(json.dumps(document), encoding="utf-8")
     result = text_checks.special_ids(beside(Tokenizer()))
     assert [f.where for f in result.findings] == ([f"genai_config.json, {where}"] if where else [])
 

@@ -64,14 +64,41 @@ def test_a_code_that_is_off_is_outside_the_bound(
 
 
 def test_gptq_may_move_error_but_not_rows(workshop: Workshops, subjects: Callable[..., Any]) -> None:
-    """GPTQ is held by whole tensors only; rows that slid by one stay far outside what it may do to one."""
+    """GPTQ is held by whole tensors and rows only; rows that slid by one stay far outside what it may do to one."""
     shop = workshop("int4", {"method": "gptq"})
     name = next(w.name for w in shop.manifest.weights if w.name.endswith("up_proj.weight.codes"))
     with shop.weight(name) as codes:
         codes[:] = np.roll(codes, 1, axis=0)
     result = found("weights", subjects(shop.folder))
     assert [f.where for f in result.findings] == [name]
-    assert "times that of rounding to nearest, gptq allows 10" in result.findings[0].what
+    assert "times the squared error of rounding to nearest, gptq allows 30" in result.findings[0].what
+
+
+def test_gptq_two_rows_exchanged(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    """Two rows of many move the tensor's error little, their own far."""
+    shop = workshop("int8", {"method": "gptq", "lm_head": "int8", "keep_float": "none"})
+    name = "lm_head.weight.codes"
+    with shop.weight(name) as codes, shop.weight("lm_head.weight.scales") as scales:
+        for part in (codes, scales):
+            part[[290, 291]] = part[[291, 290]].copy()
+    result = found("weights", subjects(shop.folder))
+    assert [f.where for f in result.findings] == [name]
+    assert "row 290" in result.findings[0].what
+
+
+@pytest.mark.parametrize("value", [1e4, float("nan")])
+@pytest.mark.parametrize(("precision", "method"), [("int8", "rtn"), ("int4", "hqq"), ("int4", "gptq")])
+def test_a_scale_that_hides_what_was_lost(
+    value: float, precision: str, method: str, workshop: Workshops, subjects: Callable[..., Any]
+) -> None:
+    """Half a step of a huge scale would allow a row of zeros, and nothing compares with NaN."""
+    shop = workshop(precision, {"method": method, "zero_points": "none", "keep_float": "none"})
+    name = "model.layers.1.mlp.up_proj.weight"
+    with shop.weight(f"{name}.codes") as codes, shop.weight(f"{name}.scales") as scales:
+        codes[7] = 128 if precision == "int8" else 0x88
+        scales[7] = value
+    result = found("weights", subjects(shop.folder))
+    assert [f.where for f in result.findings] == [f"{name}.codes"]
 
 
 @pytest.mark.parametrize(("stored", "what"), [(0.0, []), (-0.0, ["differs in signs of zeros only"])])
