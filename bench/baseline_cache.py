@@ -119,8 +119,20 @@ class BaselineCache:
         self._say = say
         self._full = False
         self.hits = self.misses = 0
+        self._others: list[Path] = []
+        self._beside = 0
+        self._off = False
+        try:
+            self._open()
+        except OSError as e:
+            # The evaluation goes on: nothing of it depends on what is kept.
+            self._off = True
+            say(f"{title}: {self._root} cannot be used ({e.strerror}); nothing is kept")
+
+    def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        os.utime(self.folder)  # used last: evicted last
+        with suppress(PermissionError):  # readable is enough
+            os.utime(self.folder)  # used last: evicted last
         for left in self.folder.glob(".partial-*"):
             pid = left.name.split("-")[1]
             if not Path(f"/proc/{pid}").exists():
@@ -163,6 +175,8 @@ class BaselineCache:
     def value(self, request: Any) -> Any | None:
         """A kept JSON value (generations, session facts), or None."""
         path = self.folder / f"{_name(request)}.json"
+        if self._off:
+            return None
         try:
             raw = json.loads(path.read_bytes())
             if raw["sha256"] == _name(raw["value"]):
@@ -180,7 +194,7 @@ class BaselineCache:
 
     def forget(self, requests: Iterable[Any]) -> None:
         """Remove kept JSON values, and the folder with the last of them."""
-        for request in requests:
+        for request in () if self._off else requests:
             (self.folder / f"{_name(request)}.json").unlink(missing_ok=True)
         with suppress(OSError):  # others are still in it
             self.folder.rmdir()
@@ -190,6 +204,8 @@ class BaselineCache:
         path.unlink(missing_ok=True)
 
     def _write(self, name: str, parts: Sequence[Any]) -> None:
+        if self._off:
+            return
         need = sum(memoryview(p).nbytes for p in parts)
         need += _bytes_of(self.folder)  # counted anew: workers write here too
         while self._others and self._beside + need > self._bound:

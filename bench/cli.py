@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -355,8 +356,30 @@ def _ours(error: BaseException) -> bool:
     return isinstance(getattr(type(error), "exit_code", None), int)
 
 
+def _outside(error: Exception) -> str | None:
+    """One line for what the machine or the input is at fault for; None for a defect of ours, whose place is needed."""
+    import sqlite3
+
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'input or output'}: {error.strerror or error}; name another place, or make room there"
+        )
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply to be what it should be; write it again"
+    if isinstance(error, UnicodeError):
+        return f"text that is not UTF-8 ({getattr(error, 'reason', error)}); write it in that encoding"
+    if isinstance(error, sqlite3.Error):
+        return f"the history database cannot be used ({error}); set LLAMA_ONNX_HISTORY to another file"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return "a path begins with ~ and a name that has no home directory here; write the whole path"
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # a terminal without UTF-8
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -372,10 +395,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        if not _ours(error):
+        said = str(error) if _ours(error) else _outside(error)
+        if said is None:
             raise
-        ERR.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return int(getattr(error, "exit_code"))  # noqa: B009
+        ERR.print(f"error: {said}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return int(getattr(error, "exit_code", 2))
 
 
 if __name__ == "__main__":

@@ -42,16 +42,21 @@ def run(args: argparse.Namespace, err: Console) -> int:
     from export.cache import cache_dir
     from runtime.errors import SessionError
     from runtime.generate import EOS, LENGTH, STOP_ID, STOP_STRING, stream
-    from runtime.loading import load
+    from runtime.loading import load, read_folder
     from runtime.provider_options import parse_options
     from runtime.sampling import Sampling
     from runtime.text import TextStream, encode, load_tokenizer
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise SessionError("the prompt is not UTF-8; write it in that encoding") from None
     if not prompt:
         raise SessionError("the prompt is empty; give some text")
     how = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed).seeded()
     options = parse_options(args.provider_option)
+    read_folder(args.folder)  # nothing of the folder is used before it is known to be what was published
     tokenizer = load_tokenizer(args.folder)
     ids = encode(tokenizer, prompt, args.chat)
     at: list[float] = []
@@ -67,6 +72,7 @@ def run(args: argparse.Namespace, err: Console) -> int:
         args.folder,
         args.provider,
         args.threads,
+        verify=False,
         huge_pages=False,
         provider_options=options,
         allow_fallback=args.allow_fallback,

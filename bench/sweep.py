@@ -79,6 +79,8 @@ def parse_sweep(text: str, name: str) -> Sweep:
     import yaml
 
     try:
+        if any(isinstance(t, yaml.AliasToken) for t in yaml.scan(text, Loader=yaml.SafeLoader)):
+            raise SweepError(f"{name} repeats a part by an alias (*name); write the part out")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)
     except yaml.MarkedYAMLError as e:

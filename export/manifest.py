@@ -172,6 +172,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
         raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
+    if path.exists() and not path.is_file():  # a pipe would block the reader, a device never end
+        raise ManifestError(f"{path} is no regular file; copy the folder whole")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -197,8 +199,11 @@ def read_manifest(folder: Path) -> Manifest:
         if manifest.kv.dtype not in DTYPE_BYTES:
             raise TypeError(f"kv.dtype: {manifest.kv.dtype[:40]!r} is none of {', '.join(DTYPE_BYTES)}")
         for role in ("decode_graph", "scoring_graph", "data_file"):
-            if getattr(manifest, role) not in manifest.files:
-                raise TypeError(f"{role}: {getattr(manifest, role)[:40]!r} is not among the files")
+            name = getattr(manifest, role)
+            if name not in manifest.files:
+                raise TypeError(f"{role}: {name[:40]!r} is not among the files")
+            if role != "data_file" and not name.endswith(".onnx"):  # what is looked at before it is opened
+                raise TypeError(f"{role}: {name[:40]!r} does not end in .onnx")
         return manifest
     except TypeError as e:
         raise ManifestError(f"{path} has a field of the wrong form ({e}); export again") from None

@@ -60,7 +60,7 @@ def readable(folder: Path) -> Path:
             continue
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise BrokenCheckpointError(f"{path} is not valid JSON ({e}); copy or download it again") from None
         if isinstance(raw, dict) and (changed := change(raw)) != raw:
             texts[name] = json.dumps(changed, indent=2) + "\n"

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import io
 import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,15 +80,58 @@ def load_config(source: Source) -> PretrainedConfig:
         BrokenCheckpointError: transformers does not know the architecture or cannot read the file.
     """
     try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as e:
+        with redirect_stdout(io.StringIO()):  # it prints what it cannot use
+            config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # whatever its classes stumble over
         if "trust_remote_code" in str(e):
             raise UnsupportedModelError(
                 f"{source.folder} brings Python code of its own, which is never run; only models that transformers "
                 "itself knows are exported"
             ) from None
-        first = str(e).splitlines()[0][:200]
+        first = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise BrokenCheckpointError(f"{source.folder}/config.json cannot be used: {first}") from None
+    if not isinstance(config, PretrainedConfig):
+        raise BrokenCheckpointError(f"{source.folder}/config.json cannot be used: it describes no model")
+    config.return_dict = True  # how a program wants its outputs is no part of the model
+    if config.model_type == "llama":
+        _check_numbers(config, f"{source.folder}/config.json")
+    return config
+
+
+_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _check_numbers(config: PretrainedConfig, where: str) -> None:
+    """Refuse sizes that are none, before they become a graph."""
+
+    def refuse(key: str, wanted: str) -> BrokenCheckpointError:
+        value = str(getattr(config, key, None))[:40]
+        return BrokenCheckpointError(f"{where}: {key} is {value}, not {wanted}; copy or download the file again")
+
+    for key in _COUNTS + (("head_dim",) if getattr(config, "head_dim", None) is not None else ()):
+        value = getattr(config, key, None)
+        if type(value) is not int or value < 1:
+            raise refuse(key, "a whole number above 0")
+    for key in ("rms_norm_eps", "rope_theta"):
+        value = getattr(config, key, None)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise refuse(key, "a number above 0")
+    scaling = getattr(config, "rope_scaling", None) or {}
+    text = [k for k, v in scaling.items() if k not in ("type", "rope_type") and not isinstance(v, int | float | None)]
+    if any(not isinstance(v, list) for k, v in scaling.items() if k in text):
+        raise refuse("rope_scaling", "numbers by name")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise refuse("num_key_value_heads", f"a divisor of {config.num_attention_heads} heads")
+    if getattr(config, "partial_rotary_factor", None) not in (None, 1, 1.0):
+        raise UnsupportedModelError(f"{where}: partial_rotary_factor rotates part of a head; LLaMA rotates all of it")
 
 
 def eos_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
@@ -96,11 +141,12 @@ def eos_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
     if path.is_file():
         try:
             value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", value)
-        except ValueError as e:
-            raise BrokenCheckpointError(f"{path} is not valid JSON ({e}); copy it again") from None
-    if value is None:
-        return ()
-    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
+        except (ValueError, AttributeError, RecursionError) as e:
+            raise BrokenCheckpointError(f"{path} is not a JSON object ({e}); copy it again") from None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(v) is not int or v < 0 for v in ids):
+        raise BrokenCheckpointError(f"{folder}: eos_token_id is {str(value)[:40]}, not token ids; copy the files again")
+    return tuple(ids)
 
 
 def _check_destination(out: Path, spec: ExportSpec, force: bool) -> Manifest | None:
@@ -168,7 +214,7 @@ def export_model(
         ExportError: see :mod:`export.errors`.
     """
     out = out.expanduser()
-    out = out.resolve() if out.is_symlink() else out  # a link stays one
+    out = out.resolve() if out.is_symlink() or ".." in out.parts else out  # a link stays one
     existing = _check_destination(out, spec, force)
     source = source or resolve(spec.model, spec.revision, status, allow_pickle)
     if existing is not None:
@@ -273,6 +319,11 @@ def _plain(
 def _copy_side_files(folder: Path, work: Path) -> None:
     for name in COPIED:
         if (folder / name).is_file():
+            if name.endswith(".json"):  # a link may lead to any file
+                try:
+                    json.loads((folder / name).read_text(encoding="utf-8"))
+                except (ValueError, RecursionError) as e:
+                    raise BrokenCheckpointError(f"{folder / name} is not valid JSON ({e}); copy it again") from None
             shutil.copyfile(folder / name, work / name)
 
 

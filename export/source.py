@@ -92,7 +92,7 @@ def _local(folder: Path, status: Status, allow_pickle: bool) -> Source:
     try:
         raw = json.loads(config.read_text(encoding="utf-8"))
         origin = str(raw.get("llama_onnx_origin", "local folder"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise BrokenCheckpointError(f"{config} is not a JSON object; copy or download it again") from None
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):

@@ -50,9 +50,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
             raise BrokenCheckpointError(f"{index} is not a safetensors index ({e}); download it again") from None
-        outside = [name for name in names if Path(name).name != name]
+        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
         if outside:
             raise BrokenCheckpointError(f"{index} names {outside[0]!r}, which is not a file beside it; refused")
         if names:
@@ -86,6 +86,8 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[Path, dict[str, Any]] = {}
         for file in files:
+            if file.exists() and not file.is_file():
+                raise BrokenCheckpointError(f"{file} is no regular file; replace it by one")
             try:
                 with safe_open(file, framework="pt") as f:
                     for name in f.keys():  # noqa: SIM118 (not a dict)
@@ -380,7 +382,28 @@ class _Maker:
             assert self._quantiser is not None
             self._packed = self._quantiser(recipe, _joined(sources))
             return iter([_part(recipe, self._packed)])
-        return pieces(recipe, sources)
+        return _finite(recipe, pieces(recipe, sources))
+
+
+_EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float16: (torch.int16, 0x7C00)}
+_EXPONENT[torch.bfloat16] = (torch.int16, 0x7F80)
+
+
+def _finite(recipe: WeightRecipe, made: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The pieces, unless one holds NaN or infinity: the model would answer nonsense without a word.
+
+    Raises:
+        BrokenCheckpointError: names the weight, and the type where the checkpoint's value is too large for it.
+    """
+    kind, exponent = _EXPONENT[TORCH_DTYPE[recipe.dtype]]
+    for piece in made:
+        # Two passes over a piece that lies in a cache; isfinite() takes several times as long.
+        if piece.numel() and int((piece.view(kind) & exponent).max()) == exponent:
+            raise BrokenCheckpointError(
+                f"{' + '.join(recipe.sources)}: NaN, infinity, or a value that {recipe.dtype} cannot hold; download "
+                "the checkpoint again, or choose bf16 or fp32"
+            )
+        yield piece
 
 
 def _part(recipe: WeightRecipe, packed: Packed) -> Tensor:

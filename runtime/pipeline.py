@@ -22,6 +22,8 @@ from runtime.generate import generate
 from runtime.sampling import Sampling
 from runtime.session import Session, SessionInfo
 
+DEFAULT_LENGTH = 20
+"""GenerationConfig's own ``max_length``."""
 # What GenerationConfig may hold besides, and the value at which it changes nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -166,7 +168,10 @@ class PipelineMixin(PreTrainedModel):
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
         width = input_ids.shape[1]
         room = self.info.context_length - max(map(len, prompts))
-        limit = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or 20) - width
+        # transformers' own default counts new tokens, a length that somebody chose all of them.
+        default = config.max_length in (None, DEFAULT_LENGTH) and "max_length" not in options
+        length = (config.max_length or DEFAULT_LENGTH) - (0 if default else width)
+        limit = config.max_new_tokens if config.max_new_tokens is not None else length
         tokenizer = options.get("tokenizer")
         done = generate(
             cast(Session, self),

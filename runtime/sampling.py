@@ -158,7 +158,9 @@ def distribution(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArr
 
     Ties at the edge of top-k are all kept; top-p keeps the smallest set whose probability reaches ``top_p``.
     """
-    scores = logits.astype(np.float64) / sampling.temperature
+    scores = logits.astype(np.float64)
+    with np.errstate(over="ignore"):
+        scores = (scores - scores.max()) / sampling.temperature  # the largest is 0, however small the temperature
     if 0 < sampling.top_k < len(scores):
         edge = np.partition(scores, -sampling.top_k)[-sampling.top_k]
         ids = np.flatnonzero(scores >= edge)

@@ -48,7 +48,7 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """Token ids of a prompt, through the chat template when asked for.
 
     Raises:
-        SessionError: a chat was asked for and the tokenizer has no template.
+        SessionError: a chat was asked for and the tokenizer has no template, or one that raises.
     """
     if not chat:
         ids: list[int] = tokenizer(prompt)["input_ids"]
@@ -56,7 +56,13 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     if not tokenizer.chat_template:
         raise SessionError("the model has no chat template; leave out --chat")
     message = [{"role": "user", "content": prompt}]
-    templated: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    import jinja2
+
+    try:
+        templated: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    except jinja2.TemplateError as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0][:160]
+        raise SessionError(f"the model's chat template refuses this prompt ({first}); leave out --chat") from None
     return templated
 
 
@@ -93,7 +99,10 @@ class StreamDecoder:
         return self._text()[len(self._said) :]
 
     def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)) if self._ids else ""
+        if not self._ids:
+            return ""
+        # Cleaning up joins what was said already to what comes ("' n" to "'n").
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class TextStream:

@@ -308,3 +308,17 @@ def test_a_killed_evaluation_goes_on(
     assert scored(opener, windows, ["run"], 1, said.append, lambda: None) == whole
     assert said == ["3 of 8 windows were scored before"]
     assert len(calls) == 4 + 5
+
+
+def test_a_cache_that_cannot_be_made_costs_nothing_but_time(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    cache = BaselineCache("key", tmp_path / "file" / "cache", say=said.append)
+    session = Fake()
+    kept = CachedSession(lambda: session, cache)  # type: ignore[arg-type, return-value]
+    for _ in range(2):
+        assert np.array_equal(kept.score(IDS), session.score(IDS))
+        assert kept.info.runtime == "pytorch"
+    cache.forget(["anything"])
+    assert len(said) == 1
+    assert "cannot be used" in said[0]

@@ -15,7 +15,16 @@ import pytest
 pytest.importorskip("securesystemslib")
 pytest.importorskip("in_toto_attestation")
 
-from bench.certificate import EXTENSION, CertificateError, hash_folder, make_certificate, read_result
+from bench.certificate import (
+    EXTENSION,
+    CertificateError,
+    baseline_digest,
+    folder_digest,
+    hash_baseline,
+    hash_folder,
+    make_certificate,
+    read_result,
+)
 from bench.cli import main
 from bench.datasets import load_shipped
 from bench.envelope import keygen, read_public_key, seal
@@ -266,6 +275,43 @@ def test_a_result_of_another_folder_or_other_data(folder: Path, baseline: Path) 
     with pytest.raises(CertificateError) as e:
         make_certificate({**parity(), "dataset": "others"}, folder, baseline, load_shipped())
     assert e.value.reason == "other-data"
+
+
+def test_a_result_measured_against_another_checkpoint(folder: Path, baseline: Path) -> None:
+    with pytest.raises(CertificateError) as e:
+        make_certificate({**parity(), "baseline_sha256": "0" * 64}, folder, baseline, None)
+    assert (e.value.reason, e.value.exit_code) == ("other-baseline", 1)
+    right = baseline_digest(hash_baseline(baseline))
+    bound = make_certificate({**parity(), "baseline_sha256": right}, folder, baseline, None)
+    unbound = make_certificate(parity(), folder, baseline, None)
+    note = "the result does not say by digest which checkpoint it was measured against"
+    assert note not in bound["predicate"][EXTENSION]["notes"]
+    assert note in unbound["predicate"][EXTENSION]["notes"]
+
+
+@pytest.mark.parametrize("key", ["folder_sha256", "baseline_sha256"])
+def test_a_record_names_folder_and_baseline_by_their_bytes(key: str, folder: Path, baseline: Path) -> None:
+    facts = {
+        "folder_sha256": folder_digest(hash_folder(folder)),
+        "baseline_sha256": baseline_digest(hash_baseline(baseline)),
+    }
+    assert make_certificate({**parity(), "model": facts}, folder, baseline, None)
+    with pytest.raises(CertificateError, match="measured"):
+        make_certificate({**parity(), "model": {**facts, key: "0" * 64}}, folder, baseline, None)
+
+
+def test_names_cannot_be_written_so_that_two_folders_look_alike() -> None:
+    one = {"a": "1" * 64, "b": "2" * 64}
+    assert folder_digest({f"a\n{'2' * 64}  b": "1" * 64}) != folder_digest(one)
+
+
+@pytest.mark.parametrize("days", [float("nan"), float("inf"), 0.0, -1.0])
+def test_days_are_a_number(days: float, certificate: Path, folder: Path, baseline: Path) -> None:
+    with pytest.raises(CertificateError) as e:
+        make_certificate(parity(), folder, baseline, None, valid_days=days)
+    assert (e.value.reason, e.value.exit_code) == ("dates", 2)
+    if not days >= 0:
+        refused("dates", 2, certificate, folder, max_age_days=days)
 
 
 def test_a_record_of_another_export(exports: Callable[..., Path], checkpoints: Callable[..., Path]) -> None:

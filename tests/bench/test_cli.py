@@ -134,3 +134,51 @@ def test_bench_takes_the_suites_options(checkpoints: Paths, exports: Paths, tmp_
     record = json.loads(done.stdout)
     assert {x["side"] for x in record["loads"]} == {"onnxruntime-cpu", "pytorch-cpu"}
     assert record["command"][:4] == ["llama-onnx", "bench", "--profile", "smoke"]
+
+
+def test_what_the_machine_is_at_fault_for_is_exit_code_2(
+    capsys: pytest.CaptureFixture[str],
+    checkpoints: Paths,
+    exports: Paths,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    (tmp_path / "bomb.yaml").write_text("models: &a [demo]\nprecisions: *a\n")
+    monkeypatch.setenv("LLAMA_ONNX_HISTORY", str(tmp_path / "file" / "history"))
+    cases: list[tuple[list[object], str]] = [
+        (["export", checkpoints(), tmp_path / "file" / "out"], "name another place"),
+        (["export", checkpoints(), tmp_path / ("n" * 300)], "name another place"),
+        (["export", checkpoints(), "~nobody-of-that-name/out"], "no home directory"),
+        (["report", tmp_path / "deep.json"], "nested too deeply"),
+        (["history", "list"], "name another place"),
+        (["sweep", tmp_path / "bomb.yaml"], "by an alias"),
+        (["generate", exports(), "the \udcff cat"], "not UTF-8"),
+    ]
+    for arguments, words in cases:
+        code, said, err = run(capsys, *arguments)
+        assert (code, said) == (2, ""), arguments
+        assert words in err
+        assert "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bomb.yaml", "deep.json", "file"]
+
+
+def test_a_defect_of_ours_keeps_its_place(monkeypatch: pytest.MonkeyPatch, exports: Paths) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("runtime.loading.read_folder", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["inspect", str(exports())])
+
+
+def test_nothing_of_a_folder_is_read_before_its_hashes_are_checked(
+    capsys: pytest.CaptureFixture[str], exports: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = shutil.copytree(exports(), tmp_path / "changed")
+    (changed / "tokenizer.json").write_text((changed / "tokenizer.json").read_text() + " ")
+    monkeypatch.setattr("runtime.text.load_tokenizer", lambda folder: pytest.fail("the tokenizer was read"))
+    code, _, err = run(capsys, "generate", changed, "the cat")
+    assert code == 2
+    assert "tokenizer.json" in err

@@ -146,3 +146,21 @@ def test_tables_shorter_than_the_context_are_named(
     result = BY_NAME["rotary_tables"].run(subjects(shop.folder))
     assert result.status == "FAIL"
     assert [f.what for f in result.findings] == [f"has {context - 8} rows, the context is {context}"]
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ("{# a note #}Hello {{ name }}.", True),
+        ("Hel{# in the midst #}lo {{ name }}.", True),
+        ("Hello {{  name  }}.\r\n", True),
+        ("Hello {{ '{#' }}{% if name == 'x' %}No{% endif %}{{ '#}' }}{{ name }}.", False),
+        ("Hello {% if name == 'x' %}No{% endif %}{{ name }}.", False),
+        ("Hello {{ name }}!", False),
+        ("Hello {% generation %}{{ name }}{% endgeneration %}.", False),
+    ],
+)
+def test_a_template_is_compared_by_what_it_does(other: str, same: bool) -> None:
+    from bench.checks.text_checks import _meaning
+
+    assert (_meaning(other) == _meaning("Hello {{ name }}.")) == same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -348,3 +349,93 @@ def test_code_of_a_checkpoint_is_not_even_offered(
     with pytest.raises(Exception, match="Python code of its own, which is never run"):
         load_tokenizer(folder)
     assert not (tmp_path / "mark").exists()
+
+
+# --- odd values -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a whole number above 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3, not a divisor of 4 heads"),
+        ({"vocab_size": "331"}, "vocab_size is 331"),
+        ({"max_position_embeddings": 160.0}, r"max_position_embeddings is 160\.0"),
+        ({"head_dim": "16"}, "head_dim is 16"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None, not a number above 0"),
+        ({"rope_theta": "10000"}, "rope_theta is 10000, not a number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "rope_scaling is"),
+        ({"rope_scaling": "linear"}, "cannot be used"),
+        ({"quantization_config": "x"}, "cannot be used"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor rotates part of a head"),
+        ({"eos_token_id": -1}, "eos_token_id is -1, not token ids"),
+        ({"eos_token_id": [2, None]}, "not token ids"),
+    ],
+    ids=str,
+)
+def test_odd_numbers_in_the_configuration(
+    changes: dict[str, Any], words: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoints(), tmp_path / "c")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    edited(folder, "config.json", **changes)
+    with pytest.raises((BrokenCheckpointError, UnsupportedModelError), match=words):
+        export_model(ExportSpec(str(folder)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_a_program_wants_its_outputs_does_not_matter(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints(), tmp_path / "c")
+    edited(folder, "config.json", return_dict=False)
+    export_model(ExportSpec(str(folder)), tmp_path / "out")
+    assert np.abs(scores(tmp_path / "out") - baseline(checkpoints())).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "added_tokens.json", "model.safetensors.index.json"])
+def test_files_beside_that_are_no_json_objects(name: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints(shards="100KB"), tmp_path / "c")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/etc/passwd")
+    with pytest.raises(BrokenCheckpointError, match=name):
+        export_model(ExportSpec(str(folder)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_never_end(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints(), tmp_path / "c")
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(BrokenCheckpointError, match="no regular file"):
+        export_model(ExportSpec(str(folder)), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("value", "precision", "refused"),
+    [
+        (float("nan"), "fp32", True),
+        (float("-inf"), "fp32", True),
+        (float("nan"), "bf16", True),
+        (float("nan"), "int8", True),
+        (1e5, "fp16", True),
+        (1e5, "bf16", False),
+        (65000.0, "fp16", False),
+        (3e38, "fp32", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.norm.weight"])
+def test_values_that_are_no_numbers_in_that_type(
+    value: float, precision: str, refused: bool, name: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(checkpoints(), tmp_path / "c")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    spec = ExportSpec(str(folder), precision, **({"keep_float": "none"} if precision == "int8" else {}))
+    if refused:
+        with pytest.raises(BrokenCheckpointError):
+            export_model(spec, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    else:
+        assert export_model(spec, tmp_path / "out")[1]

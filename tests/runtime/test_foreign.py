@@ -192,3 +192,33 @@ def test_no_folder() -> None:
     with pytest.raises(ManifestError, match="no exported folder"):
         read_folder("/nonexistent/folder")
     assert issubclass(ForeignFolderError, SessionError)
+
+
+def test_our_own_two_graphs_without_their_manifest(unsigned: Path, exports: Folders) -> None:
+    manifest = read_folder(unsigned)
+    assert (manifest.decode_graph, manifest.scoring_graph) == ("model.onnx", "model_scoring.onnx")
+    assert manifest.decode_logits == "last"
+    with load(unsigned, threads=1) as found, load(exports(), threads=1) as wanted:
+        assert np.array_equal(found.score(PROMPT), wanted.score(PROMPT))
+        assert np.array_equal(found.prefill([PROMPT]), wanted.prefill([PROMPT]))
+
+
+@pytest.mark.parametrize("role", ["decode_graph", "scoring_graph"])
+@pytest.mark.parametrize("name", ["hidden.bin", "hidden.ort"])
+def test_a_graph_that_no_look_would_find(role: str, name: str, exports: Folders, tmp_path: Path) -> None:
+    folder = shutil.copytree(exports(), tmp_path / "hidden")
+    shutil.copyfile(folder / "model.onnx", folder / name)
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["files"][name] = raw["files"]["model.onnx"]
+    raw[role] = name
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(ManifestError, match=r"does not end in \.onnx"):
+        read_folder(folder)
+
+
+def test_a_manifest_that_never_ends(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(ManifestError, match="no regular file"):
+        read_folder(tmp_path)

@@ -97,3 +97,18 @@ def test_no_error_is_logged_for_the_class(exports: Get, capfd: pytest.CaptureFix
     with runtime.load(exports(), threads=1) as model:
         pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(exports()))
     assert "not supported" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("length", [3, 19, 25])
+def test_without_a_limit_as_many_as_transformers(length: int, exports: Get, checkpoints: Get) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import runtime
+
+    ids = torch.arange(5, 5 + length)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoints()).eval()
+    wanted = theirs.generate(ids, do_sample=False, eos_token_id=None)
+    with runtime.load(exports(), threads=1) as ours:
+        assert ours.generate(ids, do_sample=False, eos_token_id=None).tolist() == wanted.tolist()
+        assert ours.generate(ids[:, :3], do_sample=False, eos_token_id=None, max_length=20).shape[1] == 20

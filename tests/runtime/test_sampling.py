@@ -11,7 +11,7 @@ import pytest
 
 from runtime.errors import SessionError
 from runtime.generate import generate, stream
-from runtime.sampling import Chooser, Sampling, distribution, penalised
+from runtime.sampling import Chooser, Sampling, distribution, drawn, penalised
 from runtime.text import TextStream
 
 SETTINGS = [
@@ -190,7 +190,7 @@ class Letters:
     def __init__(self, *pieces: bytes) -> None:
         self.pieces = pieces
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool, **_: bool) -> str:
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
 
 
@@ -223,7 +223,7 @@ def test_generate_cuts_text_and_says_why(session: Any, exports: Callable[..., Pa
     from runtime.text import load_tokenizer
 
     class Named(Letters):
-        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        def decode(self, ids: list[int], skip_special_tokens: bool, **_: bool) -> str:
             return "".join(f"<{i}>" for i in ids)
 
     free = generate(session, [[5, 6], [7, 8]], 10, tokenizer=Named())
@@ -265,3 +265,24 @@ def test_an_unnamed_seed_becomes_known() -> None:
     assert Sampling(1.0).seeded().seed is not None
     assert Sampling(1.0).seeded() != Sampling(1.0).seeded()
     assert Sampling().seeded().seed is None
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-9])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    logits = np.random.default_rng(2).normal(size=50).astype(np.float32) * 10
+    assert {drawn(logits, n, Sampling(temperature)) for n in (0.0, 0.5, 0.999)} == {int(logits.argmax())}
+
+
+class Cleaning:
+    """A tokenizer that joins an apostrophe to what comes behind it when it cleans up, as LLaMA 3's does."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool = True) -> str:
+        text = "".join([" '", " n", " '", " roll"][i] for i in ids)
+        return text.replace(" ' ", "'").replace(" '", "'") if clean_up_tokenization_spaces else text
+
+
+def test_streamed_text_loses_no_letters() -> None:
+    text = TextStream(Cleaning(), ["n ' r"])
+    said = "".join(text.push(i) for i in range(4)) + text.finish()
+    assert text.stopped
+    assert said == " ' "
