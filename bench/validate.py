@@ -43,6 +43,27 @@ def chosen_checks(only: str | None, mode: str) -> tuple[tuple[CheckSpec, ...], M
     return tuple(c for c in CHECKS if c.name in names), MODES[mode]
 
 
+def expected(text: str | None) -> dict[str, str]:
+    """``precision=fp16,target=ort`` as a mapping.
+
+    Raises:
+        BenchError: another key, or a value that no folder has.
+    """
+    from export.spec import METHODS, PRECISIONS, TARGETS
+
+    known = {"precision": PRECISIONS, "target": TARGETS, "method": METHODS}
+    found: dict[str, str] = {}
+    for part in (text or "").split(","):
+        key, _, value = (x.strip() for x in part.partition("="))
+        if not part.strip():
+            continue
+        if value not in known.get(key, ()):
+            choices = "; ".join(f"{k}={'|'.join(v)}" for k, v in known.items())
+            raise BenchError(f"--expect {part.strip()!r} cannot be met by any folder; choose of {choices}")
+        found[key] = value
+    return found
+
+
 def run_check(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
     """One check, timed; whatever it raises is its FAIL.
 
@@ -145,6 +166,9 @@ def validate(
         tier = subject.manifest.precision
         if not subject.ours:
             notes.append("not a fused folder of ours: attributes, weights by content and numbers were checked")
+        open_ = [r.name for r in results if r.kind == "exact" and r.status in ("SKIPPED", "REPORTED")]
+        if verdict == "PASS" and open_:
+            notes.append(f"exact checks that could not judge this folder: {', '.join(open_)}")
     return Validation(
         created_utc=created,
         folder=subject.folder.resolve().name,
@@ -161,6 +185,7 @@ def validate(
             "windows": subject.mode.windows,
             "items": subject.mode.items,
             "workers": subject.workers,
+            **{f"expected {key}": value for key, value in subject.expect.items()},
         },
         results=results,
         examples=[e for _, f in done for e in f.examples],
@@ -184,6 +209,7 @@ def make_subject(
     status: Callable[[str], None] = lambda _s: None,
     keep: bool = False,
     workers: int = 1,
+    expect: str | None = None,
 ) -> Subject:
     """A subject from what the command line says.
 
@@ -198,8 +224,10 @@ def make_subject(
         keep: whether the baseline's results are kept in (and taken from) the user's cache, and this folder's until the
             run has ended.
         workers: processes that share windows and generations, ``threads`` each.
+        expect: ``KEY=VALUE,...``, see :func:`expected`.
 
     Raises:
+        BenchError: an expectation that is none.
         ExportError: the baseline cannot be found.
         ManifestError: no such folder.
     """
@@ -221,4 +249,5 @@ def make_subject(
     else:
         baseline = Baseline(source, threads, memo_bytes)
     data = dataset or load_shipped()
-    return Subject(folder, baseline, mode, data, threads=threads, workers=workers, say=status)
+    wanted = expected(expect)
+    return Subject(folder, baseline, mode, data, threads=threads, workers=workers, say=status, expect=wanted)

@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="the exported folder")
     parser.add_argument("--baseline", metavar="MODEL", help="'demo', a checkpoint folder, a .gguf file or a hub id")
     parser.add_argument("--mode", default="standard", help="quick (under a minute) or standard (default)")
+    parser.add_argument(
+        "--expect",
+        metavar="KEY=VALUE,...",
+        help="what the folder has to be: precision, target, method; else its manifest says, and so its margins",
+    )
     parser.add_argument("--only", metavar="CHECK,...", help="run these checks alone")
     parser.add_argument("--list-checks", action="store_true", help="name the checks and what each catches")
     parser.add_argument(
@@ -84,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         status=lambda m: err.print(m, style="dim", markup=False),
         keep=not args.no_cache,
         workers=args.workers,
+        expect=args.expect,
     )
     with _watched(subject, err):
         try:

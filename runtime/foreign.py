@@ -212,7 +212,11 @@ def _kv_layout(
 def _precision(graph: Any, activations: str, notes: list[str]) -> tuple[str, Quantisation | None]:
     """What most of the weights are stored as; quantised ones by their operators."""
     packed = [{a.name: a for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
-    if packed:
+    nbits = sum(int(p["K"].i) * int(p["N"].i) for p in packed if "K" in p and "N" in p)
+    floats = sum(_elements(t) for t in graph.initializer if t.data_type in _TYPES and len(t.dims) > 1)
+    if packed and 8 * nbits < floats:
+        notes.append(f"{len(packed)} MatMulNBits beside mostly float weights")
+    elif packed:
         bits = Counter(int(p["bits"].i) if "bits" in p else 4 for p in packed)
         name = f"int{bits.most_common(1)[0][0]}"
         if len(bits) > 1:

@@ -23,12 +23,12 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise SessionError(f"{path} has no tokenizer; export a checkpoint folder that holds tokenizer.json")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as e:
         if (path / "tokenizer.json").is_file() and "does not exist" in str(e):
             return _without_its_class(path)
         if "trust_remote_code" in str(e):
             raise SessionError(f"the tokenizer of {path} brings Python code of its own, which is never run") from None
-        first = str(e).splitlines()[0][:160]
+        first = (str(e).splitlines() or [type(e).__name__])[0][:160]
         raise SessionError(f"the tokenizer of {path} cannot be loaded ({first}); export again") from None
 
 

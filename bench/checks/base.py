@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +106,8 @@ class Subject:
     tick: Tick = lambda _message: None
     workers: int = 1
     say: Tick = lambda _message: None
+    expect: Mapping[str, str] = field(default_factory=dict)
+    """``precision``, ``target`` and ``method`` that the folder has to be of; the rest is as its manifest says."""
     progress: Callable[[int, int], None] = lambda _done, _total: None
     """Told (finished, all) windows or batches of the stage that is running; (0, 0) between stages."""
     resumed: int = field(default=0, init=False)

@@ -139,6 +139,19 @@ def constants_of(model: Any) -> dict[str, Any]:
     return graph.leaves | {a: graph.leaves[n] for a in graph.alias if (n := graph.resolve(a)) in graph.leaves}
 
 
+def read_by_outputs(model: Any) -> set[str]:
+    """Names of all values that the graph's outputs are computed from."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    todo, seen = [o.name for o in model.graph.output], set[str]()
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            if name in makers:
+                todo += makers[name].input
+    return seen
+
+
 class _Graph:
     """Who makes each value, and what is a leaf; ``Identity`` is looked through, constants are initialisers."""
 

@@ -85,12 +85,28 @@ def manifest(s: Subject) -> Found:
             "outputs": (set(m.outputs), {o.name for o in graph.output}),
             "weights": ({w.name for w in m.weights}, {r.name for r in s.conversion.recipes}),
         }
+    elif (s.folder / MANIFEST_NAME).is_file():
+        from runtime.foreign import describe
+
+        wanted["precision"] = (m.precision, describe(s.folder).precision)
     findings = [
         Finding(where=f"{MANIFEST_NAME}, {key}", what=f"says {_short(have)}, the baseline demands {_short(want)}")
         for key, (have, want) in wanted.items()
         if have != want
     ]
-    return exact(findings, f"{len(wanted)} claims agree with the baseline's configuration")
+    # A folder says itself in which precision it wants to be judged: who ships it may know better.
+    claimed = {
+        "precision": m.precision,
+        "target": m.target if (s.folder / MANIFEST_NAME).is_file() else "none: there is no manifest",
+        "method": m.quantisation.method if m.quantisation else "none: it is not quantised",
+    }
+    findings += [
+        Finding(where=f"{key} of the folder", what=f"is {claimed[key]}, {value} was expected")
+        for key, value in s.expect.items()
+        if claimed[key] != value
+    ]
+    asked = f", and is {', '.join(s.expect.values())} as expected" if s.expect else ""
+    return exact(findings, f"{len(wanted)} claims agree with the baseline's configuration{asked}")
 
 
 def _short(value: Any) -> str:

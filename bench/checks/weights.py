@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.checks.base import Found, Subject, exact
-from bench.checks.canonical import constants_of
+from bench.checks.canonical import constants_of, read_by_outputs
 from bench.checks.tensors import TensorReader
 from reports.validation import Finding
 
@@ -218,8 +218,9 @@ def _by_content(s: Subject) -> Found:
 
     reader = TensorReader(s.folder)
     stored: dict[tuple[Any, ...], list[Any]] = {}
+    read = read_by_outputs(s.graph("decode"))  # the right weight beside the one that is used proves nothing
     for tensor in s.graph("decode").graph.initializer:
-        if len(tensor.dims) and torch.tensor(list(tensor.dims)).prod() > 8:
+        if tensor.name in read and len(tensor.dims) and torch.tensor(list(tensor.dims)).prod() > 8:
             stored.setdefault(tuple(tensor.dims), []).append(tensor)
     dtype = TORCH_DTYPE.get(s.manifest.precision)
     if dtype is None:

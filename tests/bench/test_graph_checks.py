@@ -6,7 +6,9 @@ A folder from elsewhere has no `graph` check, so these have to find what is thei
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from bench.checks.canonical import attributes_of
 from bench.checks.registry import BY_NAME
 from bench.defects.in_graph import set_attribute
 from bench.defects.workshop import Workshop
+from bench.errors import BenchError
+from bench.validate import expected
 from export.manifest import MANIFEST_NAME
 
 Exports = Callable[..., Path]
@@ -164,3 +168,40 @@ def test_a_template_is_compared_by_what_it_does(other: str, same: bool) -> None:
     from bench.checks.text_checks import _meaning
 
     assert (_meaning(other) == _meaning("Hello {{ name }}.")) == same
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("precision=fp32,target=ort", None),
+        ("precision=fp16", "precision of the folder is fp32, fp16 was expected"),
+        ("target=plain", "target of the folder is ort, plain was expected"),
+        ("method=hqq", "method of the folder is none: it is not quantised, hqq was expected"),
+    ],
+)
+def test_the_folder_does_not_choose_what_it_is_judged_as(
+    text: str, what: str | None, exports: Exports, subjects: Callable[..., Any]
+) -> None:
+    result = BY_NAME["manifest"].run(replace(subjects(exports()), expect=expected(text)))
+    assert result.status == ("FAIL" if what else "PASS")
+    assert [f"{f.where} {f.what}" for f in result.findings] == ([what] if what else [])
+
+
+def test_an_expectation_that_nothing_meets() -> None:
+    assert expected(None) == {}
+    assert expected(" precision = int8 ,") == {"precision": "int8"}
+    for text in ("precision=fp8", "size=3", "fp16"):
+        with pytest.raises(BenchError, match="cannot be met"):
+            expected(text)
+
+
+def test_a_folder_without_manifest_is_not_what_was_expected(
+    exports: Exports, subjects: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its manifest left out, a folder is looked at less closely: who expects a target says no to that."""
+    folder = shutil.copytree(exports(), tmp_path / "bare")
+    (folder / "manifest.json").unlink()
+    subject = subjects(folder)
+    assert BY_NAME["manifest"].run(subject).status == "PASS"
+    result = BY_NAME["manifest"].run(replace(subject, expect={"target": "ort"}))
+    assert result.findings[0].what == "is none: there is no manifest, ort was expected"
