@@ -29,13 +29,13 @@ CHECKS: tuple[CheckSpec, ...] = (
     _spec(
         "files",
         "graph_checks",
-        "size and SHA-256 of every file, paths, operators that may not be trusted",
-        "a flipped byte, a file of another export, a link out of the folder",
+        "size and SHA-256 of every file, paths, operators that may not be trusted, graphs that nothing else looks at",
+        "a flipped byte, a file of another export, a link out of the folder, another model under the usual name",
     ),
     _spec(
         "manifest",
         "graph_checks",
-        "the manifest's claims against the baseline's configuration",
+        "the manifest's claims against the baseline's configuration and what --expect names",
         "another context length, end token, cache layout, a precision that was not asked for",
     ),
     _spec(
@@ -46,7 +46,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "graph_checks",
         "both graphs, node by node, against what the export makes of the configuration",
         "a wrong wire, a residual from the wrong side of a norm, swapped layers, a cache of another layer, an operator "
-        "too many",
+        "too many, a function or a second tensor behind a known name",
     ),
     _spec(
         "attributes",
@@ -66,15 +66,23 @@ CHECKS: tuple[CheckSpec, ...] = (
         "every checkpoint tensor where the graph reads it, bit for bit after the cast, or inside the quantiser's bound",
         "another fine-tune's file, swapped rows, one zeroed row, int4 under a claimed fp16",
     ),
-    _spec("tokenizer", "text_checks", "the tokenizer's parts, the ids of many texts and the way back", "a wrong merge"),
     _spec(
-        "chat_template", "text_checks", "what the template makes of three conversations", "a template of another model"
+        "tokenizer",
+        "text_checks",
+        "its parts and settings, added tokens, the ids of many texts and the way back",
+        "a wrong merge",
+    ),
+    _spec(
+        "chat_template",
+        "text_checks",
+        "what the template makes of three conversations, and the template itself (comments aside)",
+        "a template of another model, or one that answers otherwise to one word",
     ),
     _spec(
         "special_ids",
         "text_checks",
-        "bos, eos, pad, unk, added tokens; end tokens of manifest and genai_config.json",
-        "a missing end token",
+        "bos, eos, pad, unk, added tokens; end tokens of the manifest; genai_config.json",
+        "a missing end token, sampling or another graph in genai_config.json",
     ),
     _spec("generation_config", "text_checks", "generation_config.json", "another temperature, a lost end token"),
     _spec(
