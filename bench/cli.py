@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -228,7 +230,7 @@ def _inspect(args: argparse.Namespace) -> int:
         return 0
     ours = bool(manifest.weights_sha256)
     title = f"{manifest.model_name}, " + ("every file as published" if ours else "a folder from elsewhere")
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=escape(title), show_header=False, title_justify="left")
     kv = manifest.kv
     identity = f"SHA-256 {manifest.weights_sha256[:16]}…" if ours else "unknown"
     q = manifest.quantisation
@@ -380,6 +382,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")  # a terminal without UTF-8
+    if argv is None:
+
+        def end(*_: object) -> None:
+            raise SystemExit(143)  # what is half-written is removed on the way, as behind Ctrl-C
+
+        signal.signal(signal.SIGTERM, end)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parser = _parser()
     args, rest = parser.parse_known_args(argv)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from runtime.tensorrt import Shapes
 
 
+MOST_THREADS = 1024
+"""More than any machine has cores; ONNX Runtime takes minutes to start a hundred thousand."""
+
+
 @dataclass(frozen=True)
 class SessionSettings:
     """What :class:`runtime.ort_session.OrtSession` is opened with.
@@ -55,8 +59,10 @@ class SessionSettings:
     one_graph: bool = False
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise SessionError(f"{self.threads} threads make no sense; give 1 or more, or none for every core")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise SessionError(
+                f"{self.threads} threads make no sense; give 1 to {MOST_THREADS}, or none for every core"
+            )
         if self.one_graph and self.profile is not None:
             raise SessionError("a profile is the decode graph's from opening to end; it cannot be made with one_graph")
 

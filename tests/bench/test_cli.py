@@ -182,3 +182,32 @@ def test_nothing_of_a_folder_is_read_before_its_hashes_are_checked(
     code, _, err = run(capsys, "generate", changed, "the cat")
     assert code == 2
     assert "tokenizer.json" in err
+
+
+@pytest.mark.slow
+def test_terminated_midway_nothing_is_left(checkpoints: Paths, tmp_path: Path) -> None:
+    """A CI time-out ends an export by SIGTERM: what it had half-written goes."""
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    out = tmp_path / "out"
+    command = "import time, export.pipeline as p; p.write_manifest = lambda *_: time.sleep(60)\n"
+    command += "import sys; from bench.cli import main; sys.exit(main())"
+    child = subprocess.Popen([sys.executable, "-c", command, "export", str(checkpoints()), str(out)])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.partial-*/model.onnx")):
+        assert time.monotonic() < deadline, "it never began"
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(30) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_models_name_is_not_markup(capsys: pytest.CaptureFixture[str], checkpoints: Paths, tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoints(), tmp_path / "[red]x")
+    assert run(capsys, "export", source, tmp_path / "out")[0] == 0
+    code, said, _ = run(capsys, "inspect", tmp_path / "out")
+    assert code == 0
+    assert "[red]x" in said

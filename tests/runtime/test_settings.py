@@ -59,7 +59,7 @@ def test_session_entries_reach_onnx_runtime(exports: Callable[..., Path]) -> Non
         assert session.info.details["option session.intra_op.allow_spinning"] == "0"
 
 
-@pytest.mark.parametrize("threads", [0, -2])
+@pytest.mark.parametrize("threads", [0, -2, 100_000])
 def test_threads_that_make_no_sense(exports: Callable[..., Path], threads: int) -> None:
     with pytest.raises(SessionError, match=f"{threads} threads make no sense") as refused:
         load(exports(), threads=threads)
