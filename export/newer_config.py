@@ -2,7 +2,7 @@
 
 Version 5 writes ``rope_parameters`` where 4 reads ``rope_theta`` and ``rope_scaling``; 4 ignores the new key in silence
 and would take a base of 10,000 without scaling.
-Try: ``python -m pytest tests/export/test_newer_config.py -q``.
+Try: ``python -m pytest tests/export/test_checkpoint_files.py -k rope_parameters``.
 """
 
 from __future__ import annotations
