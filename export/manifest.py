@@ -173,7 +173,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
     if path.exists() and not path.is_file():  # a pipe would block the reader, a device never end
-        raise ManifestError(f"{path} is no regular file; copy the folder whole")
+        raise ManifestError(f"{path} cannot be read, it is no regular file; copy the folder whole")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
