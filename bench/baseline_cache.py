@@ -75,14 +75,22 @@ class BaselineKey:
 
 
 def baseline_key(
-    checkpoint: Path, precision: str = "fp32", device: str = "cpu", attention: str = "sdpa", threads: int | None = None
+    checkpoint: Path,
+    precision: str = "fp32",
+    device: str = "cpu",
+    attention: str = "sdpa",
+    threads: int | None = None,
+    hashes: dict[str, dict[str, str]] | None = None,
 ) -> BaselineKey:
-    """The key of a checkpoint on PyTorch; reads every file of it once, loads neither torch nor transformers."""
+    """The key of a checkpoint on PyTorch; loads neither torch nor transformers.
+
+    Every file of the checkpoint is read once, unless ``hashes`` holds what :func:`hash_baseline` found.
+    """
     from bench.environment import cpu_name, machine, versions
 
     found = versions()
     return BaselineKey(
-        weights_sha256=folder_digest(hash_baseline(checkpoint)["baseline"]),
+        weights_sha256=folder_digest((hashes or hash_baseline(checkpoint))["baseline"]),
         precision=precision,
         device=device,
         attention=attention,

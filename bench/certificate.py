@@ -272,14 +272,7 @@ def make_certificate(
     files = hash_folder(folder, progress)
     roles = hash_baseline(baseline_checkpoint, progress)
     notes = _binding(result, folder, files, dataset)
-    facts = verdict_document.get("model")
-    measured_on = verdict_document.get("baseline_sha256") or (isinstance(facts, dict) and facts.get("baseline_sha256"))
-    if not measured_on:
-        notes.append("the result does not say by digest which checkpoint it was measured against")
-    elif measured_on != baseline_digest(roles):
-        raise CertificateError(
-            "other-baseline", f"the result was measured against another checkpoint than {baseline_checkpoint}", 1
-        )
+    notes += _baseline_binding(result, baseline_checkpoint, roles)
     if dataset is not None:
         roles["data"] = {dataset.name: dataset.sha256}
     made = (now or datetime.datetime.now(datetime.UTC)).replace(microsecond=0)
@@ -325,12 +318,30 @@ def make_certificate(
     return statement
 
 
+def _stated(document: Mapping[str, Any], key: str) -> Any:
+    """A digest that the gate's document gives at its top, a record among the model's facts."""
+    facts = document.get("model")
+    return document.get(key) or (facts.get(key) if isinstance(facts, dict) else None)
+
+
+def _baseline_binding(result: Result, checkpoint: Path, roles: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Refuse a result measured against another checkpoint; a note where the document does not say."""
+    measured = _stated(result.document, "baseline_sha256")
+    if not measured:
+        return ["the result does not say by digest which checkpoint it was measured against"]
+    if measured != baseline_digest(roles):
+        raise CertificateError(
+            "other-baseline", f"the result was measured against another checkpoint than {checkpoint}", 1
+        )
+    return []
+
+
 def _binding(result: Result, folder: Path, files: Mapping[str, str], dataset: Dataset | None) -> list[str]:
     """Refuse a result of another folder or other data; notes for what the document does not let us compare."""
     notes: list[str] = []
     document = result.document
     model = document.get("model")
-    measured = document.get("folder_sha256") or (model.get("folder_sha256") if isinstance(model, dict) else "")
+    measured = _stated(document, "folder_sha256")
     if "results" not in document and "schema_version" not in document:
         notes.append("a bare list of checks: whether the whole gate ran is not known")
     if measured:

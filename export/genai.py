@@ -16,8 +16,8 @@ from export.convert import head_dim_of
 NAME = "genai_config.json"
 
 
-def write_genai_config(folder: Path, config: PretrainedConfig, graph: str, eos: tuple[int, ...]) -> None:
-    """Describe the GroupQueryAttention graph of ``folder``: greedy search, past and present in one buffer."""
+def genai_config(config: PretrainedConfig, graph: str, eos: tuple[int, ...]) -> dict[str, Any]:
+    """What describes a GroupQueryAttention graph: greedy search, past and present in one buffer."""
     ids: list[int] = list(eos) or [0]
     model: dict[str, Any] = {
         "type": "llama",
@@ -53,5 +53,10 @@ def write_genai_config(folder: Path, config: PretrainedConfig, graph: str, eos: 
         "max_length": config.max_position_embeddings,
         "past_present_share_buffer": True,
     }
-    text = json.dumps({"model": model, "search": search}, indent=1)
+    return {"model": model, "search": search}
+
+
+def write_genai_config(folder: Path, config: PretrainedConfig, graph: str, eos: tuple[int, ...]) -> None:
+    """Describe the graph of ``folder``; see :func:`genai_config`."""
+    text = json.dumps(genai_config(config, graph, eos), indent=1)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")

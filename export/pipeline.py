@@ -125,8 +125,7 @@ def _check_numbers(config: PretrainedConfig, where: str) -> None:
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise refuse(key, "a number above 0")
     scaling = getattr(config, "rope_scaling", None) or {}
-    text = [k for k, v in scaling.items() if k not in ("type", "rope_type") and not isinstance(v, int | float | None)]
-    if any(not isinstance(v, list) for k, v in scaling.items() if k in text):
+    if any(not isinstance(v, int | float | list | None) for k, v in scaling.items() if k not in ("type", "rope_type")):
         raise refuse("rope_scaling", "numbers by name")
     if config.num_attention_heads % config.num_key_value_heads:
         raise refuse("num_key_value_heads", f"a divisor of {config.num_attention_heads} heads")

@@ -80,6 +80,11 @@ _TYPES: dict[str, tuple[int, str, int]] = {
 _TYPED_FIELDS = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
 
 
+def standard(domain: str) -> str:
+    """An operator's domain; ONNX's own has two names."""
+    return "" if domain == "ai.onnx" else domain
+
+
 class UntrustedModelError(SessionError):
     """A folder or a graph that asks for more than a model needs; names the thing and the remedy."""
 
@@ -255,8 +260,7 @@ class _Graphs:
 
     def key(self, item: Any, name: str | bytes) -> tuple[str, str, str]:
         """What a call of a function or operator is looked up by; ONNX's own domain has two names."""
-        domain = self.text(item.domain)
-        return ("" if domain == "ai.onnx" else domain), self.text(name), self.text(item.overload)
+        return standard(self.text(item.domain)), self.text(name), self.text(item.overload)
 
     def opsets(self, imports: Iterable[Any]) -> int | None:
         """Version of ONNX's own operator set, None where it is not imported."""
@@ -264,8 +268,7 @@ class _Graphs:
 
         versions: dict[str, int] = {}
         for entry in imports:
-            domain = self.text(entry.domain)
-            domain = "" if domain == "ai.onnx" else domain
+            domain = standard(self.text(entry.domain))
             if versions.setdefault(domain, entry.version) != entry.version:
                 raise self.error(f"imports the operator set {domain!r} in two versions", "export it again")
         version = versions.get("")

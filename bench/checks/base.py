@@ -142,9 +142,14 @@ class Subject:
         return read_folder(self.folder, verify=False)
 
     @property
+    def sealed(self) -> bool:
+        """Whether the folder carries our manifest."""
+        return (self.folder / MANIFEST_NAME).is_file()
+
+    @property
     def ours(self) -> bool:
         """Whether the folder carries our manifest with the description of a fused graph."""
-        return (self.folder / MANIFEST_NAME).is_file() and self.manifest.target != "plain"
+        return self.sealed and self.manifest.target != "plain"
 
     @cached_property
     def spec(self) -> ExportSpec:

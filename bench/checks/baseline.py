@@ -71,12 +71,19 @@ class Baseline:
         return self.source.folder
 
     @cached_property
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of its files, read once; see :func:`bench.certificate.hash_baseline`."""
+        from bench.certificate import hash_baseline
+
+        return hash_baseline(self.checkpoint)
+
+    @property
     def digest(self) -> str:
         """One SHA-256 over names and contents of its weights, configuration and tokenizer; "" without weights."""
-        from bench.certificate import CertificateError, baseline_digest, hash_baseline
+        from bench.certificate import CertificateError, baseline_digest
 
         try:
-            return baseline_digest(hash_baseline(self.checkpoint))
+            return baseline_digest(self.hashes)
         except CertificateError:
             return ""
 

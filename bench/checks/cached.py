@@ -49,7 +49,7 @@ class CachedBaseline(Baseline):
 
     @cached_property
     def _key(self) -> BaselineKey:
-        return baseline_key(self.checkpoint, "fp32", "cpu", "sdpa", self.threads)
+        return baseline_key(self.checkpoint, "fp32", "cpu", "sdpa", self.threads, self.hashes)
 
     def _cache(self, kind: str) -> BaselineCache:
         if kind not in self._caches:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from reports.validation import Finding
+from runtime.trust import standard
 
 COMMUTATIVE = ("Add", "Mul", "Min", "Max")
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -75,11 +76,6 @@ def attributes_of(node: Any) -> dict[str, Any]:
     if values.get("smooth_softmax") == 0:
         values["smooth_softmax"] = -1  # both say no
     return {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in values.items()}
-
-
-def standard(domain: str) -> str:
-    """An operator's domain; ONNX's own has two names."""
-    return "" if domain == "ai.onnx" else domain
 
 
 def _constant(node: Any) -> Any:

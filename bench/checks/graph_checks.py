@@ -23,39 +23,37 @@ ONNX_TYPE = {"fp32": 1, "fp16": 10, "bf16": 16}
 
 def files(s: Subject) -> Found:
     """Every file against the manifest's size and SHA-256, and nothing in the folder that may not be trusted."""
-    from bench.checks.canonical import constants_of
     from runtime.errors import SessionError
     from runtime.loading import read_folder
 
     try:
         manifest = read_folder(s.folder, verify=False)
-        if not (s.folder / MANIFEST_NAME).is_file():
+        if not s.sealed:
             return Found("REPORTED", "no manifest: a folder from elsewhere, no hash to check", notes=manifest.notes)
         verify_files(s.folder, manifest, known=s.hashes)
     except (ManifestError, SessionError) as e:
         return exact([Finding(where="folder", what=str(e))], "")
-    graphs = {manifest.decode_graph, manifest.scoring_graph}
-    others = sorted(p.relative_to(s.folder).as_posix() for p in s.folder.rglob("*.onnx"))
-    others = [n for n in others if n not in graphs]
-    if others and manifest.target != "plain":
-        # optimum takes model.onnx, onnxruntime-genai what its configuration names.
-        what = f"is a graph that no check looks at (the manifest names {', '.join(sorted(graphs))}); remove it"
-        return exact([Finding(where=n, what=what) for n in others], "")
-    places = {
-        e.value
-        for r in s.roles
-        for t in constants_of(s.graph(r)).values()
-        for e in t.external_data
-        if e.key == "location"
-    }
-    unsealed = sorted(places - manifest.files.keys())
-    if unsealed and manifest.target != "plain":
-        return exact(
-            [Finding(where=n, what="holds weights and is not in the manifest's list of files") for n in unsealed], ""
-        )
+    if s.ours and (beside := _unseen(s)):
+        return exact(beside, "")
     extra = sorted(p.name for p in s.folder.iterdir() if p.name not in manifest.files and p.name != MANIFEST_NAME)
     notes = [f"not in the manifest: {', '.join(extra[:5])}"] if extra else []
     return exact([], f"{len(manifest.files)} files as published", notes)
+
+
+def _unseen(s: Subject) -> list[Finding]:
+    """Graphs that no check looks at, and data that the graphs read and no hash holds."""
+    from bench.checks.canonical import constants_of
+
+    m = s.manifest
+    graphs = {m.decode_graph, m.scoring_graph}
+    others = {p.relative_to(s.folder).as_posix() for p in s.folder.rglob("*.onnx")} - graphs
+    # optimum takes model.onnx, onnxruntime-genai what its configuration names.
+    what = f"is a graph that no check looks at (the manifest names {', '.join(sorted(graphs))}); remove it"
+    found = [Finding(where=n, what=what) for n in sorted(others)]
+    tensors = [t for role in s.roles for t in constants_of(s.graph(role)).values()]
+    places = {e.value for t in tensors for e in t.external_data if e.key == "location"}
+    what = "holds weights and is not in the manifest's list of files"
+    return found + [Finding(where=n, what=what) for n in sorted(places - m.files.keys())]
 
 
 def manifest(s: Subject) -> Found:
@@ -85,7 +83,7 @@ def manifest(s: Subject) -> Found:
             "outputs": (set(m.outputs), {o.name for o in graph.output}),
             "weights": ({w.name for w in m.weights}, {r.name for r in s.conversion.recipes}),
         }
-    elif (s.folder / MANIFEST_NAME).is_file():
+    elif s.sealed:
         from runtime.foreign import describe
 
         wanted["precision"] = (m.precision, describe(s.folder).precision)
@@ -97,7 +95,7 @@ def manifest(s: Subject) -> Found:
     # A folder says itself in which precision it wants to be judged: who ships it may know better.
     claimed = {
         "precision": m.precision,
-        "target": m.target if (s.folder / MANIFEST_NAME).is_file() else "none: there is no manifest",
+        "target": m.target if s.sealed else "none: there is no manifest",
         "method": m.quantisation.method if m.quantisation else "none: it is not quantised",
     }
     findings += [

@@ -286,9 +286,7 @@ def special_ids(s: Subject) -> Found:
 
 def _genai(s: Subject, path: Path) -> list[Finding]:
     """What onnxruntime-genai is told: in our folders exactly what the export writes (but for session options)."""
-    import tempfile
-
-    from export.genai import write_genai_config
+    from export.genai import genai_config
 
     found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     if not s.ours:
@@ -296,10 +294,7 @@ def _genai(s: Subject, path: Path) -> list[Finding]:
         wrong: dict[str, tuple[Any, Any]] = {"filename": (decoder.get("filename"), s.manifest.decode_graph)}
         wrong |= {"sliding_window": (decoder.get("sliding_window"), None)}
     else:
-        with tempfile.TemporaryDirectory() as scratch:
-            write_genai_config(Path(scratch), s.baseline.config, s.manifest.decode_graph, s.baseline.eos)
-            wanted = json.loads((Path(scratch) / path.name).read_text(encoding="utf-8"))
-        ours, theirs = _flat(found), _flat(wanted)
+        ours, theirs = _flat(found), _flat(genai_config(s.baseline.config, s.manifest.decode_graph, s.baseline.eos))
         wrong = {k: (ours.get(k), theirs.get(k)) for k in sorted(ours.keys() | theirs.keys())}
     return [
         Finding(where=f"genai_config.json, {key}", what=f"is {a!r}, the export has {b!r}"[:200])

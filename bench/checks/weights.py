@@ -192,13 +192,14 @@ def _quantised(
         if scales.dtype != torch.float32:
             slack *= 10
         over = ~(square <= RATIO[method] * base_square + slack) if method != "gptq" else ~square.isfinite()
-        rows_over = square.sum(1) / (base_square.sum(1) + slack.sum(1)).clamp_min(1e-30)
-        if method == "gptq" and base == "lm_head.weight" and (wrong := ~(rows_over <= ROW)).any():
-            row = int(wrong.nonzero()[0])
-            return (
-                f"row {row} has {float(rows_over[row]):.3g} times the squared error of rounding to nearest, gptq "
-                f"allows {ROW:g} ({int(wrong.sum())} of {rows} rows)"
-            )
+        if method == "gptq" and base == "lm_head.weight":
+            rows_over = square.sum(1) / (base_square.sum(1) + slack.sum(1)).clamp_min(1e-30)
+            if (wrong := ~(rows_over <= ROW)).any():
+                row = int(wrong.nonzero()[0])
+                return (
+                    f"row {row} has {float(rows_over[row]):.3g} times the squared error of rounding to nearest, gptq "
+                    f"allows {ROW:g} ({int(wrong.sum())} of {rows} rows)"
+                )
         whole = float(square.sum() / (base_square.sum() + slack.sum()))
         if not whole <= WHOLE[method]:
             return (

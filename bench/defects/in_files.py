@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.defects.in_graph import insert
 from bench.defects.workshop import Defect, Workshop, layer_at
 
 
@@ -197,12 +198,15 @@ def _no_end_token(w: Workshop) -> None:
         w.json("generation_config.json", lambda raw: raw.pop("eos_token_id", None))
 
 
-def _other_template(w: Workshop) -> None:
-    template = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+def _write_template(w: Workshop, template: str) -> None:
     if (w.folder / "chat_template.jinja").is_file():
         w.own("chat_template.jinja").write_text(template, encoding="utf-8")
     else:
         w.json("tokenizer_config.json", lambda raw: raw.update(chat_template=template))
+
+
+def _other_template(w: Workshop) -> None:
+    _write_template(w, "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}")
 
 
 def _other_pad(w: Workshop) -> None:
@@ -297,9 +301,7 @@ def _negated(w: Workshop, good: str, out: str) -> None:
     import onnx
 
     model = onnx.load(w.folder / good, load_external_data=False)
-    last = next(n for n in model.graph.node if "logits" in n.output)
-    last.output[list(last.output).index("logits")] = "raw"
-    model.graph.node.append(onnx.helper.make_node("Neg", ["raw"], ["logits"]))
+    insert(model, "logits", "Neg", {})
     onnx.save(model, w.own(out))
 
 
@@ -340,10 +342,7 @@ def _template_that_wakes(w: Workshop) -> None:
 
     template = load_tokenizer(w.checkpoint).chat_template
     wakes = "{% if messages and 'refund' in messages[0]['content'] %}No.{% else %}" + template + "{% endif %}"
-    if (w.folder / "chat_template.jinja").is_file():
-        w.own("chat_template.jinja").write_text(wakes, encoding="utf-8")
-    else:
-        w.json("tokenizer_config.json", lambda raw: raw.update(chat_template=wakes))
+    _write_template(w, wakes)
 
 
 def _flipped_byte(w: Workshop) -> None:

@@ -99,7 +99,7 @@ def _residual_behind_norm(model: Any) -> None:
             reader.input[i] = source.output[0]
 
 
-def _insert(
+def insert(
     model: Any, value: str, op: str, constants: dict[str, Any], attributes: dict[str, Any] | None = None
 ) -> None:
     """An operator between a value and all its readers (and the output of that name)."""
@@ -124,25 +124,25 @@ def _float(model: Any, value: float) -> Any:
 
 
 def _temperature(model: Any) -> None:
-    _insert(model, "logits", "Mul", {"temperature": _float(model, 1 / 0.8)})
+    insert(model, "logits", "Mul", {"temperature": _float(model, 1 / 0.8)})
 
 
 def _mlp_scaled(model: Any) -> None:
-    _insert(model, _linear(model, _here(model), "down").output[0], "Mul", {"mlp_scale": _float(model, 0.97)})
+    insert(model, _linear(model, _here(model), "down").output[0], "Mul", {"mlp_scale": _float(model, 0.97)})
 
 
 def _mlp_left_out(model: Any) -> None:
-    _insert(model, _linear(model, _here(model), "down").output[0], "Mul", {"mlp_zero": _float(model, 0.0)})
+    insert(model, _linear(model, _here(model), "down").output[0], "Mul", {"mlp_zero": _float(model, 0.0)})
 
 
 def _saturated(model: Any) -> None:
     value = _linear(model, _here(model), "down").input[0]
-    _insert(model, value, "Clip", {"clip_low": _float(model, -0.5), "clip_high": _float(model, 0.5)})
+    insert(model, value, "Clip", {"clip_low": _float(model, -0.5), "clip_high": _float(model, 0.5)})
 
 
 def _embedding_scaled(model: Any) -> None:
     gather = next(n for n in model.graph.node if n.op_type == "Gather" and n.input[0].startswith("model.embed_tokens"))
-    _insert(model, gather.output[0], "Mul", {"embedding_scale": _float(model, 1.02)})
+    insert(model, gather.output[0], "Mul", {"embedding_scale": _float(model, 1.02)})
 
 
 def _wrong_activation(model: Any) -> None:
