@@ -25,7 +25,7 @@ check: setup
 
 # On a GPU machine: the records that this project wants from one (make gpu-evidence EXTRA=gpu); else why not.
 gpu-evidence: setup
-	@$(BIN)/python -m bench.gpu_evidence
+	@$(BIN)/python -m bench.studies.gpu_evidence
 
 setup: $(STAMP)
 

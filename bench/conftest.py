@@ -21,10 +21,10 @@ from rich.progress import (
 from rich.table import Column
 
 from bench.errors import BenchError
-from bench.gate_names import CHECKS, metric_names
-from bench.lock import machine_lock
-from bench.run import Options, Run, Ticker, command_line
-from bench.workload import PROFILES, choose_profile
+from bench.gate.gate_names import CHECKS, metric_names
+from bench.latency.workload import PROFILES, choose_profile
+from bench.machine.lock import machine_lock
+from bench.suite.run import Options, Run, Ticker, command_line
 
 RUN = pytest.StashKey[Run]()
 PAGE = pytest.StashKey[tuple[Path, Any]]()
@@ -237,6 +237,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Put the fingerprint and the versions into pytest-benchmark's own JSON too."""
-    from bench.environment import machine, versions
+    from bench.machine.environment import machine, versions
 
     machine_info["llama_onnx"] = {**machine().model_dump(), "versions": versions()}

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench.replay import CLOCK, replay
-from bench.run import Run
+from bench.latency.replay import CLOCK, replay
+from bench.suite.run import Run
 from reports.record import Case
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)

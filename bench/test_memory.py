@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.run import Run
+from bench.suite.run import Run
 
 
 def test_peak_memory(run: Run, side: str, record_property: pytest.FixtureRequest) -> None:

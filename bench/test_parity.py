@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.run import Run
+from bench.suite.run import Run
 
 
 def _judge(run: Run, status: str, message: str) -> None:

@@ -3,7 +3,7 @@
 Why not a plain paired t: one process in a hundred is an outlier, which makes a plain t blind (its spread explodes), and
 40 benchmarks of 10 pairs each leave 9 degrees of freedom to a threshold of 0.05 / 40. So one pair in ten is trimmed
 from each end (Yuen 1974), and where a metric has enough cases their variances are shrunk towards each other (Smyth
-2004), as far as the data says that they are alike. ``python -m bench.simulate`` proves what this is worth.
+2004), as far as the data says that they are alike. ``python -m bench.studies.simulate`` proves what this is worth.
 
 Pure functions of arrays. Try: ``python -c "from reports.paired import assess; help(assess)"``.
 """

@@ -2,7 +2,7 @@
 
 The gate needs what a :class:`runtime.session.Session` hides: a prompt in several chunks, a past of any length without
 computing it, and the residual stream between layers. Not for serving: everything is copied.
-Try: ``python -m pytest tests/bench/test_checks.py -k chunked``.
+Try: ``python -m pytest tests/bench/gate/test_checks.py -k chunked``.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ The demo model was read from a 4-bit file, which flatters quantisers that find t
 only ever were fp32 the int4 methods can be compared. The text is the project's own (``bench/data``), little enough that
 the model learns words and phrases, no facts: its figures say how methods compare, not what LLaMA 2 would lose.
 
-Held out: all of ``prose.jsonl`` (``bench.export_table`` scores windows of any of its texts; which ones depends on the
-tokenizer and on ``--windows``), and for validation every tenth source text of the other four files with all items made
-from it. Neither weights nor tokenizer see them. What ``gptq`` is calibrated on (``Dataset.calibration()``) is mostly
-text that was trained on, as it is for published models.
+Held out: all of ``prose.jsonl`` (``bench.studies.export_table`` scores windows of any of its texts; which ones depends
+on the tokenizer and on ``--windows``), and for validation every tenth source text of the other four files with all
+items made from it. Neither weights nor tokenizer see them. What ``gptq`` is calibrated on (``Dataset.calibration()``)
+is mostly text that was trained on, as it is for published models.
 
 The model sees this little text some twelve times. Unhindered it learns it by heart (4 minutes: training loss 0.4, prose
 7.6, worse than token frequencies), so a fifth of the input tokens are random, weight decay is high, and the weights of
@@ -35,8 +35,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bench.datasets import Dataset, Item, load_shipped
-from bench.workload import chunked
+from bench.data.loading import Dataset, Item, load_shipped
+from bench.latency.workload import chunked
 from export.cache import publish
 from export.errors import DestinationError, ExportError
 
@@ -60,7 +60,7 @@ TEMPLATE = (
 )
 VALIDATION_EVERY = 10
 SCORED_WINDOW = 256
-"""Tokens of a window in :mod:`bench.export_table`."""
+"""Tokens of a window in :mod:`bench.studies.export_table`."""
 LEARNING_RATE, WARM_UP, FLOOR = 1.5e-3, 0.05, 0.05
 """Highest learning rate; share of the steps until it is reached; share of it that is left at the end."""
 WEIGHT_DECAY, BETAS, CLIP = 0.5, (0.9, 0.95), 1.0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.datasets import Dataset, load_shipped
+from bench.data.loading import Dataset, load_shipped
 from export.errors import DestinationError, ExportError
 
 PATH = Path(__file__).parent.parent / "scripts" / "train_small_llama.py"

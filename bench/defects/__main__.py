@@ -18,13 +18,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.checks.base import MODES, Subject
-from bench.datasets import load_file
+from bench.data.loading import load_file
 from bench.defects.harmless import HARMLESS
 from bench.defects.in_files import DEFECTS as IN_FILES
 from bench.defects.in_graph import DEFECTS as IN_GRAPH
 from bench.defects.workshop import Defect, Harmless, Workshop, layer_at
-from bench.validate import make_subject, validate
+from bench.gate.subject import MODES, Subject
+from bench.gate.validate import make_subject, validate
 from reports.validation import Validation
 
 DEFECTS: tuple[Defect, ...] = (*IN_GRAPH, *IN_FILES)

@@ -245,7 +245,7 @@ def _claims_fp32(w: Workshop) -> None:
 
 def _rare_row(w: Workshop, tensor: Any) -> Any:
     """The embedding with one rare token's row turned round."""
-    from bench.checks.tensors import TensorReader
+    from bench.gate.tensors import TensorReader
 
     value = TensorReader(w.folder).read(tensor).copy()
     value[-5] = value[-5][::-1]

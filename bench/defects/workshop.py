@@ -1,7 +1,7 @@
 """A copy of a good folder that can be edited: cheap to make, and resealed so that no hash gives the edit away.
 
 Files are hard links until one is opened for editing, so forty copies of a model cost nothing.
-Try: ``python -m pytest tests/bench/test_defects.py -k workshop``.
+Try: ``python -m pytest tests/bench/defects/test_defects.py -k workshop``.
 """
 
 from __future__ import annotations

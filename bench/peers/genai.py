@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.child import TIED, can_take_turns
 from bench.errors import BenchError
+from bench.process.child import TIED, can_take_turns
 from runtime.errors import SessionError
 from runtime.generate import LENGTH, Generation
 from runtime.session import Ids, Logits, SessionInfo

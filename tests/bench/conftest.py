@@ -32,7 +32,7 @@ def tiny_dataset_file(words: list[str], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def tiny_dataset(tiny_dataset_file: Path) -> Any:
     """The same, read."""
-    from bench.datasets import load_file
+    from bench.data.loading import load_file
 
     return load_file(tiny_dataset_file)
 
@@ -40,8 +40,8 @@ def tiny_dataset(tiny_dataset_file: Path) -> Any:
 @pytest.fixture(scope="session")
 def subjects(checkpoints: Callable[..., Path], tiny_dataset: Any) -> Iterator[Callable[..., Any]]:
     """``subjects(folder, **changes)``: the folder beside the tiny baseline of that configuration, baselines shared."""
-    from bench.checks.base import Mode
-    from bench.validate import make_subject
+    from bench.gate.subject import Mode
+    from bench.gate.validate import make_subject
 
     mode = Mode("tiny", 96, 70, 4, 3, True)
     made: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def workshop(exports: Callable[..., Path], checkpoints: Callable[..., Path], tmp
 def ray(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Ray on this machine only, two workers; skips with its reason where it cannot start."""
     found = pytest.importorskip("ray")
-    from bench import workers
+    from bench.process import workers
 
     try:
         workers._start_ray(2)

@@ -11,7 +11,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench import compare_command, sides
+from bench.cli import compare as compare_command
+from bench.latency import sides
 
 
 def prove(out: Path, kind: str, seed: int, folder: str, cases: str, rounds: int, more: list[str]) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import export.random_model
-from bench.cli import main
+from bench.cli.main import main
 from export.errors import DestinationError, ExportError
 from export.pipeline import export_model
 from export.random_model import CONFIGS, config_of, make_random_model, tensor_shapes

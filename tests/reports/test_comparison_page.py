@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from rich.console import Console
 
-from bench.cli import main
+from bench.cli.main import main
 from reports.comparison import Comparison
 from reports.comparison_summary import Digest
 from reports.publish import publish, read_any, write_comparison

@@ -12,7 +12,7 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 
-from bench.cli import main
+from bench.cli.main import main
 from runtime import doctor, providers
 from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.loading import load

@@ -1,0 +1,1 @@
+"""What a deployment team signs: statement, envelope, verification."""

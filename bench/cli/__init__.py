@@ -1,0 +1,1 @@
+"""The command line: :mod:`bench.cli.main` and one file a command."""

@@ -1,0 +1,312 @@
+"""``llama-onnx compare``: two sides measured in interleaved pairs, or two files of records, judged into one verdict.
+
+Try: ``llama-onnx compare --base OUT --candidate OUT,threads=1 --cases b1-p32-n16 --out /tmp/compared``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from bench.errors import BenchError
+
+if TYPE_CHECKING:
+    from bench.latency.paired_run import Turns
+    from bench.latency.sides import SideSpec
+    from reports.compare import Rules
+    from reports.comparison import CaseRecord, Comparison, History
+    from reports.record import Parity
+
+DEFAULT_CASES = "b1-p128-n32,b4-p128-n32"
+SEED = 20_261_124
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("files", nargs="*", type=Path, help="BASE CANDIDATE: files of records instead of measuring")
+    side = "FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE][,venv=PATH][,rev=GITREV]"
+    parser.add_argument("--base", metavar="SIDE", help=side)
+    parser.add_argument("--candidate", metavar="SIDE", help="the same for the side under test")
+    parser.add_argument("--pairs", type=int, default=10, help="interleaved pairs; half as many more where undecided")
+    parser.add_argument("--cases", default=DEFAULT_CASES, help=f"batch, prompt, new tokens (default {DEFAULT_CASES})")
+    parser.add_argument("--rounds", type=int, default=10, help="generations in one process")
+    parser.add_argument(
+        "--turns",
+        choices=("auto", "rounds", "processes"),
+        default="auto",
+        help="what alternates in a pair: rounds while both processes are alive (twice the memory, a third of the noise "
+        "on a shared machine), or whole processes; auto: rounds on the CPU where both models fit",
+    )
+    parser.add_argument("--margin", default="", help="0.03, or by metric: ttft=0.05,tpot=0.02 (default 0.03)")
+    parser.add_argument("--gate", default="ttft,tpot", help="metrics that gate (others are reported)")
+    parser.add_argument("--model", help="the candidate's checkpoint: parity is gated beside latency")
+    parser.add_argument("--parity-profile", default="standard", help="smoke, standard or full")
+    parser.add_argument("--dataset", type=Path, help="parity: JSONL file in place of the project's data")
+    parser.add_argument("--seed", type=int, default=SEED, help="order and prompts")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which one process is stopped")
+    parser.add_argument(
+        "--max-steal", type=float, default=0.02, help="share of CPU time above which a pair is repeated"
+    )
+    parser.add_argument("--max-others", type=float, default=0.10, help="the same for other processes' load")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, help="seconds to wait for another measurement on this machine"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--out", type=Path, default=Path("reports/out/compare"), help="folder of records and report")
+
+
+def parse_margins(text: str) -> tuple[float, dict[str, float]]:
+    """``0.03`` or ``ttft=0.05,tpot=0.02`` -> (the others' margin, by metric).
+
+    Raises:
+        BenchError: not such a list, or outside 0 to 1.
+    """
+    common, by_metric = 0.03, {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = part.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 < number < 1:
+            raise BenchError(f"--margin {part!r} is not a share; write 0.03, or ttft=0.05,tpot=0.02")
+        if equals:
+            by_metric[name] = number
+        else:
+            common = number
+    return common, by_metric
+
+
+def rules_of(args: argparse.Namespace) -> Rules:
+    """The rules that the arguments fix.
+
+    Raises:
+        BenchError: fewer than 5 pairs, a margin of another form.
+    """
+    from reports.compare import Rules
+
+    if args.pairs < 5:
+        raise BenchError(f"--pairs {args.pairs} decides nothing; take 5 or more (10 finds 5 % at 1.5 % noise)")
+    margin, margins = parse_margins(args.margin)
+    gating = tuple(g.strip() for g in args.gate.split(",") if g.strip())
+    return Rules(planned=args.pairs, most=args.pairs + args.pairs // 2, margin=margin, margins=margins, gating=gating)
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("[bold]{task.fields[title]}"), BarColumn(bar_width=20), MofNCompleteColumn())
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("", total=total, title=title)
+        yield lambda message: bar.update(task, advance=1, description=message)
+
+
+def turns_of(asked: str, base: SideSpec, candidate: SideSpec) -> Turns:
+    """What alternates in a pair. ``auto`` looks at nothing that changes while a run may be resumed.
+
+    Raises:
+        BenchError: rounds, where no process can be stopped and woken.
+    """
+    import psutil
+
+    from bench.process.child import can_take_turns
+
+    if asked == "rounds" and not can_take_turns():
+        raise BenchError("--turns rounds stops and wakes processes, which this system cannot; use --turns processes")
+    if asked in ("rounds", "processes"):
+        return cast("Turns", asked)
+    sides = (base, candidate)
+    held = sum(f.stat().st_size for s in sides for f in Path(s.folder).expanduser().rglob("*") if f.is_file())
+    fits = 1.5 * held < psutil.virtual_memory().total
+    return "rounds" if can_take_turns() and fits and all(s.provider == "cpu" for s in sides) else "processes"
+
+
+def _measured(args: argparse.Namespace, started: float) -> Comparison:
+    from bench.latency.paired_run import PairedRun, Plan, learned, parse_case
+    from bench.latency.sides import parse_side
+    from bench.machine.environment import machine, versions
+    from bench.machine.lock import machine_lock
+    from bench.machine.state import Limits
+    from reports.compare import judge, parity_outcome, verdict_of
+    from reports.comparison import Comparison
+
+    base, candidate = parse_side("base", args.base), parse_side("candidate", args.candidate)
+    plan = Plan(
+        base=base,
+        candidate=candidate,
+        cases=tuple(dict.fromkeys(parse_case(c) for c in args.cases.split(","))),
+        seed=args.seed,
+        rules=rules_of(args),
+        rounds=args.rounds,
+        limit_s=args.limit,
+        limits=Limits(args.max_steal, args.max_others),
+        turns=turns_of(args.turns, base, candidate),
+    )
+    if args.model and (plan.candidate.venv or plan.candidate.revision):
+        raise BenchError("--model gates parity in this environment: leave it out for a candidate with venv= or rev=")
+    here = machine()
+    run = PairedRun(plan, args.out, args.resume, here.fingerprint)
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    with machine_lock("llama-onnx compare", args.wait, say):
+        with _progress("pairs", 2 * plan.rules.planned * len(plan.cases)) as tick:
+            records = run.measure(tick)
+        parity = measure_parity(args, plan.candidate.provider, plan.candidate.threads) if args.model else None
+    judged = judge(records, plan.rules)
+    measured = learned(plan.candidate.described(), records)
+    return Comparison(
+        schema_version=1,
+        tool_version=versions().get("llama-onnx-bench", "unknown"),
+        created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        duration_s=sum(r.duration_s or 0.0 for r in records) if args.resume else time.time() - started,
+        command=command_of(args),
+        seed=plan.seed,
+        paired=True,
+        advisory=False,
+        base=learned(plan.base.described(), records),
+        candidate=measured,
+        family=judged.family,
+        verdict=verdict_of(judged.results, records, parity),
+        results=judged.results,
+        parity=parity,
+        parity_outcome=parity_outcome(parity),
+        machine=here,
+        history=past(judged.results, here.fingerprint, measured.model),
+        records=records,
+        versions=versions(),
+        warnings=[*warnings_of(records), *without_parity(judged.results, parity)],
+    )
+
+
+def past(results: Sequence[Any], fingerprint: str, model: str | None) -> list[History]:
+    """The gating metrics' past from the user's store; empty where nothing was added to it."""
+    from reports.store import Store, default_path
+
+    if not default_path().is_file():
+        return []
+    with Store(default_path()) as store:
+        if not store.points(fingerprint):
+            return []
+        asked = [(r.case, r.metric) for r in results if r.gating]
+        known = {(p.case_name, p.metric) for p in store.points(fingerprint)}
+        found = [store.history(*key, fingerprint, model) for key in asked if key in known]
+    return [h for h in found if h is not None]
+
+
+def warnings_of(records: Sequence[CaseRecord]) -> list[str]:
+    """What a reader has to know of the measuring: repeated pairs, failures, warm-ups that never became steady."""
+    said = []
+    disturbed = [r for r in records if r.disturbed]
+    if disturbed:
+        said.append(f"{len(disturbed)} of {len(records)} processes were disturbed; first: {disturbed[0].reason}")
+    unsteady = sum(1 for r in records if r.steady is False)
+    if unsteady:
+        said.append(f"{unsteady} of {len(records)} warm-ups reached their cap before two rounds agreed within 5 %")
+    return said
+
+
+def without_parity(results: Sequence[Any], parity: Parity | None) -> list[str]:
+    """A speed-up without parity beside it proves little, and says so."""
+    if parity is not None or not any(r.status == "IMPROVED" for r in results):
+        return []
+    return ["faster, but nobody looked whether it is still the same model: add --model CHECKPOINT for parity"]
+
+
+def command_of(args: argparse.Namespace) -> list[str]:
+    """The exact command to repeat it, from the same folder: the seed is always there, paths below it are relative."""
+    here = f"{Path.cwd()}/"
+    typed = [re.sub(f"(^|=){re.escape(here)}", r"\1", str(a)) for a in args.typed]
+    return ["llama-onnx", *typed, *([] if "--seed" in typed else ["--seed", str(args.seed)])]
+
+
+def measure_parity(args: argparse.Namespace, provider: str, threads: int | None) -> Parity:
+    """The gate of ``pytest bench/`` for the candidate, in a process of its own; written beside the records.
+
+    Raises:
+        BenchError: the gate could not be run; its last line is quoted.
+    """
+    from reports.record import Parity
+
+    kept = args.out / "parity.json"
+    if args.resume and kept.is_file():
+        return Parity.model_validate_json(kept.read_text(encoding="utf-8"))
+    asked = {
+        "model": args.model,
+        "exported": args.candidate.split(",")[0],
+        "provider": provider,
+        "threads": threads,
+        "profile": args.parity_profile,
+        "dataset": None if args.dataset is None else str(args.dataset),
+        "out": str(kept),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gate.parity_child", json.dumps(asked)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BenchError(f"parity could not be measured: {last.removeprefix('error: ')}")
+    return Parity.model_validate_json(kept.read_text(encoding="utf-8"))
+
+
+def _from_files(args: argparse.Namespace, started: float) -> Comparison:
+    from bench.machine.environment import versions
+    from reports.case_files import read_any
+    from reports.unpaired import compare_files
+
+    base, candidate = args.files
+    same = base.name == candidate.name
+    names = [f"{p.absolute().parent.name}/{p.name}" if same else p.name for p in (base, candidate)]
+    return compare_files(
+        read_any(base, "base"),
+        read_any(candidate, "candidate"),
+        rules_of(args),
+        labels=(names[0], names[1]),
+        command=command_of(args),
+        versions=versions(),
+        started=started,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure or read, judge, write the report, print; the exit code is the verdict's (0, 1 or 3)."""
+    started = time.time()
+    if len(args.files) == 2 and not (args.base or args.candidate):
+        made = _from_files(args, started)
+    elif args.base and args.candidate and not args.files:
+        made = _measured(args, started)
+    else:
+        raise BenchError("give either --base SIDE --candidate SIDE, or two files: BASE.jsonl CANDIDATE.jsonl")
+    from reports.publish import write_comparison
+
+    page = write_comparison(made, args.out)
+    if args.json:
+        sys.stdout.write(made.to_json())
+    else:
+        from rich.console import Console
+
+        from reports.render.comparison_terminal import print_comparison
+
+        print_comparison(made, Console())
+        print(f"page: {page.resolve()}")
+    return made.verdict.exit_code

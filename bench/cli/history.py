@@ -1,0 +1,135 @@
+"""``llama-onnx history add | list | export | import | check``: past medians on this machine, and steps in them.
+
+Advisory: what moved between two nights may be the night. ``check`` returns 0 without a step in the last points, 3 with
+one (look, then compare in pairs), never 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
+
+RECENT = 5
+"""A step among so many last points is news."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("action", choices=("add", "list", "export", "import", "check"))
+    parser.add_argument("file", nargs="?", type=Path, help="add: report.json or record file; import: JSON Lines")
+    parser.add_argument("--label", default="", help="add: a name for the run, such as a commit")
+    parser.add_argument("--run", dest="run_name", help="add: what makes the run unique (default: its own digest)")
+    parser.add_argument("--any-machine", action="store_true", help="check: also across machines")
+    parser.add_argument("--store", type=Path, help="another history file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do one action; 0, or 3 when ``check`` found a recent step."""
+    from reports.store import Store, default_path
+
+    if args.action in ("add", "import") and args.file is None:
+        raise BenchError(f"history {args.action} needs a file")
+    with Store(args.store or default_path()) as store:
+        action = {"add": _add, "list": _list, "export": _export, "import": _import, "check": _check}[args.action]
+        return action(args, store)
+
+
+def _say(args: argparse.Namespace, value: Any, text: str) -> None:
+    if args.json:
+        import json
+
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    else:
+        print(text)
+
+
+def _add(args: argparse.Namespace, store: Any) -> int:
+    import datetime
+    import hashlib
+
+    from reports.case_files import read_any
+    from reports.store import points_of, read_comparison_records
+
+    text = args.file.read_bytes() if args.file.is_file() else b""
+    if b'"kind": "comparison"' in text[:400] or args.file.name == "comparison.json":
+        records, at, name = read_comparison_records(args.file)
+    else:
+        records = read_any(args.file, "candidate")
+        at = datetime.datetime.fromtimestamp(args.file.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
+        name = hashlib.sha256(text).hexdigest()[:16]
+    points = points_of(records, at, args.run_name or name, args.label)
+    added = store.add(points)
+    _say(args, {"points": len(points), "added": added}, f"{added} of {len(points)} points were new in {store.path}")
+    return 0
+
+
+def _list(args: argparse.Namespace, store: Any) -> int:
+    series: dict[tuple[str, str, str, str], list[Any]] = {}
+    for p in store.points():
+        series.setdefault((p.fingerprint, p.model, p.case_name, p.metric), []).append(p)
+    names = ("fingerprint", "model", "case", "metric")
+    rows = [
+        {**dict(zip(names, key, strict=True)), "points": len(ps), "last": ps[-1].value, "unit": ps[-1].unit}
+        for key, ps in series.items()
+    ]
+    lines = [
+        f"{r['fingerprint']}  {r['model']}  {r['case']}  {r['metric']}: {r['points']} points, "
+        f"last {r['last']:.4g} {r['unit']}"
+        for r in rows
+    ]
+    _say(args, rows, "\n".join(lines) or f"nothing in {store.path}; add with: llama-onnx history add OUT/report.json")
+    return 0
+
+
+def _export(args: argparse.Namespace, store: Any) -> int:
+    lines = "".join(line + "\n" for line in store.export())
+    if args.file:
+        from reports.publish import write_atomically
+
+        write_atomically(args.file, lines)
+    else:
+        sys.stdout.write(lines)
+    return 0
+
+
+def _import(args: argparse.Namespace, store: Any) -> int:
+    try:
+        lines = args.file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise BenchError(f"cannot read {args.file}: {e}") from None
+    added = store.load(lines, str(args.file))
+    _say(args, {"added": added}, f"{added} points were new in {store.path}")
+    return 0
+
+
+def _check(args: argparse.Namespace, store: Any) -> int:
+    from bench.machine.environment import machine
+    from reports.store import StoreError
+
+    here = machine().fingerprint
+    keys = list(dict.fromkeys((p.model, p.case_name, p.metric) for p in store.points()))
+    found, refused = [], []
+    for model, case, metric in keys:
+        try:
+            history = store.history(case, metric, here, model, args.any_machine)
+        except StoreError as e:
+            refused.append(str(e))
+            continue
+        if history is not None:
+            found.append(history)
+    if refused and not found:
+        raise StoreError(refused[0])
+    recent = [(h, s) for h in found for s in h.steps if s.index >= len(h.points) - RECENT]
+    lines = [
+        f"{h.metric} of {h.case} stepped by {100 * (s.ratio - 1):+.1f} % at {h.points[s.index].at_utc} "
+        f"{h.points[s.index].label} (p = {s.p:.2g}); advisory: compare in pairs"
+        for h, s in recent
+    ]
+    if refused:
+        print(f"{len(refused)} metrics left out; the first: {refused[0]}", file=sys.stderr)
+    _say(args, [h.model_dump() for h in found], "\n".join(lines) or f"no step in the last {RECENT} points")
+    return 3 if recent else 0

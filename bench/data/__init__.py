@@ -1,0 +1,1 @@
+"""The evaluation data and how other sets are loaded."""

@@ -1,0 +1,280 @@
+"""The baseline's side of every check, asked in one place, so that what it computed once is not computed again.
+
+A cache that outlives the process derives from :class:`Baseline` and overrides what computes
+scores, tokens and the long past; checks call nothing else of the PyTorch model.
+Try: ``llama-onnx validate FOLDER --baseline demo --only mean_kld``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.convert import Conversion, convert, head_dim_of
+from export.pipeline import eos_ids, load_config
+from export.process import blocks_apart
+from export.source import Source
+from export.spec import ExportSpec
+from export.weights import Checkpoint
+from runtime.generate import generate
+from runtime.kv_cache import laid
+from runtime.session import Logits, SessionInfo
+from runtime.torch_session import TorchSession
+
+Past = list[tuple[NDArray[Any], NDArray[Any]]]
+Tokens = tuple[tuple[int, ...], ...]
+
+
+def head_size(config: Any) -> int:
+    """Size of one attention head."""
+    return head_dim_of(config)
+
+
+class Baseline:
+    """A checkpoint on PyTorch in fp32.
+
+    Args:
+        source: the checkpoint.
+        threads: PyTorch's threads.
+        memo_bytes: how much of :meth:`score`'s results to keep, for runs over many folders.
+    """
+
+    def __init__(self, source: Source, threads: int, memo_bytes: int = 0) -> None:
+        self.source, self.threads = source, threads
+        self._room = memo_bytes
+        self._scores: dict[tuple[str, tuple[int, ...]], Logits] = {}
+        self._tokens: dict[Any, Tokens] = {}
+        self._continued: dict[Any, tuple[Past, Logits]] = {}
+        self._residuals: dict[Any, list[dict[str, NDArray[np.float32]]]] = {}
+        self._conversions: dict[tuple[str, str], Conversion] = {}
+        self._nulls: dict[str, TorchSession] = {}
+
+    @property
+    def key(self) -> str:
+        """Digest of everything that decides the results; "" where none are kept."""
+        return ""
+
+    def recipe(self) -> Callable[[], Baseline]:
+        """What opens such a baseline in another process."""
+        return partial(Baseline, self.source, self.threads)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of config.json and safetensors."""
+        return self.source.folder
+
+    @cached_property
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of its files, read once; see :func:`bench.certificate.statement.hash_baseline`."""
+        from bench.certificate.statement import hash_baseline
+
+        return hash_baseline(self.checkpoint)
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 over names and contents of its weights, configuration and tokenizer; "" without weights."""
+        from bench.certificate.statement import CertificateError, baseline_digest
+
+        try:
+            return baseline_digest(self.hashes)
+        except CertificateError:
+            return ""
+
+    @cached_property
+    def config(self) -> Any:
+        """transformers' configuration."""
+        return load_config(self.source)
+
+    @cached_property
+    def tensors(self) -> Checkpoint:
+        """The checkpoint's tensors, read one by one."""
+        return Checkpoint(self.checkpoint)
+
+    def conversion(self, spec: ExportSpec, data_file: str) -> Conversion:
+        """What the export makes of this configuration; traced once for each request."""
+        key = (spec.digest, data_file)
+        if key not in self._conversions:
+            self._conversions[key] = convert(self.config, spec, data_file)
+        return self._conversions[key]
+
+    @cached_property
+    def eos(self) -> tuple[int, ...]:
+        """End-of-sequence ids."""
+        return eos_ids(self.checkpoint, self.config)
+
+    @cached_property
+    def session(self) -> TorchSession:
+        """The model itself, loaded when something has to be computed."""
+        return TorchSession(self.checkpoint, "fp32", threads=self.threads)
+
+    @property
+    def info(self) -> SessionInfo:
+        """What runs."""
+        return self.session.info
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Logits at every position, ``[length, vocab]`` fp32."""
+        return self._memo_score("fp32", ids)
+
+    def null_score(self, kind: str, ids: Sequence[int]) -> Logits:
+        """As :meth:`score`, by a null control: ``eager`` (fp32, another kernel), ``fp16`` or ``bf16``."""
+        return self._memo_score(kind, ids)
+
+    def _memo_score(self, kind: str, ids: Sequence[int]) -> Logits:
+        key = (kind, tuple(ids))
+        if key in self._scores:
+            return self._scores[key]
+        with self._as(kind) as session:
+            logits = session.score(ids)
+        if logits.nbytes <= self._room:
+            self._room -= logits.nbytes
+            self._scores[key] = logits.copy()
+        return logits
+
+    @contextmanager
+    def _as(self, kind: str) -> Iterator[TorchSession]:
+        """The model as a null control has it: ``eager`` is the same weights through another attention kernel."""
+        if kind == "eager":
+            model = self.session.model
+            usual = model.config._attn_implementation
+            model.set_attn_implementation("eager")
+            try:
+                yield self.session
+            finally:
+                model.set_attn_implementation(usual)
+        elif kind == "fp32":
+            yield self.session
+        else:
+            if kind not in self._nulls:
+                self._nulls[kind] = TorchSession(self.checkpoint, kind, threads=self.threads)
+            yield self._nulls[kind]
+
+    def drop_nulls(self) -> None:
+        """Free the null controls' models, so that never more than two models are in memory for long."""
+        for session in self._nulls.values():
+            session.close()
+        self._nulls.clear()
+
+    def tokens(self, prompts: Sequence[Sequence[int]], limit: int) -> Tokens:
+        """Greedy generations of a batch, at most ``limit`` new tokens each, end token included."""
+        key = (tuple(map(tuple, prompts)), limit)
+        if key not in self._tokens:
+            self._tokens[key] = generate(self.session, prompts, limit, self.eos).tokens
+        return self._tokens[key]
+
+    def continued(self, text: Sequence[int], length: int, ids: Sequence[int]) -> tuple[Past, Logits]:
+        """``ids`` behind a past of ``length`` tokens that is the cache of ``text``, laid together again and again.
+
+        Reaching position 8,000 by computing costs minutes; its keys need not mean anything, since both sides get the
+        same ones. What is tested is what happens at those positions: rotary rows, lengths, windows.
+
+        Returns:
+            The cache of ``text``, per layer a key and a value ``[1, kv_heads, len(text), head_dim]`` fp32, which the
+            other side lays together itself (:func:`runtime.kv_cache.laid`: the whole past of the demo model takes
+            0.4 GB, so that it is in memory once at a time); and logits ``[len(ids), vocab]``.
+        """
+        key = (tuple(text), length, tuple(ids))
+        if key not in self._continued:
+            first = self._past_of(text)
+            self._continued[key] = (first, self._behind(text, first, length, ids))
+        return self._continued[key]
+
+    def _past_of(self, text: Sequence[int]) -> Past:
+        """The cache of one text: a key and a value ``[1, kv_heads, len(text), head_dim]`` a layer."""
+        from transformers import DynamicCache
+
+        model = self.session.model
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([list(text)]), past_key_values=cache, use_cache=True)
+        return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in cache.layers]
+
+    def _behind(self, _text: Sequence[int], first: Past, length: int, ids: Sequence[int]) -> Logits:
+        """Logits ``[len(ids), vocab]`` of ``ids`` behind ``length`` tokens of ``first``, the cache of ``_text``."""
+        from transformers import DynamicCache
+
+        model = self.session.model
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode(), blocks_apart(1 << 20):  # a layer's cache grows by a copy
+            for i, (k, v) in enumerate(first):  # laid layer by layer: the cache makes a copy of its own
+                cache.update(torch.from_numpy(laid(k, length)), torch.from_numpy(laid(v, length)), i)
+            positions = torch.arange(length, length + len(ids))[None]
+            logits = model(
+                input_ids=torch.tensor([list(ids)]), position_ids=positions, past_key_values=cache, use_cache=True
+            ).logits[0]
+        found: Logits = logits.float().numpy()
+        return found
+
+    def residuals(self, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
+        """Values inside each layer: ``input``, ``qkv``, ``attention``, ``o_proj``, ``mlp``, ``output``.
+
+        Each ``[length, width]`` fp32; ``input`` is the residual stream in front of the layer, ``output`` behind it.
+        """
+        return self.null_residuals("fp32", ids)
+
+    def null_residuals(self, kind: str, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
+        """As :meth:`residuals`, by a null control (see :meth:`null_score`)."""
+        key = (kind, tuple(ids))
+        if key not in self._residuals:
+            with self._as(kind) as session:
+                self._residuals[key] = _residuals(session.model, ids)
+        return self._residuals[key]
+
+    def rope_rows(self, kind: str, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """``cos`` or ``sin`` ``[rows, head_dim / 2]`` in fp64 from transformers' frequencies, and what fp32 angles may
+        be off at each place (half a unit in the last place of the angle, and of the result)."""
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        rotary = LlamaRotaryEmbedding(self.config)
+        frequencies = rotary.inv_freq.double().numpy()
+        angles = np.arange(rows, dtype=np.float64)[:, None] * frequencies[None]
+        function = np.cos if kind == "cos" else np.sin
+        return function(angles) * float(rotary.attention_scaling), np.abs(angles) * 2.0**-23 + 2.0**-22
+
+    def close(self) -> None:
+        """Free every model."""
+        self.drop_nulls()
+        session = self.__dict__.pop("session", None)
+        if session is not None:
+            session.close()
+
+
+def _residuals(model: Any, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
+    found: list[dict[str, Any]] = [{} for _ in model.model.layers]
+
+    def keep(k: int, name: str, of_input: bool = False) -> Any:
+        def hook(_module: Any, inputs: Any, output: Any) -> None:
+            value = inputs[0] if of_input else output
+            value = value[0] if isinstance(value, tuple) else value
+            found[k][name] = value[0].float().numpy().copy()
+
+        return hook
+
+    handles = []
+    for k, layer in enumerate(model.model.layers):
+        handles += [
+            layer.input_layernorm.register_forward_hook(keep(k, "input", of_input=True)),
+            layer.self_attn.q_proj.register_forward_hook(keep(k, "q")),
+            layer.self_attn.k_proj.register_forward_hook(keep(k, "k")),
+            layer.self_attn.v_proj.register_forward_hook(keep(k, "v")),
+            layer.self_attn.o_proj.register_forward_hook(keep(k, "attention", of_input=True)),
+            layer.self_attn.o_proj.register_forward_hook(keep(k, "o_proj")),
+            layer.mlp.register_forward_hook(keep(k, "mlp")),
+            layer.register_forward_hook(keep(k, "output")),
+        ]
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for values in found:
+        values["qkv"] = np.concatenate([values.pop("q"), values.pop("k"), values.pop("v")], axis=-1)
+    return found

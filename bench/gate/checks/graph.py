@@ -1,0 +1,278 @@
+"""Exact checks of the graph: files, manifest, the graph as the export would make it, every attribute.
+
+They cost seconds and name a defect by its node, so they come first: a norm epsilon of 1e-3 in one layer moves the mean
+KL divergence by 3e-10, which no statistic finds under fp16 noise.
+Try: ``llama-onnx validate FOLDER --baseline demo --only graph,attributes``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from bench.gate.subject import Found, Subject, exact
+from export.manifest import MANIFEST_NAME, ManifestError, verify_files
+from reports.validation import Finding
+
+ATTENTIONS = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
+NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
+ONNX_TYPE = {"fp32": 1, "fp16": 10, "bf16": 16}
+
+
+def files(s: Subject) -> Found:
+    """Every file against the manifest's size and SHA-256, and nothing in the folder that may not be trusted."""
+    from runtime.errors import SessionError
+    from runtime.loading import read_folder
+
+    try:
+        manifest = read_folder(s.folder, verify=False)
+        if not s.sealed:
+            return Found("REPORTED", "no manifest: a folder from elsewhere, no hash to check", notes=manifest.notes)
+        verify_files(s.folder, manifest, known=s.hashes)
+    except (ManifestError, SessionError) as e:
+        return exact([Finding(where="folder", what=str(e))], "")
+    if s.ours and (beside := _unseen(s)):
+        return exact(beside, "")
+    extra = sorted(p.name for p in s.folder.iterdir() if p.name not in manifest.files and p.name != MANIFEST_NAME)
+    notes = [f"not in the manifest: {', '.join(extra[:5])}"] if extra else []
+    return exact([], f"{len(manifest.files)} files as published", notes)
+
+
+def _unseen(s: Subject) -> list[Finding]:
+    """Graphs that no check looks at, and data that the graphs read and no hash holds."""
+    from bench.gate.canonical import constants_of
+
+    m = s.manifest
+    graphs = {m.decode_graph, m.scoring_graph}
+    others = {p.relative_to(s.folder).as_posix() for p in s.folder.rglob("*.onnx")} - graphs
+    # optimum takes model.onnx, onnxruntime-genai what its configuration names.
+    what = f"is a graph that no check looks at (the manifest names {', '.join(sorted(graphs))}); remove it"
+    found = [Finding(where=n, what=what) for n in sorted(others)]
+    tensors = [t for role in s.roles for t in constants_of(s.graph(role)).values()]
+    places = {e.value for t in tensors for e in t.external_data if e.key == "location"}
+    what = "holds weights and is not in the manifest's list of files"
+    return found + [Finding(where=n, what=what) for n in sorted(places - m.files.keys())]
+
+
+def manifest(s: Subject) -> Found:
+    """What the manifest claims against what the baseline's configuration and the request demand."""
+    m, config = s.manifest, s.baseline.config
+    from bench.gate.baseline import head_size
+    from export.pipeline import eos_ids
+
+    wanted: dict[str, tuple[Any, Any]] = {
+        "context_length": (m.context_length, config.max_position_embeddings),
+        "vocab_size": (m.vocab_size, config.vocab_size),
+        "eos_token_ids": (tuple(m.eos_token_ids), eos_ids(s.baseline.checkpoint, config)),
+        "kv.layers": (m.kv.layers, config.num_hidden_layers),
+        "kv.kv_heads": (m.kv.kv_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)),
+        "kv.head_dim": (m.kv.head_dim, head_size(config)),
+        "model_type": (m.model_type, config.model_type),
+    }
+    if s.ours:
+        graph = s.conversion.decode.graph
+        wanted |= {
+            "precision": (m.precision, s.spec.precision),
+            "activations": (m.activations, s.spec.float_type),
+            "kv.dtype": (m.kv.dtype, s.spec.float_type),
+            "attention": (m.attention, s.spec.attention),
+            "padding": (m.padding, "right" if s.spec.attention == "GroupQueryAttention" else "any"),
+            "inputs": (set(m.inputs), {i.name for i in graph.input}),
+            "outputs": (set(m.outputs), {o.name for o in graph.output}),
+            "weights": ({w.name for w in m.weights}, {r.name for r in s.conversion.recipes}),
+        }
+    elif s.sealed:
+        from runtime.foreign import describe
+
+        wanted["precision"] = (m.precision, describe(s.folder).precision)
+    findings = [
+        Finding(where=f"{MANIFEST_NAME}, {key}", what=f"says {_short(have)}, the baseline demands {_short(want)}")
+        for key, (have, want) in wanted.items()
+        if have != want
+    ]
+    # A folder says itself in which precision it wants to be judged: who ships it may know better.
+    claimed = {
+        "precision": m.precision,
+        "target": m.target if s.sealed else "none: there is no manifest",
+        "method": m.quantisation.method if m.quantisation else "none: it is not quantised",
+    }
+    findings += [
+        Finding(where=f"{key} of the folder", what=f"is {claimed[key]}, {value} was expected")
+        for key, value in s.expect.items()
+        if claimed[key] != value
+    ]
+    asked = f", and is {', '.join(s.expect.values())} as expected" if s.expect else ""
+    return exact(findings, f"{len(wanted)} claims agree with the baseline's configuration{asked}")
+
+
+def _short(value: Any) -> str:
+    text = str(sorted(value) if isinstance(value, set) else value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def graph(s: Subject) -> Found:
+    """Both graphs against what the export makes of this configuration, node by node (names and order aside)."""
+    if not s.ours:
+        from bench.gate.canonical import oddities
+
+        odd = [f"{f.where} {f.what}" for role in s.roles for f in oddities(s.graph(role))]
+        notes = [*odd[:5], f"{len(odd) - 5} more of the kind"] if len(odd) > 5 else odd
+        return Found(
+            "SKIPPED", "not a fused graph of ours: the attributes and the numbers are checked instead", notes=notes
+        )
+    from export.tensorrt_ops import check_standard
+
+    findings: list[Finding] = []
+    for role in s.roles:
+        name = s.manifest.decode_graph if role == "decode" else s.manifest.scoring_graph
+        findings += [f.model_copy(update={"where": f"{name}: {f.where}"}) for f in s.pairings[role].findings]
+        if s.spec.target == "tensorrt":
+            findings += [Finding(where=name, what=what) for what in check_standard(s.graph(role))]
+    nodes = [n for role in s.roles for n in s.graph(role).graph.node]
+    fused = findings and any("Fusion" in n.name for n in nodes)
+    notes = ["ONNX Runtime's optimiser has saved this graph; ship it as exported, it is optimised when it is opened"]
+    return exact(findings, f"{len(nodes)} nodes in {len(s.roles)} graphs equal to the export's", notes if fused else ())
+
+
+def attributes(s: Subject) -> Found:
+    """Every attribute that the configuration determines, read from each node; also of graphs made elsewhere."""
+    from bench.gate.canonical import layers_of
+
+    findings: list[Finding] = []
+    count = 0
+    for role in s.roles:
+        model = s.graph(role)
+        name = s.manifest.decode_graph if role == "decode" else s.manifest.scoring_graph
+        layers = layers_of(model)
+        for node, layer in zip(model.graph.node, layers, strict=True):
+            wrong, looked = _node_attributes(node, s)
+            count += looked
+            where = f"{name}: " + (f"layer {layer}, " if layer is not None else "") + f"{node.op_type} ({node.name})"
+            findings += [Finding(where=where, what=w, layer=layer) for w in wrong]
+        findings += _counts(model, s, name)
+    if not count:
+        return Found("REPORTED", "no fused attention or norm whose attributes could be read: the numbers decide")
+    return exact(findings, f"{count} attributes as the configuration demands")
+
+
+def _node_attributes(node: Any, s: Subject) -> tuple[list[str], int]:
+    from bench.gate.baseline import head_size
+    from bench.gate.canonical import attributes_of
+
+    config = s.baseline.config
+    values = attributes_of(node)
+    size = head_size(config)
+    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    wanted: dict[str, Any] = {}
+    if node.op_type == "GroupQueryAttention":
+        values.setdefault("scale", 0.0)
+        wanted = {"num_heads": config.num_attention_heads, "kv_num_heads": kv_heads, "rotary_interleaved": 0}
+        wanted |= {"local_window_size": -1, "softcap": 0.0, "smooth_softmax": -1, "causal": 1}
+        if s.ours:
+            wanted["do_rotary"] = 1
+    elif node.op_type == "Attention":
+        wanted = {"softcap": 0.0}
+    elif node.op_type == "RotaryEmbedding":
+        wanted = {"interleaved": 0}
+    wrong = [f"{k} is {values.get(k)}, not {v}" for k, v in wanted.items() if values.get(k) != v]
+    looked = len(wanted)
+    if node.op_type in ATTENTIONS:
+        looked += 1
+        scale = values.get("scale", 0.0) or size**-0.5  # 0 or nothing stands for 1 / sqrt(head size)
+        if abs(scale - size**-0.5) > 1e-6 * size**-0.5:
+            wrong.append(f"scale is {scale:.7g}, not {size**-0.5:.7g}")
+    if node.op_type in NORMS:
+        looked += 1
+        epsilon = values.get("epsilon", 0.0)
+        if abs(epsilon - config.rms_norm_eps) > 1e-6 * config.rms_norm_eps:
+            wrong.append(f"epsilon is {epsilon:.4g}, not {config.rms_norm_eps:.4g}")
+    if node.op_type == "GroupQueryAttention":
+        looked += 1
+        names = [n.split(".")[1] for n in [*node.input[3:5], *node.output[1:3]] if n.count(".") == 2]
+        if len(set(names)) > 1:
+            wrong.append(f"reads and writes the cache of layers {', '.join(sorted(set(names)))}")
+    return wrong, looked
+
+
+def _counts(model: Any, s: Subject, name: str) -> list[Finding]:
+    """As many fused attentions and norms as the configuration has layers; input, output and cache types as claimed."""
+    found = Counter(n.op_type for n in model.graph.node)
+    wrong = []
+    layers = s.baseline.config.num_hidden_layers
+    attention = s.manifest.attention
+    if attention in ATTENTIONS and found[attention] != layers:
+        wrong.append(f"{found[attention]} {attention} for {layers} layers")
+    norms = sum(found[n] for n in NORMS)
+    if norms and norms != 2 * layers + 1:
+        wrong.append(f"{norms} fused norms for {layers} layers and the last norm")
+    wanted = ONNX_TYPE.get(s.manifest.kv.dtype)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_key_values.", "present.")) and value.type.tensor_type.elem_type != wanted:
+            wrong.append(f"{value.name} is not of the claimed type {s.manifest.kv.dtype}")
+    return [Finding(where=name, what=w) for w in wrong]
+
+
+def rotary_tables(s: Subject) -> Found:
+    """Cosine and sine tables row by row against tables computed anew from transformers' frequencies, in fp64."""
+    from bench.gate.canonical import constants_of
+    from bench.gate.tensors import TensorReader
+
+    reader = TensorReader(s.folder)
+    findings: list[Finding] = []
+    rows = 0
+    worst = 0.0
+    seen: set[tuple[str, bytes]] = set()
+    for role in s.roles:
+        model = s.graph(role)
+        tensors = constants_of(model)
+        for kind, name in _table_names(model):
+            if name not in tensors:
+                findings.append(Finding(where=name, what="is not a stored table, so its rows cannot be read"))
+                continue
+            place = tensors[name].SerializeToString()  # both graphs mostly read one file
+            if (kind, place) in seen:
+                continue
+            seen.add((kind, place))
+            found = reader.read(tensors[name])
+            wanted, slack = s.baseline.rope_rows(kind, len(found))
+            rows = max(rows, len(found))
+            if found.shape != wanted.shape:
+                findings.append(Finding(where=name, what=f"has shape {list(found.shape)}, not {list(wanted.shape)}"))
+                continue
+            # Half a unit in the last place of the stored type, beside what fp32 angles may be off.
+            ulp = {2: 2.0**-11, 4: 2.0**-24}[found.dtype.itemsize] if s.manifest.activations != "bf16" else 2.0**-8
+            off = np.abs(found.astype(np.float64) - wanted) - slack - 2 * ulp * np.maximum(1.0, np.abs(wanted).max())
+            worst = max(worst, float(off.max()))
+            if (off > 0).any():
+                row = int(np.flatnonzero((off > 0).any(axis=1))[0])
+                column = int(off[row].argmax())
+                findings.append(
+                    Finding(
+                        where=f"{name}, row {row}",
+                        what=f"column {column} is {float(found[row, column]):.7g}, transformers' rotary module gives "
+                        f"{wanted[row, column]:.7g} ({int((off > 0).any(axis=1).sum())} of {len(found)} rows differ)",
+                    )
+                )
+            if len(found) < s.baseline.config.max_position_embeddings:
+                findings.append(
+                    Finding(
+                        where=name,
+                        what=f"has {len(found)} rows, the context is {s.baseline.config.max_position_embeddings}",
+                    )
+                )
+    if not seen and not findings:
+        return Found("REPORTED", "the graph computes its rotary embedding itself: the numbers decide")
+    return exact(findings, f"{rows:,} rows of cosine and sine as transformers computes them")
+
+
+def _table_names(model: Any) -> set[tuple[str, str]]:
+    names: set[tuple[str, str]] = set()
+    for node in model.graph.node:
+        first = {"GroupQueryAttention": 7, "RotaryEmbedding": 1}.get(node.op_type)
+        if first is not None and len(node.input) > first + 1 and node.input[first]:
+            if node.op_type == "RotaryEmbedding" and node.domain:
+                first = 2  # com.microsoft puts the positions first
+            names |= {("cos", node.input[first]), ("sin", node.input[first + 1])}
+    return names

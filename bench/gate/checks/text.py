@@ -1,0 +1,352 @@
+"""Exact checks of what stands around the graph: configuration, tokenizer, chat template, special ids, generation.
+
+A wrong merge or a lost end token changes what every user sees, and no teacher-forced figure sees it.
+Try: ``llama-onnx validate FOLDER --baseline demo --only tokenizer,chat_template,special_ids``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.gate.subject import Found, Subject, exact
+from reports.validation import Finding
+
+VOLATILE = {
+    "_name_or_path",
+    "_commit_hash",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "architectures",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "llama_onnx_origin",
+    "name_or_path",
+}
+"""Keys of a configuration that say nothing about what the model computes."""
+STRESS = (
+    "The quick brown fox: 3.14159, 1,000,000 and 42!",
+    "  leading, trailing and   many spaces \t tabs\n\nnew lines  ",
+    "naïve café, Straße, łódź, Ελλάδα, Привет, 你好世界, こんにちは, 안녕하세요, مرحبا",
+    "def f(x):\n    return {'a': [x ** 2 for _ in range(10)]}  # code",
+    "emoji 🙂👍🏽 and symbols ∑∫√ → ≤ €",
+    "don't I'll we're JOHN'S iPhone x86_64 a/b\\c user@example.org",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaa 0000000000 ----------",
+)
+CHATS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "Hello."}],
+    [{"role": "system", "content": "Be short."}, {"role": "user", "content": "  What is 2+2?\n"}],
+    [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three <b>&"},
+    ],
+)
+MOST_TEXTS = 60
+
+
+def config(s: Subject) -> Found:
+    """config.json against the baseline's, but for keys that say nothing about the model."""
+    from transformers import AutoConfig
+
+    from export.errors import ExportError
+    from export.newer_config import readable
+
+    path = s.folder / "config.json"
+    if not path.is_file():
+        return Found("REPORTED", "no config.json in the folder")
+    try:
+        folder = readable(s.folder)  # another tool may have saved it by transformers 5
+        ours = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+    except (ValueError, OSError, KeyError, TypeError, ExportError) as e:
+        return exact([Finding(where="config.json", what=str(e).splitlines()[0][:160])], "")
+    theirs = s.baseline.config.to_dict()
+    findings = _differences("config.json", ours, theirs)
+    return exact(findings, "config.json describes the baseline")
+
+
+def _differences(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
+    keys = sorted((ours.keys() | theirs.keys()) - VOLATILE)
+    return [
+        Finding(where=f"{where}, {k}", what=f"is {ours.get(k)!r}, the baseline has {theirs.get(k)!r}"[:200])
+        for k in keys
+        if ours.get(k) != theirs.get(k)
+    ]
+
+
+def _tokenizer_json(folder: Path) -> dict[str, Any] | None:
+    """tokenizer.json as the tokenizers library writes it again: another serialisation of it reads the same."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    raw: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())
+    return {k: v for k, v in raw.items() if k != "version"}
+
+
+def tokenizer(s: Subject) -> Found:
+    """The tokenizer's parts one by one, and the ids of many texts, with the way back."""
+    from runtime.errors import SessionError
+    from runtime.text import load_tokenizer
+
+    try:
+        ours, theirs = load_tokenizer(s.folder), s.tokenizer
+    except SessionError as e:
+        return exact([Finding(where="tokenizer", what=str(e))], "")
+    findings = []
+    a, b = _tokenizer_json(s.folder), _tokenizer_json(s.baseline.checkpoint)
+    if a is not None and b is not None:
+        findings += _parts(a, b)
+    findings += _settings(ours, theirs, s)
+    texts = [*STRESS, *(t for item in s.dataset.items for t in item.fields.values())]
+    step = max(1, len(texts) // MOST_TEXTS)
+    chosen = [*STRESS, *texts[len(STRESS) :: step]]
+    for text in chosen:
+        left, right = ours(text)["input_ids"], theirs(text)["input_ids"]
+        if left != right:
+            k = next(
+                (i for i, (x, y) in enumerate(zip(left, right, strict=False)) if x != y), min(len(left), len(right))
+            )
+            findings.append(
+                Finding(where=f"text {text[:40]!r}", what=f"token {k} is {left[k : k + 1]}, not {right[k : k + 1]}")
+            )
+            break
+        if ours.decode(left) != theirs.decode(right):
+            findings.append(Finding(where=f"text {text[:40]!r}", what="decodes to another text"))
+            break
+    return exact(findings, f"every part equal, {len(chosen)} texts give the same ids and come back")
+
+
+SETTINGS = (
+    "split_special_tokens",
+    "clean_up_tokenization_spaces",
+    "padding_side",
+    "truncation_side",
+    "model_max_length",
+)
+"""What tokenizer_config.json sets on a tokenizer beside its parts."""
+
+
+def _settings(ours: Any, theirs: Any, s: Subject) -> list[Finding]:
+    """Settings that no text of a check need show: how special tokens are cut, what is stripped, which file is read."""
+    findings = []
+    for name in SETTINGS:
+        a, b = getattr(ours, name, None), getattr(theirs, name, None)
+        if a != b:
+            findings.append(Finding(where=f"tokenizer_config.json, {name}", what=f"is {a}, the baseline has {b}"))
+    a, b = ({i: repr(t) for i, t in getattr(x, "added_tokens_decoder", {}).items()} for x in (ours, theirs))
+    wrong = sorted(i for i in a.keys() | b.keys() if a.get(i) != b.get(i))
+    if wrong:
+        what = f"is {a.get(wrong[0])}, the baseline has {b.get(wrong[0])}"
+        findings.append(Finding(where=f"tokenizer_config.json, added token {wrong[0]}", what=what))
+    # The first names another tokenizer.json for transformers to read, the second a Python class.
+    configs = [_json(f / "tokenizer_config.json") or {} for f in (s.folder, s.baseline.checkpoint)]
+    for key in ("fast_tokenizer_files", "auto_map"):
+        a, b = (c.get(key) for c in configs)
+        if a != b:
+            findings.append(Finding(where=f"tokenizer_config.json, {key}", what=f"is {a}, the baseline has {b}"))
+    return findings
+
+
+def _parts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
+    findings = []
+    for part in sorted(ours.keys() | theirs.keys()):
+        x, y = ours.get(part), theirs.get(part)
+        if x == y:
+            continue
+        if part != "model" or not isinstance(x, dict) or not isinstance(y, dict):
+            findings.append(Finding(where=f"tokenizer.json, {part}", what="is not the baseline's"))
+            continue
+        for key in sorted(x.keys() | y.keys()):
+            v, w = x.get(key), y.get(key)
+            if v == w:
+                continue
+            what = "is not the baseline's"
+            if isinstance(v, list) and isinstance(w, list):
+                k = next((i for i, (p, q) in enumerate(zip(v, w, strict=False)) if p != q), min(len(v), len(w)))
+                what = (
+                    f"differs from entry {k} on ({v[k : k + 1]}, the baseline has {w[k : k + 1]}; {len(v)} of {len(w)})"
+                )
+            elif isinstance(v, dict) and isinstance(w, dict):
+                n = [t for t in v.keys() | w.keys() if v.get(t) != w.get(t)]
+                what = f"differs in {len(n)} entries, such as {sorted(n)[0]!r}"
+            findings.append(Finding(where=f"tokenizer.json, model.{key}", what=what))
+    return findings
+
+
+def chat_template(s: Subject) -> Found:
+    """The chat template, as text and by what it makes of three conversations."""
+    from runtime.errors import SessionError
+    from runtime.text import load_tokenizer
+
+    try:
+        ours = load_tokenizer(s.folder)
+    except SessionError as e:
+        return exact([Finding(where="tokenizer", what=str(e))], "")
+    theirs = s.tokenizer
+    a, b = getattr(ours, "chat_template", None), getattr(theirs, "chat_template", None)
+    if not a and not b:
+        return Found("REPORTED", "neither side has a chat template")
+    if not a or not b:
+        return exact([Finding(where="chat template", what="is missing" if b else "is one that the baseline lacks")], "")
+    findings = []
+    for k, chat in enumerate(CHATS):
+        for prompt in (True, False):
+            left, right = (_render(t, chat, prompt) for t in (ours, theirs))
+            if left != right:
+                findings.append(
+                    Finding(
+                        where=f"chat template, conversation {k + 1}",
+                        what=f"gives {_around(left, right)!r}, the baseline's gives {_around(right, left)!r}",
+                    )
+                )
+    if not findings and _meaning(a) != _meaning(b):
+        # A condition on one word would show in no rendering.
+        what = f"is another one, though it renders {len(CHATS)} conversations alike; use the baseline's"
+        findings.append(Finding(where="chat template", what=what))
+    return exact(findings, f"{2 * len(CHATS)} renderings equal, template equal")
+
+
+def _meaning(template: Any) -> Any:
+    """What a template (or several by name) does, comments and layout of its code aside; else its text."""
+    import jinja2
+
+    if isinstance(template, dict):
+        return {name: _meaning(t) for name, t in template.items()}
+    text = str(template).replace("\r\n", "\n").strip()
+    # As transformers compiles it; a template with a tag of transformers' own is compared as text.
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return _joined_text(repr(environment.parse(text)))
+    except jinja2.TemplateSyntaxError:
+        return text
+
+
+def _joined_text(tree: str) -> str:
+    """A comment in the middle cuts a text in two."""
+    return tree.replace("'), TemplateData(data='", "")
+
+
+def _render(tokenizer: Any, chat: list[dict[str, str]], prompt: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt))
+    except Exception as e:  # whatever a template raises (it may refuse a system message) has to be the same
+        return f"raises {type(e).__name__}"
+
+
+def _around(text: str, other: str) -> str:
+    k = next((i for i, (x, y) in enumerate(zip(text, other, strict=False)) if x != y), min(len(text), len(other)))
+    return text[max(0, k - 10) : k + 30]
+
+
+def special_ids(s: Subject) -> Found:
+    """bos, eos, pad and unk ids of tokenizer, manifest, genai_config.json; the added tokens."""
+    from runtime.errors import SessionError
+    from runtime.text import load_tokenizer
+
+    try:
+        ours = load_tokenizer(s.folder)
+    except SessionError as e:
+        return exact([Finding(where="tokenizer", what=str(e))], "")
+    theirs = s.tokenizer
+    findings = []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+        a, b = getattr(ours, name, None), getattr(theirs, name, None)
+        if a != b:
+            findings.append(Finding(where=f"tokenizer, {name}", what=f"is {a}, the baseline's is {b}"))
+    if ours.get_added_vocab() != theirs.get_added_vocab():
+        differ = sorted(set(ours.get_added_vocab().items()) ^ set(theirs.get_added_vocab().items()))
+        findings.append(Finding(where="tokenizer, added tokens", what=f"differ, such as {differ[0]}"))
+    wanted = s.baseline.eos
+    if tuple(s.manifest.eos_token_ids) != wanted:
+        findings.append(
+            Finding(
+                where="eos_token_ids", what=f"generation ends at {list(s.manifest.eos_token_ids)}, not {list(wanted)}"
+            )
+        )
+    genai = s.folder / "genai_config.json"
+    if genai.is_file():
+        model = json.loads(genai.read_text(encoding="utf-8")).get("model", {})
+        value = model.get("eos_token_id")
+        have = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+        if have != wanted:
+            findings.append(
+                Finding(where="genai_config.json, eos_token_id", what=f"is {list(have)}, not {list(wanted)}")
+            )
+        context = model.get("context_length")
+        if context not in (None, s.baseline.config.max_position_embeddings):
+            findings.append(Finding(where="genai_config.json, context_length", what=f"is {context}"))
+        findings += _genai(s, genai)
+    return exact(findings, f"bos, eos {list(wanted)}, pad, unk and {len(theirs.get_added_vocab())} added tokens equal")
+
+
+def _genai(s: Subject, path: Path) -> list[Finding]:
+    """What onnxruntime-genai is told: in our folders exactly what the export writes (but for session options)."""
+    from export.genai import genai_config
+
+    found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    if not s.ours:
+        decoder = found.get("model", {}).get("decoder", {})
+        wrong: dict[str, tuple[Any, Any]] = {"filename": (decoder.get("filename"), s.manifest.decode_graph)}
+        wrong |= {"sliding_window": (decoder.get("sliding_window"), None)}
+    else:
+        ours, theirs = _flat(found), _flat(genai_config(s.baseline.config, s.manifest.decode_graph, s.baseline.eos))
+        wrong = {k: (ours.get(k), theirs.get(k)) for k in sorted(ours.keys() | theirs.keys())}
+    return [
+        Finding(where=f"genai_config.json, {key}", what=f"is {a!r}, the export has {b!r}"[:200])
+        for key, (a, b) in wrong.items()
+        if a != b and ".session_options" not in key and not key.endswith(("eos_token_id", "context_length"))
+    ]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one with a key twice is read differently by different programs."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{next(k for k, _ in pairs if sum(k == x for x, _ in pairs) > 1)!r} is there twice")
+    return found
+
+
+def _flat(raw: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, keys joined by dots."""
+    if not isinstance(raw, dict):
+        return {prefix: raw}
+    out: dict[str, Any] = {}
+    for key, value in raw.items():
+        out |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return out
+
+
+def generation_config(s: Subject) -> Found:
+    """generation_config.json against the baseline's: end tokens and sampling settings."""
+    ours, theirs = (_generation(f / "generation_config.json") for f in (s.folder, s.baseline.checkpoint))
+    if ours is None and theirs is None:
+        return Found("REPORTED", "neither side has a generation_config.json")
+    if ours is None:
+        return exact([Finding(where="generation_config.json", what="is missing")], "")
+    return exact(_differences("generation_config.json", ours, theirs or {}), "generation settings equal")
+
+
+def _generation(path: Path) -> dict[str, Any] | None:
+    """A file of generation settings with transformers' defaults filled in: it writes only what differs from them."""
+    from transformers import GenerationConfig
+
+    raw = _json(path)
+    if raw is None:
+        return None
+    try:
+        filled: dict[str, Any] = GenerationConfig.from_dict(raw).to_dict()
+        return filled
+    except (ValueError, TypeError, AttributeError):  # settings that it refuses are compared as they stand
+        return raw
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return raw if isinstance(raw, dict) else {"": raw}

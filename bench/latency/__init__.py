@@ -1,0 +1,1 @@
+"""Is it as fast? Workloads, interleaved rounds, paired runs of two sides, sweeps."""

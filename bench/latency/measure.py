@@ -1,0 +1,217 @@
+"""Measuring: interleaved rounds, load times, peak memory of fresh processes, memory bandwidth, matrix products.
+
+Sides are interleaved round by round in alternating order (A B C, C B A, ...), so that drift of the machine meets all
+alike. Warm-up rounds are run apart and not recorded.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench.errors import BenchError
+from bench.latency.workload import latency_prompts
+from export.process import torch_threads
+from reports.record import Case, Load, Memory, Round, Series
+from runtime.generate import Generation, generate
+from runtime.session import Session
+
+STEADY = 0.05
+Tick = Callable[[str], None]
+
+
+def timed_generation(session: Session, prompts: list[list[int]], new_tokens: int) -> Generation:
+    """One timed generation without garbage collection in it; end tokens are ignored, the length is fixed."""
+    gc.collect()
+    gc.disable()
+    own = getattr(session, "own_generate", None)  # a peer that brings its own loop
+    try:
+        return own(prompts, new_tokens) if own is not None else generate(session, prompts, new_tokens)
+    finally:
+        gc.enable()
+
+
+def warm_up(session: Session, stream: Sequence[int], case: Case, cap: int) -> int:
+    """Run untimed rounds until two in a row agree within 5 %, at most ``cap``; returns how many."""
+    previous: float | None = None
+    for n in range(1, cap + 1):
+        total = timed_generation(session, latency_prompts(stream, case, -n), case.new_tokens).total_s
+        if previous is not None and abs(total - previous) <= STEADY * previous:
+            return n
+        previous = total
+    return cap
+
+
+def interleave(
+    sides: dict[str, Session],
+    stream: Sequence[int],
+    case: Case,
+    rounds: int,
+    warmup_cap: int,
+    tick: Tick = lambda _: None,
+    probe: Callable[[], None] | None = None,
+) -> list[Series]:
+    """Measure one case on every side.
+
+    Args:
+        sides: label -> session.
+        stream: token ids of real text (see :func:`bench.latency.workload.latency_prompts`).
+        case: the workload.
+        rounds: recorded generations for each side.
+        warmup_cap: most warm-up rounds for each side.
+        tick: told after each generation what was run.
+        probe: called once a round, before its first side (the bandwidth is measured there).
+
+    Returns:
+        One series a side; rounds of equal index ran back to back on equal prompts.
+    """
+    warmed = {}
+    for label, session in sides.items():
+        warmed[label] = warm_up(session, stream, case, warmup_cap)
+        tick(f"{label}: warm-up")
+    collected: dict[str, list[Round]] = {label: [] for label in sides}
+    order = 0
+    for index in range(rounds):
+        prompts = latency_prompts(stream, case, index)
+        labels = list(sides) if index % 2 == 0 else list(reversed(sides))
+        if probe:
+            probe()
+        for label in labels:
+            result = timed_generation(sides[label], prompts, case.new_tokens)
+            collected[label].append(Round(order=order, at_s=list(result.at_s)))
+            order += 1
+            tick(f"{label}: {case.label}, round {index + 1}")
+    return [Series(case=case, side=label, warmup_rounds=warmed[label], rounds=collected[label]) for label in sides]
+
+
+def load_times(openers: dict[str, Callable[[], Session]], samples: int, tick: Tick = lambda _: None) -> list[Load]:
+    """Seconds from nothing to the first token of a one-token prompt, files in the disk cache, sides interleaved.
+
+    The token belongs to it: a loader that only maps the weights into memory pays when they are first read.
+    """
+    times: dict[str, list[float]] = {label: [] for label in openers}
+    for index in range(samples):
+        labels = list(openers) if index % 2 == 0 else list(reversed(openers))
+        for label in labels:
+            started = time.perf_counter()
+            session = openers[label]()
+            session.prefill([[1]], reserve=0)
+            times[label].append(time.perf_counter() - started)
+            session.close()
+            del session
+            gc.collect()
+            tick(f"{label}: load")
+    return [Load(side=label, samples_s=values) for label, values in times.items()]
+
+
+def peak_memory(label: str, case: Case, arguments: dict[str, str | int | None]) -> Memory:
+    """Peak resident memory of a fresh process that loads a side and generates once (see
+    :mod:`bench.latency.peak_memory`).
+
+    Raises:
+        BenchError: the process failed; its last line is quoted.
+    """
+    command = [sys.executable, "-m", "bench.latency.peak_memory", json.dumps({**arguments, **case.model_dump()})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BenchError(f"measuring the memory of {label} failed: {last}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return Memory(side=label, peak_bytes=found["peak_bytes"], baseline_bytes=found["baseline_bytes"], case=case)
+
+
+class CpuBandwidth:
+    """Reads memory as a decode step does, larger than any cache; each call gives bytes per second.
+
+    A matrix-vector product is what a decode step consists of, a sum is the plainest read. The faster kernel counts, by
+    the median of its passes: like for like with the median decode step that it is held against.
+    """
+
+    def __init__(self, threads: int, megabytes: int = 1024, passes: int = 5) -> None:
+        import torch
+
+        self._torch, self._threads, self._passes = torch, threads, passes
+        columns = 8192
+        self._matrix = torch.ones((megabytes * (1 << 20) // 4 // columns, columns))
+        self._vector = torch.ones(columns)
+        self.method = (
+            f"faster of a matrix-vector product and a sum over {megabytes} MiB, fp32, {threads} threads, median of "
+            f"{passes} passes, beside each round"
+        )
+
+    def __call__(self) -> float:
+        """One sample, bytes per second."""
+        with torch_threads(self._threads):
+            kernels = (lambda: self._torch.mv(self._matrix, self._vector), self._matrix.sum)
+            return float(self._matrix.nbytes / min(median_time(k, self._passes) for k in kernels))
+
+
+class CudaBandwidth:
+    """The same on the GPU: sums over a buffer far larger than its caches, synchronised at both ends."""
+
+    def __init__(self, megabytes: int = 4096, passes: int = 5) -> None:
+        import torch
+
+        self._torch, self._passes = torch, passes
+        self._buffer = torch.ones(megabytes * (1 << 20) // 4, device="cuda")
+        self.method = f"sum over {megabytes} MiB on the GPU, fp32, median of {passes} passes, beside each round"
+
+    def _read(self) -> None:
+        self._buffer.sum()
+        self._torch.cuda.synchronize()
+
+    def __call__(self) -> float:
+        """One sample, bytes per second."""
+        self._torch.cuda.synchronize()
+        return float(self._buffer.nbytes / median_time(self._read, self._passes))
+
+
+class GemmFloor:
+    """Least seconds of a prefill's matrix products, measured now: the better of two ways to know it.
+
+    One runs the model's own products on PyTorch, one after another, each with weights of its own; the other divides
+    their operations by the rate of a product of 1,024 x 1,024 x 1,536. The head counts for one position.
+    """
+
+    def __init__(self, config: dict[str, Any], tokens: int) -> None:
+        import torch
+
+        self._torch = torch
+        hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+        heads = config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        qkv = (heads + 2 * config.get("num_key_value_heads", heads)) * head
+        shapes = [(hidden, qkv), (heads * head, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
+        self._weights = [torch.randn(k, n) for _ in range(layers) for k, n in shapes]
+        self._inputs = {k: torch.randn(tokens, k) for k, _ in shapes}
+        self._square = torch.randn(1024, 1024), torch.randn(1024, 1536)
+        attention = layers * heads * head * 4 * tokens * tokens / 2
+        products = 2 * tokens * sum(w.numel() for w in self._weights) + 2 * hidden * config["vocab_size"]
+        self._operations = products + attention
+
+    def __call__(self) -> float:
+        """Seconds."""
+        torch = self._torch
+        rate = 2 * 1024 * 1024 * 1536 / median_time(lambda: torch.mm(*self._square), 9)
+
+        def products() -> None:
+            for w in self._weights:
+                torch.mm(self._inputs[len(w)], w)
+
+        return float(min(self._operations / rate, median_time(products, 3)))
+
+
+def median_time(action: Callable[[], object], passes: int) -> float:
+    """Median seconds of ``passes`` calls."""
+    times = []
+    for _ in range(passes):
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

@@ -1,0 +1,164 @@
+"""Child process of ``llama-onnx compare``: one case of one side, measured once; JSON on the last line of its output.
+
+It needs numpy, onnx and an onnxruntime besides the packages ``runtime`` and ``export`` of the suite's revision under
+test, so that it runs in another virtual environment. A process of its own, because what differs from process to
+process (where the weights lie, which pages are huge, what the allocator did) is most of the noise that a verdict has to
+see, and because a crash must not end the run.
+
+Try: ``python -P bench/latency/measure_case.py '{"folder": "OUT", "batch": 1, "prompt": 32, "new_tokens": 8, "rounds":
+3}'``.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STEADY = 0.05
+TURN = "@turn"
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "onnx", "llama-onnx-bench")
+
+
+def _prompts(vocabulary: int, batch: int, prompt: int, seed: int) -> list[list[int]]:
+    """Random ids, equal for both sides of a pair: the time of a dense model does not depend on them."""
+    rows: list[list[int]] = np.random.default_rng(seed).integers(0, vocabulary, (batch, prompt)).tolist()
+    return rows
+
+
+def _open(a: dict[str, Any]) -> Any:
+    from runtime.loading import load
+
+    more: dict[str, Any] = {}
+    options = dict(a.get("options") or {})
+    if "huge_pages" in options:
+        more["huge_pages"] = str(options.pop("huge_pages")).lower() in ("1", "true", "yes")
+    # Only where given: an older revision of the suite does not know them. ONNX Runtime's own prefixes tell session
+    # entries from options of the execution provider.
+    entries = {k: str(v) for k, v in options.items() if k.startswith(("session.", "ep.", "mlas."))}
+    if entries:
+        more["session_options"] = entries
+    if rest := {k: str(v) for k, v in options.items() if k not in entries}:
+        more["provider_options"] = rest
+    return load(a["folder"], a.get("provider") or "cpu", a.get("threads"), verify=False, **more)
+
+
+def _wrapped(session: Any, wrapper: str | None) -> Any:
+    """Tests put a handicap around the session: ``module:function``."""
+    if not wrapper:
+        return session
+    module, _, name = wrapper.partition(":")
+    return getattr(importlib.import_module(module), name)(session)
+
+
+def _peak_bytes() -> int:
+    import resource
+
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss may be the parent's, kept across exec
+        line = next(x for x in status.read_text(encoding="ascii").splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _turns(a: dict[str, Any]) -> Iterator[int]:
+    """The numbers of the rounds; with ``in_turn`` each when the parent says so, and a line when it is over."""
+    if not a.get("in_turn"):
+        yield from range(a["rounds"])
+        return
+    print(TURN, flush=True)
+    for line in sys.stdin:
+        if line.strip() == "end":
+            return
+        yield int(line.split()[1])
+        print(TURN, flush=True)
+    raise EOFError("the measuring process is gone")
+
+
+def measure(a: dict[str, Any]) -> dict[str, Any]:
+    """Load, warm until two rounds agree within 5 % (at most ``warmup_cap``), then measure ``rounds`` generations.
+
+    ``a``: folder, batch, prompt, new_tokens, rounds; optional provider, threads, options, warmup_cap, seed,
+    wrapper, in_turn (rounds when the parent asks for them).
+    Returns metrics (seconds and bytes), warmup_rounds, steady, details, versions and facts of the model.
+    """
+    started = time.perf_counter()
+    session = _open(a)
+    load_s = time.perf_counter() - started
+    from runtime.generate import generate
+
+    manifest = session.manifest
+    session = _wrapped(session, a.get("wrapper"))
+    seed, cap = int(a.get("seed", 0)), int(a.get("warmup_cap", 6))
+
+    def one(index: int) -> Any:
+        prompts = _prompts(manifest.vocab_size, a["batch"], a["prompt"], seed + index)
+        gc.collect()
+        gc.disable()
+        try:
+            return generate(session, prompts, a["new_tokens"])
+        finally:
+            gc.enable()
+
+    totals: list[float] = []
+    steady = False
+    while len(totals) < cap and not steady:
+        totals.append(one(1000 + len(totals)).total_s)
+        steady = len(totals) > 1 and abs(totals[-1] - totals[-2]) <= STEADY * totals[-2]
+    rounds = [one(k) for k in _turns(a)]
+    metrics = {
+        "ttft": [r.ttft_s for r in rounds],
+        "tpot": [r.tpot_s for r in rounds if r.tpot_s is not None],
+        "total": [r.total_s for r in rounds],
+        "load": [load_s],
+        "peak_memory": [float(_peak_bytes())],
+    }
+    return {
+        "metrics": {name: values for name, values in metrics.items() if values},
+        "warmup_rounds": len(totals),
+        "steady": steady,
+        "details": session.info.details,
+        "versions": _versions(),
+        "model": {
+            "model": manifest.model_name,
+            "precision": manifest.precision,
+            "weights_sha256": manifest.weights_sha256,
+            "spec_digest": manifest.spec_digest,
+        },
+    }
+
+
+def main() -> int:
+    """Measure what the first argument asks for; an error of ours is one line and its exit code."""
+    try:
+        print(json.dumps(measure(json.loads(sys.argv[1]))))
+    except Exception as error:
+        code = getattr(type(error), "exit_code", None)
+        if not isinstance(code, int):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

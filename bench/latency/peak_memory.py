@@ -1,0 +1,58 @@
+"""Child process: load one side, generate once, print the peak resident memory as JSON.
+
+Run by :func:`bench.latency.measure.peak_memory`; memory of several models in one process cannot be told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def main(arguments: dict[str, Any]) -> dict[str, int]:
+    """``arguments``: kind, path, precision, provider, threads, batch, prompt, new_tokens."""
+    from runtime.generate import generate
+    from runtime.session import Session
+
+    session: Session
+    if arguments["kind"] == "onnxruntime":
+        from runtime.loading import load
+
+        baseline = psutil.Process().memory_info().rss
+        session = load(arguments["path"], arguments["provider"], arguments["threads"], verify=False)
+    elif arguments["kind"] == "pytorch":
+        from runtime.torch_session import TorchSession
+
+        baseline = psutil.Process().memory_info().rss
+        session = TorchSession(
+            Path(arguments["path"]),
+            arguments["precision"],
+            arguments["provider"],
+            threads=arguments["threads"],
+        )
+    else:
+        from bench.peers.optimum_ort import OptimumSession
+
+        baseline = psutil.Process().memory_info().rss
+        session = OptimumSession(Path(arguments["path"]), arguments["threads"])
+    prompts = [[1 + k % 50 for k in range(arguments["prompt"])] for _ in range(arguments["batch"])]
+    generate(session, prompts, arguments["new_tokens"])
+    return {"peak_bytes": peak_bytes(), "baseline_bytes": baseline}
+
+
+def peak_bytes() -> int:
+    """Peak resident bytes of this process. Linux keeps ``ru_maxrss`` across exec, so it may be the parent's."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(x for x in status.read_text(encoding="ascii").splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

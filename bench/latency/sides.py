@@ -1,0 +1,153 @@
+"""What ``--base`` and ``--candidate`` name: a folder, how to run it, and in which environment.
+
+``FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE]...[,venv=PATH][,rev=GITREV]``: ``option:`` is a session
+configuration entry of ONNX Runtime (or ``huge_pages``), ``venv`` another virtual environment (another onnxruntime),
+``rev`` another revision of this suite, checked out into a worktree beside the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
+from export.cache import cache_dir
+from reports.comparison import ComparedSide, Scalar, SideName
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class SideSpec:
+    """One side as it was asked for. ``wrapper`` is for tests only and has no spelling on the command line."""
+
+    name: SideName
+    text: str
+    folder: str
+    provider: str = "cpu"
+    threads: int | None = None
+    options: dict[str, Scalar] = field(default_factory=dict)
+    venv: str | None = None
+    revision: str | None = None
+    wrapper: str | None = None
+
+    def python(self) -> str:
+        """The interpreter that measures this side.
+
+        Raises:
+            BenchError: the virtual environment has none.
+        """
+        if self.venv is None:
+            return sys.executable
+        for place in ("bin/python", "Scripts/python.exe"):
+            found = Path(self.venv).expanduser() / place
+            if found.exists():
+                return str(found.absolute())
+        raise BenchError(f"no virtual environment at {self.venv}; make one with: python -m venv {self.venv}")
+
+    def arguments(self) -> dict[str, Any]:
+        """What :mod:`bench.latency.measure_case` has to know of the side."""
+        return {
+            "folder": str(Path(self.folder).expanduser().absolute()),
+            "provider": self.provider,
+            "threads": self.threads,
+            "options": self.options,
+            "wrapper": self.wrapper,
+        }
+
+    def described(self) -> ComparedSide:
+        """The side as it stands in a comparison before anything was measured: no path of this machine is told."""
+        folder = Path(self.folder).expanduser().absolute().name
+        venv = None if self.venv is None else _environment_name(self.venv)
+        more = [f"{k}={v}" for k, v in self.options.items()]
+        more += [f"{k}={v}" for k, v in (("venv", venv), ("rev", self.revision)) if v]
+        more += [f"{self.threads} threads"] if self.threads else []
+        more += [f"wrapped in {self.wrapper}"] if self.wrapper else []
+        label = ", ".join([folder, self.provider, *more])
+        typed = [f"venv={venv}" if part.startswith("venv=") else part for part in self.text.split(",")[1:]]
+        return ComparedSide(
+            name=self.name,
+            label=label,
+            text=",".join([folder, *typed]),
+            folder=folder,
+            provider=self.provider,
+            venv=venv,
+            revision=self.revision,
+            options=self.options,
+        )
+
+
+def _environment_name(venv: str) -> str:
+    """What tells environments apart: most are called ``.venv``, so with the folder that one stands in."""
+    path = Path(venv).expanduser().absolute()
+    return f"{path.parent.name}/{path.name}" if path.name in (".venv", "venv") else path.name
+
+
+def parse_side(name: SideName, text: str) -> SideSpec:
+    """Read a side from the command line.
+
+    Raises:
+        BenchError: no such folder, an unknown key, threads that are no number.
+    """
+    folder, *parts = text.split(",")
+    given: dict[str, Any] = {}
+    options: dict[str, Scalar] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not value:
+            raise BenchError(f"--{name}: {part!r} is not KEY=VALUE")
+        if key.startswith("option:"):
+            options[key.removeprefix("option:")] = value
+        elif key in ("provider", "venv"):
+            given[key] = value
+        elif key == "rev":
+            given["revision"] = value
+        elif key == "threads":
+            if not value.isdigit() or value == "0":
+                raise BenchError(f"--{name}: threads={value} is not a number of threads")
+            given["threads"] = int(value)
+        else:
+            raise BenchError(f"--{name}: unknown key {key!r}; known are provider, threads, option:KEY, venv and rev")
+    if not Path(folder).expanduser().is_dir():
+        raise BenchError(f"--{name}: no folder at {folder}; make one with: llama-onnx export MODEL {folder}")
+    side = SideSpec(name=name, text=text, folder=folder, options=options, **given)
+    side.python()
+    return side
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BenchError(f"git {' '.join(arguments[:2])} failed: {said}")
+    return done.stdout.strip()
+
+
+def suite_root(side: SideSpec) -> Path:
+    """Where the side's ``runtime`` and ``export`` come from: here, or a worktree of another revision.
+
+    Raises:
+        BenchError: this is no git checkout, or has no such revision.
+    """
+    if side.revision is None:
+        return ROOT
+    commit = _git("rev-parse", "--verify", f"{side.revision}^{{commit}}")
+    place = cache_dir() / "revisions" / commit[:16]
+    if not (place / "runtime").is_dir():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _git("worktree", "prune")
+        _git("worktree", "add", "--detach", str(place), commit)
+    return place
+
+
+def environment(side: SideSpec) -> dict[str, str]:
+    """Environment variables of the side's processes: the suite's revision first on the path, nothing fetched."""
+    env = {**os.environ, "PYTHONPATH": str(suite_root(side)), "HF_HUB_OFFLINE": "1"}
+    env.pop("PYTHONSTARTUP", None)
+    return env

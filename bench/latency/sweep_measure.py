@@ -1,0 +1,192 @@
+"""What a sweep measures, on this machine or on every machine of a Ray cluster: processes, and their records on disk.
+
+All processes of one point run on machines of one fingerprint where there is a choice, and every record names its own,
+so medians are never mixed. An export is made on the machine that needs it. What is done is known from the records
+alone: a sweep that was stopped goes on on whatever machines there are then.
+
+Try: ``llama-onnx sweep FILE.yaml --ray``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bench.latency.paired_run import CHILD, RECORDS, case_key, case_record
+from bench.latency.sides import SideSpec, environment
+from bench.latency.sweep import Sweep, SweepError
+from bench.machine.environment import machine
+from bench.machine.state import Limits, Watch
+from bench.process.child import TIED, run_child
+from reports.case_files import append_record, read_records, repair
+from reports.comparison import CaseRecord
+from reports.record import Case
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of one point: what is measured at once, on one machine."""
+
+    model: str
+    precision: str
+    provider: str
+    case: Case
+    number: int
+    source: str
+    """The model as the measuring process finds it: a local folder's absolute path, or the name as it stands."""
+    name: str
+    """The model in the records: its last part, or as many as tell the sweep's models apart."""
+
+    @property
+    def label(self) -> str:
+        """The point's name in the records."""
+        return f"{self.name} {self.precision} {self.provider} {case_key(self.case)}"
+
+    def __str__(self) -> str:
+        return f"{self.label}, process {self.number + 1}"
+
+
+def processes(sweep: Sweep) -> Iterator[Process]:
+    """In the order of measuring: those of one point are spread over the sweep, so that a drift meets all points."""
+    names = _names(sweep.models)
+    for number, point in itertools.product(range(sweep.processes), sweep.points()):
+        model, precision, provider, batch, prompt = point
+        case = Case(batch=batch, prompt=prompt, new_tokens=sweep.new_tokens)
+        yield Process(model, precision, provider, case, number, str(_folder(model) or model), names[model])
+
+
+def _names(models: Sequence[str]) -> dict[str, str]:
+    parts = {m: Path(m).parts for m in models}
+    for depth in range(1, max(map(len, parts.values())) + 1):
+        found = {m: "/".join(p[-depth:]) for m, p in parts.items()}
+        if len(set(found.values())) == len(models):
+            return found
+    return {m: m for m in models}
+
+
+def _folder(model: str) -> Path | None:
+    """A model that is a folder here by its absolute path: another machine's working folder is another."""
+    folder = Path(model).expanduser()
+    return folder.absolute() if folder.is_dir() else None
+
+
+def _exported(sweep: Sweep, process: Process) -> Path:
+    """The model's export, made once and kept in the cache; an exported folder is taken as it is."""
+    from bench.suite.run import Options, Run
+
+    folder = Path(process.source)
+    if (folder / "manifest.json").is_file():
+        return folder
+    asked = Options(model=process.source, precision=process.precision, provider=process.provider, threads=sweep.threads)
+    return Run(asked).folder
+
+
+def run_id(sweep: Sweep) -> str:
+    """Digest of the sweep; part of every record."""
+    return hashlib.sha256(repr(sweep).encode()).hexdigest()[:16]
+
+
+def measure_process(sweep: Sweep, process: Process) -> CaseRecord:
+    """Export the model where that is needed, then measure in a fresh process; on the machine where this is called."""
+    folder = _exported(sweep, process)
+    side = SideSpec("candidate", process.model, str(folder), process.provider, sweep.threads)
+    asked = {**side.arguments(), **process.case.model_dump(), "rounds": sweep.rounds, "seed": process.number}
+    command = [side.python(), "-P", str(TIED), side.python(), "-P", str(CHILD), json.dumps(asked)]
+    watch = Watch(Limits())
+    ended = run_child(command, environment(side), sweep.limit_s)
+    names = {"model": process.model, "precision": process.precision, "provider": process.provider}
+    return case_record(
+        ended,
+        watch.before,
+        watch.stop(),
+        run=run_id(sweep),
+        case=process.label,
+        parameters={**names, **process.case.model_dump()},
+        pair=process.number,
+        fingerprint=machine().fingerprint,
+    )
+
+
+class Records:
+    """The records of ``--out``, each on the disk as soon as it is there."""
+
+    def __init__(self, out: Path, resume: bool) -> None:
+        self._file = out / RECORDS
+        out.mkdir(parents=True, exist_ok=True)
+        self.all: list[CaseRecord] = []
+        if self._file.is_file() and self._file.stat().st_size:
+            if not resume:
+                raise SweepError(
+                    f"{self._file} holds an earlier sweep; add --resume to go on with it, or take another --out"
+                )
+            repair(self._file)
+            self.all = read_records(self._file)
+
+    def add(self, record: CaseRecord, **more: str) -> None:
+        """Append one; ``more`` goes into its details."""
+        details = {**record.details, **more}
+        self.all.append(record.model_copy(update={"sequence": len(self.all), "details": details}))
+        append_record(self._file, self.all[-1])
+
+
+def measure_here(sweep: Sweep, records: Records, say: Say) -> None:
+    """What this machine has not measured yet, one process after another."""
+    here, run = machine().fingerprint, run_id(sweep)
+    done = {(r.run, r.fingerprint, r.case, r.pair) for r in records.all}
+    for process in processes(sweep):
+        if (run, here, process.label, process.number) not in done:
+            record = measure_process(sweep, process)
+            records.add(record)
+            say(f"{process} of {sweep.processes}" + (f": {record.reason}" if record.reason else ""))
+
+
+def _prepare(folders: Sequence[Path]) -> str:
+    """On a machine before it measures: its fingerprint, if it has the folders that the driver has."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise SweepError(
+                f"there is no {folder}; a folder has to lie under the same path on every machine (a shared disk, or a "
+                "copy), or give a model's name, which each machine fetches and exports for itself"
+            )
+    return machine().fingerprint
+
+
+def measure_on_machines(sweep: Sweep, records: Records, wait_s: float, say: Say) -> None:
+    """What no machine has measured yet, one process at a time on every machine of the Ray cluster."""
+    from bench.process.machines import spread
+    from bench.process.workers import join_cluster, leave_cluster
+
+    run = run_id(sweep)
+    own = [r for r in records.all if r.run == run]
+    done = {(r.case, r.pair) for r in own}
+    todo = [p for p in processes(sweep) if (p.label, p.number) not in done]
+    if not todo:
+        return
+
+    def answered(process: Process, record: CaseRecord, node: str, name: str) -> None:
+        records.add(record, ray_node=node)
+        say(f"{process} of {sweep.processes}, on {name}" + (f": {record.reason}" if record.reason else ""))
+
+    started = join_cluster()
+    try:
+        spread(
+            todo,
+            partial(measure_process, sweep),
+            what="llama-onnx sweep --ray",
+            group=lambda p: p.label,
+            bound={r.case: r.fingerprint for r in reversed(own) if r.fingerprint},
+            prepare=partial(_prepare, [f for m in sweep.models if (f := _folder(m))]),
+            done=answered,
+            say=say,
+            wait_s=wait_s,
+        )
+    finally:
+        if started:
+            leave_cluster()

@@ -1,0 +1,1 @@
+"""This machine: its environment, its state while something is measured, its lock."""

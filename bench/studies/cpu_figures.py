@@ -1,0 +1,396 @@
+"""The runtime's figures on the CPU in one run: floors, peers, long contexts, batches, Python's share of a step.
+
+``pytest bench/`` says how fast one folder is; this says how far the runtime is from what the machine allows and from
+other runtimes, with the limits that the project set itself, and shows what a decode step's time goes into.
+Try: ``python -m bench.studies.cpu_figures demo OUT --genai-python PYTHON --gguf FILE`` (about 6 minutes on 2 cores).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.latency.measure import CpuBandwidth, GemmFloor, median_time, peak_memory, timed_generation
+from bench.peers.llama_cpp import LABEL as LLAMA_CPP
+from bench.peers.llama_cpp import LlamaCppSide
+from reports.record import Case
+from runtime.generate import Generation
+from runtime.ort_session import OrtSession
+from runtime.session import Session
+
+OURS: dict[str, dict[str, Any]] = {
+    "ours fp32": {},
+    "ours int4": {"precision": "int4"},
+    "ours int4 rtn, head too": {"precision": "int4", "method": "rtn", "lm_head": "int4"},
+    "ours int4 rtn, head too, symmetric": {
+        "precision": "int4",
+        "method": "rtn",
+        "lm_head": "int4",
+        "zero_points": "none",
+    },
+}
+"""Our sides: name -> fields of :class:`export.spec.ExportSpec`. The last is quantised as genai's builder does it, the
+one before it as llama.cpp's Q4_1 is (a smallest value for each block)."""
+FP32, INT4, INT4_Q4_1, INT4_ALIKE = OURS
+GENAI = {"genai fp32": "fp32", "genai int4": "int4"}
+PROMPT, NEW, LONG, BATCH = 128, 32, 2000, 4
+VOCAB = 30_000
+"""Prompts are drawn from the first so many tokens."""
+SEED = 20260101
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: the median over rounds, its quartiles, and the limit that it should keep (None: shown only)."""
+
+    name: str
+    value: float
+    quartiles: tuple[float, float]
+    limit: float | None
+    at_most: bool = True
+
+    @property
+    def status(self) -> str:
+        """``MET``, ``MISSED`` or ``shown``."""
+        if self.limit is None:
+            return "shown"
+        kept = self.value <= self.limit if self.at_most else self.value >= self.limit
+        return "MET" if kept else "MISSED"
+
+
+@dataclass
+class Figures:
+    """Everything of one run; times in seconds, bandwidth in bytes per second."""
+
+    figures: list[Figure] = field(default_factory=list)
+    ttft_s: dict[str, float] = field(default_factory=dict)
+    tpot_s: dict[str, float] = field(default_factory=dict)
+    bandwidth: float = 0.0
+    profile_us: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """What was profiled -> operator -> microseconds and nodes; ``whole`` is the run."""
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, rounds: Sequence[float], limit: float | None = None, at_most: bool = True) -> None:
+        """The median of these, as a figure."""
+        low, high = (float(q) for q in np.quantile(rounds, (0.25, 0.75)))
+        self.figures.append(Figure(name, statistics.median(rounds), (low, high), limit, at_most))
+
+
+class _Timed:
+    """An ONNX Runtime session that adds up the time inside its run."""
+
+    def __init__(self, session: Any) -> None:
+        self._session, self.inside_s = session, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, *arguments: Any) -> None:
+        started = time.perf_counter()
+        self._session.run_with_iobinding(*arguments)
+        self.inside_s += time.perf_counter() - started
+
+
+def python_share(session: OrtSession, steps: int = 64) -> float:
+    """Share of a greedy decode step that is spent outside ONNX Runtime's run; the choice of the token included."""
+    graph = session._decode
+    timed = _Timed(graph.session)
+    logits = session.prefill([list(range(1, PROMPT + 1))], reserve=steps + 1)
+    graph.session = timed
+    try:
+        started = time.perf_counter()
+        for _ in range(steps):
+            logits = session.step([int(logits.argmax())])
+        total = time.perf_counter() - started
+    finally:
+        graph.session = timed._session
+    return 1 - timed.inside_s / total
+
+
+PROFILED: dict[str, tuple[str, int, int, bool]] = {
+    "decode, context 128": (FP32, 1, PROMPT, False),
+    "decode, context 2,000": (FP32, 1, LONG, False),
+    "decode, batch 4": (FP32, BATCH, PROMPT, False),
+    "prefill 128": (FP32, 1, PROMPT, True),
+    "int4 rtn decode": (INT4_Q4_1, 1, PROMPT, False),
+}
+"""What is profiled: name -> side, batch, context, and whether the prefill is looked at instead of the steps."""
+
+
+def profile(
+    folder: Path, threads: int, batch: int = 1, context: int = PROMPT, prefill: bool = False, steps: int = 40
+) -> dict[str, list[float]]:
+    """Per operator of a decode step (or of a prefill): microseconds in its kernels, and how many nodes."""
+    from runtime.loading import load
+
+    rows = [list(range(1, context + 1))] * batch
+    with tempfile.TemporaryDirectory() as scratch:
+        session = load(folder, threads=threads, verify=False, profile=Path(scratch) / "decode")
+        for _ in range(steps if prefill else 1):
+            session.prefill(rows, reserve=steps + 1)
+        for _ in range(0 if prefill else steps):
+            session.step([5] * batch)
+        events = json.loads(session.end_profile().read_text(encoding="utf-8"))
+        session.close()
+    runs = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: float(e["ts"]))[-steps // 2 :]
+    found: dict[str, list[float]] = {"whole": [sum(r["dur"] for r in runs), len(runs)]}
+    since = runs[0]["ts"]
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= since:
+            row = found.setdefault(event["args"]["op_name"], [0.0, 0.0])
+            row[0] += event["dur"]
+            row[1] += 1
+    return {n: [v / len(runs) for v in row] for n, row in sorted(found.items(), key=lambda item: -item[1][0])}
+
+
+def prepare(checkpoint: Path, work: Path, genai: Path | None, figures: Figures) -> dict[str, Path]:
+    """Folders by side; those that lie in ``work`` already are used as they are."""
+    from bench.peers.exports import genai_export
+    from export.pipeline import export_model
+    from export.spec import ExportSpec
+
+    folders = {}
+    for name, fields in OURS.items():
+        folders[name] = work / name.replace(" ", "-").replace(",", "")
+        if not folders[name].exists():
+            export_model(ExportSpec(str(checkpoint), **fields), folders[name])
+    for name, precision in GENAI.items():
+        if genai is None:
+            figures.skipped[name] = "no --genai-python, an environment with onnxruntime-genai and its builder"
+            continue
+        folders[name] = work / name.replace(" ", "-")
+        if not folders[name].exists():
+            genai_export(genai, checkpoint, folders[name], precision)
+    return folders
+
+
+def open_sides(
+    folders: dict[str, Path], genai: Path | None, gguf: Path | None, threads: int, figures: Figures
+) -> dict[str, Session]:
+    """Every side that can be opened here; the others are named in ``figures.skipped``."""
+    from bench.peers.choice import choose
+    from bench.peers.genai import GenaiSide
+    from runtime.loading import load
+
+    sides: dict[str, Session] = {name: load(folders[name], threads=threads, verify=False) for name in OURS}
+    for name in GENAI:
+        if genai is not None and name in folders:
+            sides[name] = GenaiSide(genai, folders[name], threads, sides[FP32].info)
+    why = choose("cpu", sides[FP32].manifest.attention, gguf).skipped.get(LLAMA_CPP)  # type: ignore[attr-defined]
+    if why:
+        figures.skipped[LLAMA_CPP] = why
+    else:
+        assert gguf is not None
+        sides[LLAMA_CPP] = LlamaCppSide(gguf, threads)
+    return sides
+
+
+def _paired(runs: dict[str, list[Generation]], a: str, b: str, of: Callable[[Generation], float]) -> list[float]:
+    return [of(x) / of(y) for x, y in zip(runs[a], runs[b], strict=True)]
+
+
+def _ttft(g: Generation) -> float:
+    return g.ttft_s
+
+
+def _tpot(g: Generation) -> float:
+    return float(g.tpot_s or 0.0)
+
+
+def interleaved(sides: dict[str, Session], figures: Figures, config: dict[str, Any], rounds: int, threads: int) -> None:
+    """Prompt 128, 32 new tokens on every side in turn, the floors beside each round."""
+    rng = np.random.default_rng(SEED)
+    bandwidth, gemm = CpuBandwidth(threads), GemmFloor(config, PROMPT)
+    speeds, products = [], []
+    runs: dict[str, list[Generation]] = {name: [] for name in sides}
+    for index in range(-1, rounds):
+        prompt = [rng.integers(1, config["vocab_size"], PROMPT).tolist()]
+        if index >= 0:
+            speeds.append(bandwidth())
+            products.append(gemm())
+        for name in sides if index % 2 else reversed(list(sides)):
+            made = timed_generation(sides[name], prompt, NEW)
+            if index >= 0:  # the first round warms up
+                runs[name].append(made)
+    figures.bandwidth = statistics.median(speeds)
+    figures.ttft_s = {name: statistics.median(map(_ttft, runs[name])) for name in sides}
+    figures.tpot_s = {name: statistics.median(map(_tpot, runs[name])) for name in sides}
+    manifest = sides[FP32].manifest  # type: ignore[attr-defined]
+    moved = manifest.decode_weight_bytes + (PROMPT + NEW / 2) * manifest.kv.bytes_per_token()
+    figures.add(
+        "fp32 decode, times the memory floor",
+        [_tpot(g) * s / moved for g, s in zip(runs[FP32], speeds, strict=True)],
+        1.20,
+    )
+    figures.add(
+        "prefill 128, times the matrix-product floor",
+        [_ttft(g) / s for g, s in zip(runs[FP32], products, strict=True)],
+        1.25,
+    )
+    if "genai fp32" in sides:
+        figures.add("fp32 decode, of genai", _paired(runs, FP32, "genai fp32", _tpot), 0.95)
+        figures.add("prefill 128, of genai", _paired(runs, FP32, "genai fp32", _ttft), 0.60)
+    if "genai int4" in sides:
+        figures.add("int4 decode, of genai int4, quantised alike", _paired(runs, INT4_ALIKE, "genai int4", _tpot), 0.85)
+        figures.add("int4 decode, of genai int4, ours by HQQ", _paired(runs, INT4, "genai int4", _tpot))
+    if LLAMA_CPP in sides:
+        figures.add("int4 decode, of llama.cpp Q4_1, ours rtn", _paired(runs, INT4_Q4_1, LLAMA_CPP, _tpot), 0.85)
+        figures.add("int4 decode, of llama.cpp Q4_1, ours by HQQ", _paired(runs, INT4, LLAMA_CPP, _tpot), 0.85)
+        figures.add("fp32 prefill 128, of llama.cpp Q4_1", _paired(runs, FP32, LLAMA_CPP, _ttft))
+
+
+def _steps(session: Session, rng: np.random.Generator, context: int, batch: int, steps: int = 16) -> tuple[float, ...]:
+    """Seconds of a prefill and of the median decode step behind it."""
+    prompts = [rng.integers(1, VOCAB, context).tolist() for _ in range(batch)]
+    started = time.perf_counter()
+    session.prefill(prompts, steps + 1)
+    prefill = time.perf_counter() - started
+    return prefill, median_time(lambda: session.step([7] * batch), steps)
+
+
+def long_and_wide(session: Session, figures: Figures, rounds: int) -> None:
+    """Context 2,000 against 128, batch 4 against 1; neighbours in time are compared."""
+    rng = np.random.default_rng(SEED)
+    _steps(session, rng, PROMPT, BATCH)
+    ratios = [_steps(session, rng, LONG, 1)[1] / _steps(session, rng, PROMPT, 1)[1] for _ in range(rounds)]
+    figures.add("time per token at context 2,000, of that at 128", ratios, 1.35)
+    gains, costs = [], []
+    for _ in range(rounds):
+        single = [_steps(session, rng, PROMPT, 1) for _ in range(BATCH)]
+        four = _steps(session, rng, PROMPT, BATCH)
+        gains.append(BATCH * statistics.median(s[1] for s in single) / four[1])
+        costs.append(four[0] / sum(s[0] for s in single))
+    figures.add("batch 4 decode, tokens/s of batch 1's", gains, 3.3, at_most=False)
+    figures.add("batch 4 prefill, of four single ones", costs, 1.1)
+
+
+def measure(checkpoint: Path, work: Path, rounds: int, genai: Path | None, gguf: Path | None, threads: int) -> Figures:
+    """Everything, in one run."""
+    figures = Figures()
+    folders = prepare(checkpoint, work, genai, figures)
+    config = json.loads((folders[FP32] / "config.json").read_text(encoding="utf-8"))
+    sides = open_sides(folders, genai, gguf, threads, figures)
+    try:
+        interleaved(sides, figures, config, rounds, threads)
+        ours = sides[FP32]
+        assert isinstance(ours, OrtSession)
+        long_and_wide(ours, figures, max(3, rounds // 2))
+        for name in (FP32, INT4):
+            side = sides[name]
+            assert isinstance(side, OrtSession)
+            figures.add(
+                f"Python's share of a decode step, {name.removeprefix('ours ')}",
+                [python_share(side) for _ in range(5)],
+                0.03,
+            )
+        manifest = ours.manifest
+    finally:
+        for side in sides.values():
+            side.close()
+    case = Case(batch=1, prompt=PROMPT, new_tokens=NEW)
+    memory = peak_memory(
+        FP32,
+        case,
+        {"kind": "onnxruntime", "path": str(folders[FP32]), "precision": "fp32", "provider": "cpu", "threads": threads},
+    )
+    held = sum(f.stat().st_size for f in folders[FP32].glob("*.data"))
+    held += (PROMPT + NEW) * manifest.kv.bytes_per_token()
+    figures.add(
+        "peak memory of a session, of weights and KV", [(memory.peak_bytes - memory.baseline_bytes) / held], 1.25
+    )
+    figures.profile_us = {
+        name: profile(folders[side], threads, batch, context, prefill, steps=12 if prefill else 40)
+        for name, (side, batch, context, prefill) in PROFILED.items()
+    }
+    return figures
+
+
+def _cell(found: Sequence[float] | None) -> str:
+    return "" if found is None else f"{found[0]:,.0f} ({found[1]:.0f})"
+
+
+def tables(figures: Figures) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Title, columns and rows of what there is to show."""
+    rows: list[tuple[str, ...]] = []
+    for f in figures.figures:
+        limit = "" if f.limit is None else f"{'at most' if f.at_most else 'at least'} {f.limit:g}"
+        rows.append((f.name, f"{f.value:.3f}", f"{f.quartiles[0]:.3f} to {f.quartiles[1]:.3f}", limit, f.status))
+    sides: list[tuple[str, ...]] = [
+        (n, f"{t * 1e3:.1f}", f"{figures.tpot_s[n] * 1e3:.2f}") for n, t in figures.ttft_s.items()
+    ]
+    operators = list(dict.fromkeys(n for found in figures.profile_us.values() for n in list(found)[:8]))
+    profiles: list[tuple[str, ...]] = [
+        (name, *(_cell(found.get(name)) for found in figures.profile_us.values())) for name in operators
+    ]
+    return [
+        (
+            f"Figures, memory read at {figures.bandwidth / 1e9:.1f} GB/s",
+            ("figure", "median", "quartiles", "limit", ""),
+            rows,
+        ),
+        ("Sides, batch 1, prompt 128, 32 new tokens", ("side", "TTFT ms", "TPOT ms"), sides),
+        (
+            "What the time goes into: microseconds (nodes) of one run under ONNX Runtime's profiler",
+            ("operator", *figures.profile_us),
+            profiles,
+        ),
+    ]
+
+
+def show(figures: Figures, console: Console) -> None:
+    """The tables on a terminal."""
+    for title, columns, rows in tables(figures):
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for name, why in figures.skipped.items():
+        console.print(f"skipped {name}: {why}", style="yellow", markup=False)
+
+
+def markdown(figures: Figures) -> str:
+    """The same for the docs."""
+    parts = []
+    for title, columns, rows in tables(figures):
+        head = [f"**{title}**", "", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+        parts += [*head, *(f"| {' | '.join(row)} |" for row in rows), ""]
+    parts += [f"Skipped {name}: {why}." for name, why in figures.skipped.items()]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see ``--help``. Exit code 0 whatever the figures say: they are shown, not enforced."""
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.cpu_figures", description="the runtime on the CPU")
+    parser.add_argument("model", help="'demo' or a checkpoint folder")
+    parser.add_argument("out", type=Path, help="folder for cpu_figures.json, .md and the exports, which are kept")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--genai-python", type=Path, help="python of an environment with onnxruntime-genai")
+    parser.add_argument("--gguf", type=Path, help="file for llama.cpp (llama-cpp-python must be installed)")
+    args = parser.parse_args(arguments)
+    from export.source import resolve
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = resolve(args.model).folder
+    found = measure(checkpoint, args.out, args.rounds, args.genai_python, args.gguf, args.threads)
+    document = {**asdict(found), "figures": [{**asdict(f), "status": f.status} for f in found.figures]}
+    (args.out / "cpu_figures.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (args.out / "cpu_figures.md").write_text(markdown(found), encoding="utf-8")
+    show(found, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

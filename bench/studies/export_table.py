@@ -1,0 +1,278 @@
+"""The export table: what each way to export a checkpoint costs, and what it gives.
+
+Every export runs in a process of its own (seconds, peak memory), every result is scored against PyTorch fp32 on the
+same windows of the project's prose, decode times are medians of interleaved rounds.
+Try: ``python -m bench.studies.export_table demo --out docs/export-table-demo.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.errors import BenchError
+from bench.gate.statistics import TIERS, TokenFigures, teacher_forced_checks, token_figures
+from bench.latency.workload import chunked
+from bench.peers.exports import genai_export, output_of
+
+OURS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp32, target tensorrt": {"target": "tensorrt"},
+    "fp16": {"precision": "fp16"},
+    "fp16, target tensorrt": {"precision": "fp16", "target": "tensorrt"},
+    "int8": {"precision": "int8"},
+    "int8, nothing kept": {"precision": "int8", "keep_float": "none"},
+    "int8, nothing kept, level 0": {"precision": "int8", "keep_float": "none", "accuracy_level": 0},
+    "int4 rtn": {"precision": "int4", "method": "rtn"},
+    "int4 rtn, no zero points": {"precision": "int4", "method": "rtn", "zero_points": "none"},
+    "int4 gptq": {"precision": "int4", "method": "gptq"},
+    "int4 kquant": {"precision": "int4", "method": "kquant"},
+    "int4 hqq": {"precision": "int4", "method": "hqq"},
+    "int4 hqq, integer zero points": {"precision": "int4", "method": "hqq", "zero_points": "integer"},
+}
+"""Rows of ours: name -> fields of :class:`export.spec.ExportSpec`."""
+PEERS = ("optimum plain", "optimum O2", "genai builder fp32", "genai builder int4")
+SEED = 20260101
+
+
+@dataclass
+class Row:
+    """One export. Figures that could not be had are None, ``note`` says why."""
+
+    name: str
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    disk_bytes: int | None = None
+    nodes: int | None = None
+    fused: str = ""
+    decode_ms: float | None = None
+    rounds_ms: list[float] = field(default_factory=list)
+    max_logit: float | None = None
+    mean_logit: float | None = None
+    ppl_ratio: float | None = None
+    mean_kld: float | None = None
+    tail_kld: float | None = None
+    top1: float | None = None
+    verdict: str = ""
+    note: str = ""
+
+
+def export_once(job: dict[str, Any]) -> dict[str, Any]:
+    """One export in this process. ``job``: kind (ours, plain, O2), checkpoint, out, spec."""
+    from bench.latency.peak_memory import peak_bytes
+
+    started = time.perf_counter()
+    out = Path(job["out"])
+    if job["kind"] == "ours":
+        from bench.data.loading import load_shipped
+        from export.pipeline import export_model
+        from export.spec import ExportSpec
+
+        export_model(ExportSpec(job["checkpoint"], **job["spec"]), out, calibration=load_shipped().calibration())
+    else:
+        from bench.peers.exports import optimum_export
+
+        optimum_export(Path(job["checkpoint"]), out, job["kind"])
+    return {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
+
+
+def _export(row: Row, kind: str, checkpoint: Path, out: Path, spec: dict[str, Any]) -> None:
+    job = {"kind": kind, "checkpoint": str(checkpoint), "out": str(out), "spec": spec}
+    found = json.loads(
+        output_of([sys.executable, "-m", "bench.studies.export_table", "--once", json.dumps(job)]).splitlines()[-1]
+    )
+    row.seconds, row.peak_bytes = found["seconds"], found["peak_bytes"]
+
+
+def _genai(row: Row, python: Path, checkpoint: Path, out: Path, precision: str) -> None:
+    found = genai_export(python, checkpoint, out, precision)
+    row.seconds, row.peak_bytes = found["seconds"], found["peak_bytes"]
+
+
+def _describe(row: Row, folder: Path) -> None:
+    import onnx
+
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    row.nodes = len(graph.node)
+    counts = [n.op_type for n in graph.node]
+    known = ("GroupQueryAttention", "Attention", "MultiHeadAttention", "MatMulNBits")
+    row.fused = ", ".join(f"{counts.count(op)} {op}" for op in known if op in counts) or "no fused attention"
+    row.disk_bytes = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+
+
+def _score(row: Row, session: Any, windows: list[list[int]], baseline: list[Any], tier: str) -> None:
+    figures: list[TokenFigures] = []
+    largest, means = 0.0, []
+    for ids, reference in zip(windows, baseline, strict=True):
+        logits = session.score(ids)
+        figures.append(token_figures(logits, reference, ids))
+        difference = np.abs(logits - reference)
+        largest = max(largest, float(difference.max()))
+        means.append(float(difference.mean()))
+    checks = {c.name: c for c in teacher_forced_checks(figures, [], TIERS[tier], SEED)}
+    row.max_logit, row.mean_logit = largest, statistics.fmean(means)
+    row.ppl_ratio = checks["perplexity_ratio"].value
+    row.mean_kld, row.tail_kld = checks["mean_kld"].value, checks["tail_kld"].value
+    row.top1 = checks["top1_agreement"].value
+    states = [c.status for c in checks.values()]
+    worst = next((s for s in ("FAIL", "INCONCLUSIVE") if s in states), "PASS")
+    row.verdict = f"{tier} {worst}"
+
+
+def _decode(sessions: dict[str, Any], prompt: list[int], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Median decode step of each round, ms; sides in turn, the order reversed every other round."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for index in range(rounds + 1):
+        names = list(sessions) if index % 2 == 0 else list(reversed(sessions))
+        for name in names:
+            session = sessions[name]
+            session.prefill([prompt], reserve=steps)
+            gaps = []
+            for _ in range(steps):
+                started = time.perf_counter()
+                session.step([prompt[0]])
+                gaps.append(time.perf_counter() - started)
+            if index:  # the first round warms up
+                times[name].append(statistics.median(gaps) * 1e3)
+    return times
+
+
+def make(
+    checkpoint: Path, names: Sequence[str], windows: int, rounds: int, genai: Path | None, keep: Path | None
+) -> list[Row]:
+    """Export, score and time every named way; failures become notes."""
+    from transformers import AutoTokenizer
+
+    from bench.data.loading import load_shipped
+    from runtime.loading import load
+    from runtime.torch_session import TorchSession
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    texts = [w for t in load_shipped().prose() for w in chunked(tokenizer(t)["input_ids"], 256)]
+    chosen = texts[:: max(1, len(texts) // windows)][:windows]
+    log = Console(stderr=True)
+    rows = []
+    work = Path(tempfile.mkdtemp(prefix="export-table-")) if keep is None else keep
+    with TorchSession(checkpoint) as baseline:
+        references = [baseline.score(ids).copy() for ids in chosen]
+    sessions: dict[str, Any] = {}
+    try:
+        for name in names:
+            row = Row(name)
+            rows.append(row)
+            out = work / name.replace(" ", "-").replace(",", "")
+            log.print(f"{name}", style="dim")
+            try:
+                if name in OURS:
+                    _export(row, "ours", checkpoint, out, OURS[name])
+                elif name.startswith("optimum"):
+                    _export(row, name.split()[1], checkpoint, out, {})
+                elif genai is None:
+                    raise BenchError("needs --genai-python, an environment of its own with onnxruntime-genai")
+                else:
+                    _genai(row, genai, checkpoint, out, name.split()[2])
+                _describe(row, out)
+                session = load(out, verify=False)
+                tier = OURS.get(name, {}).get("precision", "int4" if name.endswith("int4") else "fp32")
+                _score(row, session, chosen, references, tier)
+                log.print(f"  {row.seconds:.1f} s, mean KLD {row.mean_kld:.1e}, {row.verdict}", style="dim")
+                session.close()
+                sessions[name] = load(out, verify=False)
+            except Exception as e:  # a peer that fails is a result, not the end of the table
+                row.note = (str(e).splitlines() or [type(e).__name__])[0][:160]
+                log.print(f"{name}: {row.note}", style="red", markup=False)
+        with TorchSession(checkpoint) as torch_side:
+            sessions["PyTorch eager fp32"] = torch_side
+            times = _decode(sessions, chosen[0][:128], rounds, 24)
+        rows.append(Row("PyTorch eager fp32"))
+        for row in rows:
+            row.rounds_ms = times.get(row.name, [])
+            row.decode_ms = statistics.median(row.rounds_ms) if row.rounds_ms else None
+    finally:
+        for session in sessions.values():
+            session.close()
+        if keep is None:
+            shutil.rmtree(work, ignore_errors=True)
+    return rows
+
+
+COLUMNS = (
+    ("export", lambda r: r.name),
+    ("seconds", lambda r: _number(r.seconds, "{:.1f}")),
+    ("peak GB", lambda r: _number(r.peak_bytes and r.peak_bytes / 1e9, "{:.2f}")),
+    ("disk MB", lambda r: _number(r.disk_bytes and r.disk_bytes / 1e6, "{:.0f}")),
+    ("nodes", lambda r: _number(r.nodes, "{}")),
+    ("fused", lambda r: r.fused),
+    ("decode ms", lambda r: _number(r.decode_ms, "{:.1f}")),
+    ("max, mean logit difference", lambda r: f"{r.max_logit:.1e}, {r.mean_logit:.1e}" if r.max_logit else ""),
+    ("PPL ratio", lambda r: _number(r.ppl_ratio, "{:.5f}")),
+    ("mean KLD", lambda r: _number(r.mean_kld, "{:.1e}")),
+    ("99.9 % KLD", lambda r: _number(r.tail_kld, "{:.1e}")),
+    ("top-1 %", lambda r: _number(r.top1 and r.top1 * 100, "{:.2f}")),
+    ("tier", lambda r: r.note or r.verdict),
+)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table in GitHub's Markdown."""
+    lines = ["| " + " | ".join(title for title, _ in COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(get(row) for _, get in COLUMNS) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.export_table", description="compare ways to export")
+    parser.add_argument("model", nargs="?", default="demo", help="'demo' or a checkpoint folder")
+    parser.add_argument("--once", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="*", help=f"rows, of: {'; '.join((*OURS, *PEERS))}")
+    parser.add_argument("--windows", type=int, default=40, help="windows of 256 tokens that are scored")
+    parser.add_argument("--rounds", type=int, default=6, help="decode rounds")
+    parser.add_argument("--genai-python", type=Path, help="python of an environment with onnxruntime-genai")
+    parser.add_argument("--keep", type=Path, help="keep the exports in this folder")
+    parser.add_argument("--out", type=Path, help="Markdown file to write; the raw figures go beside it as .json")
+    args = parser.parse_args(arguments)
+    if args.once:
+        print(json.dumps(export_once(json.loads(args.once))))
+        return 0
+    from export.source import resolve
+
+    source = resolve(args.model)
+    names = args.only or [*OURS, *PEERS]
+    unknown = [n for n in names if n not in OURS and n not in PEERS]
+    if unknown:
+        parser.error(f"unknown row {unknown[0]!r}; choose of: {'; '.join((*OURS, *PEERS))}")
+    rows = make(source.folder, names, args.windows, args.rounds, args.genai_python, args.keep)
+    table = Table()
+    for title, _ in COLUMNS:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*(get(row) for _, get in COLUMNS))
+    Console().print(table)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(markdown(rows), encoding="utf-8")
+        raw = {"model": source.name, "origin": source.origin, "rows": [asdict(r) for r in rows]}
+        args.out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One run of ``pytest bench/``: what is under test, what is measured, its record."""

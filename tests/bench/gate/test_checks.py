@@ -1,0 +1,353 @@
+"""Named checks one by one: what each is there for, and that it stays quiet where nothing is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from bench.defects.workshop import Workshop
+from bench.gate.checks import numeric
+from bench.gate.localize import localize
+from bench.gate.registry import BY_NAME, CHECKS
+from bench.gate.subject import Found
+from bench.gate.validate import chosen_checks, run_check, run_checks, validate
+from runtime.errors import ProviderUnavailableError
+
+Exports = Callable[..., Path]
+Workshops = Callable[..., Workshop]
+
+
+def found(name: str, subject: Any) -> Found:
+    return BY_NAME[name].run(subject)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_a_true_export_passes_every_exact_check(precision: str, exports: Exports, subjects: Callable[..., Any]) -> None:
+    subject = subjects(exports(precision, num_hidden_layers=4), num_hidden_layers=4)
+    results = [run_check(c, subject)[0] for c in CHECKS if c.kind == "exact"]
+    assert {r.name: r.figure for r in results if r.status not in ("PASS", "REPORTED")} == {}
+    assert sum(r.status == "PASS" for r in results) >= 9
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq", "kquant", "gptq"])
+@pytest.mark.parametrize("zero_points", ["integer", "float", "none"])
+def test_the_audit_knows_each_quantiser(
+    method: str, zero_points: str, exports: Exports, subjects: Callable[..., Any]
+) -> None:
+    folder = exports("int4", {"method": method, "zero_points": zero_points})
+    result = found("weights", subjects(folder))
+    assert result.status == "PASS", result.figure
+
+
+@pytest.mark.parametrize(
+    ("method", "zero_points", "bit"),
+    [("rtn", "integer", 1), ("rtn", "integer", 2), ("rtn", "none", 1), ("hqq", "float", 2), ("hqq", "none", 2)],
+)
+def test_a_code_that_is_off_is_outside_the_bound(
+    method: str, zero_points: str, bit: int, workshop: Workshops, subjects: Callable[..., Any]
+) -> None:
+    shop = workshop("int4", {"method": method, "zero_points": zero_points})
+    name = next(w.name for w in shop.manifest.weights if w.name.endswith("up_proj.weight.codes"))
+    with shop.weight(name) as codes:
+        codes[5, 1, 3] ^= bit
+    result = found("weights", subjects(shop.folder))
+    assert result.status == "FAIL"
+    assert result.findings[0].where == name
+
+
+def test_gptq_may_move_error_but_not_rows(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    """GPTQ is held by whole tensors only; rows that slid by one stay far outside what it may do to one."""
+    shop = workshop("int4", {"method": "gptq"})
+    name = next(w.name for w in shop.manifest.weights if w.name.endswith("up_proj.weight.codes"))
+    with shop.weight(name) as codes:
+        codes[:] = np.roll(codes, 1, axis=0)
+    result = found("weights", subjects(shop.folder))
+    assert [f.where for f in result.findings] == [name]
+    assert "times that of rounding to nearest, gptq allows 10" in result.findings[0].what
+
+
+def test_gptq_two_rows_exchanged(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    """Two rows of many move the tensor's error little, their own far."""
+    shop = workshop("int8", {"method": "gptq", "lm_head": "int8", "keep_float": "none"})
+    name = "lm_head.weight.codes"
+    with shop.weight(name) as codes, shop.weight("lm_head.weight.scales") as scales:
+        for part in (codes, scales):
+            part[[290, 291]] = part[[291, 290]].copy()
+    result = found("weights", subjects(shop.folder))
+    assert [f.where for f in result.findings] == [name]
+    assert "row 290" in result.findings[0].what
+
+
+@pytest.mark.parametrize(
+    ("precision", "method", "value"),
+    [
+        *((p, m, v) for p, m in (("int8", "rtn"), ("int4", "hqq")) for v in (1e4, float("nan"))),
+        ("int4", "gptq", float("nan")),
+    ],
+)
+def test_a_scale_that_hides_what_was_lost(
+    value: float, precision: str, method: str, workshop: Workshops, subjects: Callable[..., Any]
+) -> None:
+    """Half a step of a huge scale would allow a row of zeros, and nothing compares with NaN."""
+    shop = workshop(precision, {"method": method, "zero_points": "none", "keep_float": "none"})
+    name = "model.layers.1.mlp.up_proj.weight"
+    with shop.weight(f"{name}.codes") as codes, shop.weight(f"{name}.scales") as scales:
+        codes[7] = 128 if precision == "int8" else 0x88
+        scales[7] = value
+    result = found("weights", subjects(shop.folder))
+    assert [f.where for f in result.findings] == [f"{name}.codes"]
+
+
+@pytest.mark.parametrize(("stored", "what"), [(0.0, []), (-0.0, ["differs in signs of zeros only"])])
+def test_bit_equal_means_every_bit(
+    stored: float, what: list[str], workshop: Workshops, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = workshop()
+    name = "model.norm.weight"
+    with shop.weight(name) as weight:
+        weight[:] = stored
+    subject = subjects(shop.folder)
+    read = subject.baseline.tensors.read
+    monkeypatch.setattr(subject.baseline.tensors, "read", lambda n: read(n) * 0 if n == name else read(n))
+    assert [f.what for f in found("weights", subject).findings] == what
+
+
+def test_int4_content_under_a_claimed_fp16_is_named(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    from bench.defects.in_files import DEFECTS
+
+    shop = workshop("fp16")
+    next(d for d in DEFECTS if "int4" in d.name).change(shop)
+    result = found("weights", subjects(shop.folder))
+    assert "quantised?" in result.findings[0].what
+
+
+def test_a_weight_left_over_is_named(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    shop = workshop()
+    extra = onnx.numpy_helper.from_array(np.ones((9, 9), np.float32), "adapter")
+    shop.graphs(lambda model: model.graph.initializer.append(extra), ("decode",))
+    result = found("weights", subjects(shop.folder))
+    assert (result.status, result.findings[0].where) == ("FAIL", "adapter")
+
+
+def test_optimums_folder_is_audited_by_content(
+    workshop: Workshops, exports: Exports, subjects: Callable[..., Any]
+) -> None:
+    """A folder without our manifest: names mean nothing, contents do."""
+    shop = workshop()
+    (shop.folder / "manifest.json").unlink()
+    subject = subjects(shop.folder)
+    assert found("graph", subject).status == "SKIPPED"
+    assert found("files", subject).status == "REPORTED"
+    assert found("attributes", subject).status == "PASS"
+    assert found("rotary_tables", subject).status == "PASS"
+    result = found("weights", subject)
+    assert result.status == "PASS", result.figure
+    m = json.loads((exports() / "manifest.json").read_text())
+    place = next(w for w in m["weights"] if w["name"].endswith("1.mlp.up_proj.weight"))
+    data = shop.own(m["data_file"])
+    array = np.memmap(data, np.float32, "r+", offset=place["offset"], shape=(4,))
+    array[2] += 0.01
+    array.flush()
+    result = found("weights", subjects(shop.folder))
+    assert result.findings[0].where == "model.layers.1.mlp.up_proj.weight"
+
+
+def test_rotary_tables_beyond_the_original_context(
+    workshop: Workshops, exports: Exports, subjects: Callable[..., Any]
+) -> None:
+    """llama3 scaling: the export passes; a table without the scaling fails, and so do the numbers out there."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    settings = {"rope_scaling": scaling, "max_position_embeddings": 512, "rope_theta": 10000.0}
+    good = exports(**settings)
+    subject = subjects(good, **settings)
+    assert found("rotary_tables", subject).status == "PASS"
+    result = found("long_context", subject)
+    assert result.status == "PASS", result.figure
+    assert "3 places" in result.figure
+    shop = workshop(**settings)
+    angles = np.arange(512)[:, None] * 10000.0 ** -(np.arange(0, 16, 2) / 16)[None]
+    for name, function in (("model.rope_cos", np.cos), ("model.rope_sin", np.sin)):
+        with shop.weight(name) as table:
+            table[:] = function(angles)
+    bad = subjects(shop.folder, **settings)
+    assert found("rotary_tables", bad).findings[0].where.endswith("row 1")
+    assert found("long_context", bad).status == "FAIL"
+
+
+@pytest.mark.parametrize("name", ["prefill_logits", "decode_steps", "chunked_prefill", "batch_rows", "determinism"])
+def test_behaviour_of_a_true_export(name: str, exports: Exports, subjects: Callable[..., Any]) -> None:
+    result = found(name, subjects(exports()))
+    assert result.status == "PASS", result.figure
+
+
+def test_chunked_prefill_sees_positions_that_start_again(
+    exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime.probe import GraphProbe
+
+    run = GraphProbe.run
+    # Every chunk alone, as a runtime that forgets its past does.
+    monkeypatch.setattr(
+        GraphProbe, "run", lambda self, ids, past=None, outputs=("logits",): run(self, ids, None, outputs)
+    )
+    assert found("chunked_prefill", subjects(exports())).status == "FAIL"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_first_step_behind_a_prefill_counts(
+    late: bool, exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subjects(exports())
+    steps = 0
+    step = subject.candidate.step
+
+    def wrong_once(ids: list[int]) -> Any:
+        nonlocal steps
+        steps += 1
+        logits = step(ids).copy()
+        return logits[:, ::-1].copy() if steps == (13 if late else 1) else logits
+
+    monkeypatch.setattr(subject.candidate, "step", wrong_once)
+    result = found("decode_steps", subject)
+    assert result.status == "FAIL"
+    late_start = len(numeric._text(subject, 160)) - 25
+    assert result.findings[0].where == f"step 1 behind {late_start if late else 3}"
+
+
+def test_the_null_control_leaves_the_baseline_as_it_was(exports: Exports, subjects: Callable[..., Any]) -> None:
+    """`eager` is the same model object for a while; what is scored after it goes through the usual kernel again."""
+    baseline = subjects(exports()).baseline
+    config = baseline.session.model.config
+    usual = config._attn_implementation
+    baseline.null_score("eager", [5, 6, 7, 8])
+    assert usual != "eager"
+    assert config._attn_implementation == usual
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, ProviderUnavailableError])
+def test_what_says_nothing_about_the_folder_is_no_verdict(
+    error: type[BaseException], exports: Exports, subjects: Callable[..., Any]
+) -> None:
+    def stop(_: Any) -> Found:
+        raise error("stopped")
+
+    with pytest.raises(error):
+        run_check(replace(BY_NAME["files"], run=stop), subjects(exports()))
+
+
+def test_a_folder_that_cannot_be_read_fails_once(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    shop = workshop()
+    shop.own("manifest.json").write_text("{", encoding="utf-8")
+    results = run_checks(subjects(shop.folder), CHECKS[:4])
+    assert [(r.name, r.status) for r, _ in results] == [("files", "FAIL")]
+
+
+def test_what_the_exact_checks_name_is_not_looked_for_in_the_layers(
+    workshop: Workshops, subjects: Callable[..., Any]
+) -> None:
+    shop = workshop()
+    shop.json("manifest.json", lambda m: m.update(vocab_size=m["vocab_size"] - 1))
+    result = validate(subjects(shop.folder), [BY_NAME["manifest"]])
+    assert (result.verdict, result.place) == ("FAIL", None)
+    assert [n for n in result.notes if "localisation" in n] == []
+
+
+def test_checks_run_in_their_own_order() -> None:
+    checks, _ = chosen_checks("tasks, mean_kld,files", "quick")
+    assert [c.name for c in checks] == ["files", "mean_kld", "tasks"]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_a_place_counts_where_pytorch_itself_is_not_as_far_off(
+    noise: float, workshop: Workshops, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = workshop()
+    name = next(w.name for w in shop.manifest.weights if w.name.endswith("layers.0.self_attn.o_proj.weight"))
+    with shop.weight(name) as weight:
+        weight *= 1.001
+    subject = subjects(shop.folder)
+    baseline = subject.baseline
+    residuals, score = baseline.null_residuals, baseline.score
+
+    def null_residuals(kind: str, ids: list[int]) -> list[dict[str, Any]]:
+        off = 1 + noise if kind == "eager" else 1.0
+        return [{k: v * off for k, v in layer.items()} for layer in residuals(kind, ids)]
+
+    monkeypatch.setattr(baseline, "null_residuals", null_residuals)
+    monkeypatch.setattr(baseline, "null_score", lambda kind, ids: score(ids) * (1 + noise))
+    place = localize(subject)
+    assert (place and (place.layer, place.operator)) == (None if noise else (0, "o_proj"))
+
+
+def test_a_row_that_sees_another_rows_length_is_named(
+    exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime import host_decode
+    from runtime.session import right_pad
+
+    def row_zero(ids: Any) -> Any:
+        padded, mask = right_pad(ids)
+        return padded, np.repeat(mask[:1], len(mask), axis=0)
+
+    monkeypatch.setattr(host_decode, "right_pad", row_zero)
+    result = found("batch_rows", subjects(exports()))
+    assert result.status == "FAIL"
+    assert "row" in result.findings[0].where
+
+
+def test_a_runtime_that_is_not_deterministic_fails(
+    exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subjects(exports())
+    true_step, calls = subject.candidate.step, [0]
+
+    def step(ids: Any) -> Any:
+        calls[0] += 1
+        return true_step(ids) + np.float32(1e-6) * calls[0]
+
+    monkeypatch.setattr(subject.candidate, "step", step)
+    assert found("determinism", subject).status == "FAIL"
+
+
+def test_a_tokenizer_serialised_again_is_the_same(workshop: Workshops, subjects: Callable[..., Any]) -> None:
+    shop = workshop()
+    path = shop.own("tokenizer.json")
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert found("tokenizer", subjects(shop.folder)).status == "PASS"
+    raw = json.loads(path.read_text())
+    raw["added_tokens"][1]["special"] = not raw["added_tokens"][1]["special"]
+    path.write_text(json.dumps(raw))
+    result = found("tokenizer", subjects(shop.folder))
+    assert result.findings[0].where == "tokenizer.json, added_tokens"
+
+
+def test_a_check_that_stops_has_failed(exports: Exports, subjects: Callable[..., Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(exports(), tmp_path / "cut")
+    data = folder / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    results = validate(subjects(folder), chosen_checks("files,weights,mean_kld", "quick")[0], localize=False)
+    assert results.verdict == "FAIL"
+    assert results.exit_code == 1
+    assert [r.status for r in results.results] == ["FAIL"] * len(results.results)
+
+
+def test_fp16_passes_its_own_tier_with_pytorchs_loss_beside_it(exports: Exports, subjects: Callable[..., Any]) -> None:
+    subject = subjects(exports("fp16"))
+    for name in ("mean_kld", "null_ratio"):
+        result = found(name, subject)
+        assert result.status in ("PASS", "SUSPICIOUS"), result.figure
+        assert result.figures[0].null_value is not None

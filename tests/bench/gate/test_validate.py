@@ -1,0 +1,161 @@
+"""The command: its exit codes, its one JSON document, and the verdict over the checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.cli.main import main
+from bench.defects.in_graph import DEFECTS
+from bench.defects.workshop import Workshop
+from reports.validation import CheckResult, Finding, Validation, decide_verdict
+
+Exports = Callable[..., Path]
+EXACT = "files,manifest,config,graph,attributes,rotary_tables,weights,tokenizer,special_ids"
+
+
+def test_exit_codes_and_one_document(
+    exports: Exports, checkpoints: Exports, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["validate", str(exports()), "--baseline", str(checkpoints()), "--only", EXACT]
+    assert main([*arguments, "--json", "--out", str(tmp_path / "out")]) == 0
+    written = capsys.readouterr()
+    document = Validation.model_validate(json.loads(written.out))
+    assert document.verdict == "PASS"
+    assert [r.name for r in document.results] == EXACT.split(",")
+    assert "PASS" in written.err
+    assert json.loads((tmp_path / "out" / "validation.json").read_text()) == json.loads(written.out)
+
+    shop = Workshop(exports(), tmp_path / "bad", checkpoints())
+    next(d for d in DEFECTS if d.name.startswith("norm epsilon")).change(shop)
+    shop.reseal()
+    assert main(["validate", str(shop.folder), "--baseline", str(checkpoints()), "--only", EXACT]) == 1
+    text = capsys.readouterr().out
+    assert "FAIL" in text
+    assert "epsilon is 0.001" in text
+    assert "layer 0" in text
+
+
+def test_a_certificate_from_the_gate_itself(
+    exports: Exports,
+    checkpoints: Exports,
+    tiny_dataset_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """validate signs, verify agrees; the second time the baseline's windows come from the cache."""
+    monkeypatch.setenv("LLAMA_ONNX_CACHE", str(tmp_path / "cache"))
+    key, certificate = tmp_path / "k", tmp_path / "certificate.json"
+    assert main(["keygen", str(key)]) == 0
+    asked = ["validate", str(exports()), "--baseline", str(checkpoints()), "--dataset", str(tiny_dataset_file)]
+    signed = [*asked, "--threads", "1", "--certificate", str(certificate), "--key", f"{key}.pem"]
+    code = main([*signed, "--out", str(tmp_path / "out")])
+    assert code == 0, capsys.readouterr().out
+    assert main(["verify", str(certificate), str(exports()), "--key", f"{key}.pub.pem"]) == 0
+    shop = Workshop(exports(), tmp_path / "other", checkpoints())
+    shop.reseal()
+    config = shop.folder / "config.json"
+    text = config.read_text()
+    config.unlink()  # the workshop's files are links to the shared export's
+    config.write_text(text + " ")
+    assert main(["verify", str(certificate), str(shop.folder), "--key", f"{key}.pub.pem"]) == 1
+    # A part of the gate is no ground for a certificate, whichever way it is asked for.
+    assert main([*signed, "--only", "files"]) == 2
+    document = json.loads((tmp_path / "out" / "validation.json").read_text())
+    document["results"] = document["results"][:3]
+    (tmp_path / "part.json").write_text(json.dumps(document))
+    arguments = ["certify", str(tmp_path / "part.json"), str(exports()), "--baseline", str(checkpoints())]
+    data = ["--dataset", str(tiny_dataset_file), "--certificate", str(certificate)]
+    capsys.readouterr()
+    assert main([*arguments, *data]) == 2
+    assert "part of the gate" in capsys.readouterr().err
+
+
+def test_kept_results_need_no_pytorch(checkpoints: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.gate.cached_baseline import CachedBaseline
+    from export.source import resolve
+
+    ids = [5, 9, 12, 7, 8]
+
+    def opened(seed: int = 0) -> CachedBaseline:
+        changes = {"seed": seed} if seed else {}
+        return CachedBaseline(resolve(str(checkpoints(**changes))), 1, root=tmp_path)
+
+    first = opened()
+    scored = {kind: first.null_score(kind, ids).copy() for kind in ("fp32", "eager", "fp16")}
+    tokens = first.tokens([ids, ids[:2]], 4)
+    first.close()
+    assert scored["fp32"].tobytes() != scored["fp16"].tobytes()
+    monkeypatch.setattr("bench.gate.baseline.TorchSession", None)
+    again = opened()
+    assert {kind: again.null_score(kind, ids).tobytes() for kind in scored} == {
+        k: v.tobytes() for k, v in scored.items()
+    }
+    assert again.tokens([ids, ids[:2]], 4) == tokens
+    with pytest.raises(TypeError):  # another checkpoint has to be computed
+        opened(seed=1).score(ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["validate"], "--baseline"),
+        (["validate", "nowhere", "--baseline", "demo", "--only", "nonsense"], "--list-checks"),
+        (["validate", "nowhere", "--baseline", "demo", "--mode", "slow"], "quick, standard"),
+    ],
+)
+def test_wrong_input_is_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_what_this_machine_cannot_run_is_no_verdict_on_the_folder(
+    exports: Exports, checkpoints: Exports, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime's CPU provider has no bf16: exit code 4, and the exact checks still are there to be run."""
+    arguments = ["validate", str(exports("bf16")), "--baseline", str(checkpoints())]
+    assert main([*arguments, "--only", "files,weights"]) == 0
+    assert main([*arguments, "--only", "files,prefill_logits"]) == 4
+    assert "bf16" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_wrong_input(checkpoints: Exports, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "nowhere", "--baseline", str(checkpoints())]) == 2
+    assert "llama-onnx export" in capsys.readouterr().err
+
+
+def test_the_list_names_every_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--list-checks", "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert rows[0]["name"] == "files"
+    documented = (Path(__file__).parents[3] / "docs" / "gate.md").read_text(encoding="utf-8")
+    assert [r["name"] for r in rows if f"| `{r['name']}` |" not in documented] == []
+
+
+def result(name: str, status: Any) -> CheckResult:
+    findings = [Finding(where="node x", what="is wrong")] if status == "FAIL" else []
+    return CheckResult(name=name, kind="exact", status=status, figure="f", seconds=0.0, findings=findings)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "verdict", "code"),
+    [
+        (["PASS", "PASS"], "PASS", 0),
+        (["PASS", "SUSPICIOUS", "REPORTED", "SKIPPED"], "PASS", 0),
+        (["PASS", "INCONCLUSIVE"], "INCONCLUSIVE", 3),
+        (["INCONCLUSIVE", "FAIL", "PASS"], "FAIL", 1),
+        (["REPORTED", "SKIPPED"], "INCONCLUSIVE", 3),
+        ([], "INCONCLUSIVE", 3),
+    ],
+)
+def test_the_verdict(statuses: list[Any], verdict: str, code: int) -> None:
+    found, reasons = decide_verdict([result(f"c{k}", s) for k, s in enumerate(statuses)])
+    assert found == verdict
+    assert reasons
+    if verdict == "FAIL":
+        assert "node x" in reasons[0]

@@ -1,0 +1,149 @@
+"""`pytest bench/` itself, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+Paths = Callable[..., Path]
+
+
+def bench(*arguments: object, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "COLUMNS": "100"}
+    if cache:
+        env["LLAMA_ONNX_CACHE"] = str(cache)
+    command = [sys.executable, "-m", "pytest", "bench/", "--profile", "smoke", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+
+
+@pytest.fixture(scope="module")
+def dataset(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = [{"task": "perplexity", "text": " ".join(words[(k * i) % 16] for i in range(150))} for k in range(1, 9)]
+    lines += [
+        {"task": "qa", "context": "the cat sat", "question": "who sat", "references": ["the cat"], "id": f"q{k}"}  # type: ignore[dict-item]
+        for k in range(3)
+    ]
+    path = tmp_path_factory.mktemp("data") / "own.jsonl"
+    path.write_text("\n".join(json.dumps(x) for x in lines))
+    return path
+
+
+def test_a_run_leaves_page_record_and_junit(checkpoints: Paths, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    arguments = ["--model", checkpoints(), "--dataset", dataset, "--report-dir", out, "--batch-sizes", "1,2"]
+    done = bench(*arguments, "--new-tokens", 4, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert {p.name for p in out.iterdir()} == {"index.html", "report.md", "record.json", "junit.xml"}
+    assert done.stdout.rstrip().splitlines()[-2].startswith(f"page: {out.resolve()}/index.html")
+    from reports.record import read_record
+
+    record = read_record(out / "record.json")
+    assert [s.label for s in record.sides] == ["onnxruntime-cpu", "pytorch-cpu"]
+    assert [c.label for c in record.cases()] == ["batch 1, prompt 32", "batch 2, prompt 32"]
+    assert all(len(r.at_s) == 4 for s in record.series for r in s.rounds)
+    assert record.floor is not None
+    assert len(record.floor.bandwidth_samples) == 3
+    assert {m.side for m in record.memory} == {"onnxruntime-cpu", "pytorch-cpu"}
+    assert record.parity is not None
+    assert {c.name for c in record.parity.checks} >= {"mean_kld", "batch_consistency", "greedy_tokens"}
+    # A second run reuses the export.
+    data = next((tmp_path / "cache" / "exports").glob("*/model.onnx.data"))
+    made = data.stat().st_mtime_ns
+    again = bench(*arguments, "--new-tokens", 4, "-k", "load", cache=tmp_path / "cache")
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert data.stat().st_mtime_ns == made
+
+
+def test_another_models_export_fails_the_gate(
+    checkpoints: Paths, exports: Paths, dataset: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", checkpoints(), "--exported", exports(seed=1), "--dataset", dataset]
+    done = bench(*arguments, "--report-dir", tmp_path / "report", "-k", "parity")
+    assert done.returncode == 1
+    assert "FAIL: Mean KL divergence" in done.stdout
+    assert "FAIL" in (tmp_path / "report" / "report.md").read_text().splitlines()[0].upper()
+
+
+def test_gpt_neo_goes_through_export_run_and_gate(
+    decoders: Callable[[str], tuple[Path, Path]], dataset: Path, tmp_path: Path
+) -> None:
+    """The stand-in of the source material, on optimum's plain graph, which --target auto chooses."""
+    from reports.record import read_record
+
+    checkpoint, folder = decoders("gpt_neo")
+    common = ["--dataset", dataset, "--new-tokens", 4, "-k", "parity or prefill"]
+    done = bench("--model", checkpoint, "--report-dir", tmp_path / "good", *common, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    record = read_record(tmp_path / "good" / "record.json")
+    assert record.model.target == "plain"
+    assert record.parity is not None
+    assert {c.status for c in record.parity.checks} <= {"PASS", "SUSPICIOUS", "INCONCLUSIVE"}
+    # Another window of its local attention is another model.
+    config = json.loads((checkpoint / "config.json").read_text())
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({**config, "window_size": 4}))
+    done = bench("--model", other, "--exported", folder, "--report-dir", tmp_path / "bad", *common)
+    assert done.returncode == 1
+    assert "FAIL: Mean KL divergence" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--model", "nowhere"], 2, "no such model"),
+        (["--dataset", "nowhere.jsonl"], 2, "cannot read the dataset"),
+        (["--provider", "npu"], 2, "unknown provider 'npu'"),
+        (["--provider", "cuda"], 4, "pip install 'onnxruntime-gpu"),
+        (["--prompt-lengths", "150", "--new-tokens", "20"], 2, "exceed the model's context of 160"),
+        (["--exported", "nowhere"], 2, "no exported folder"),
+    ],
+)
+def test_bad_input_ends_the_run_at_once(
+    arguments: list[str], code: int, words: str, checkpoints: Paths, exports: Paths, tmp_path: Path
+) -> None:
+    if "cuda" in arguments:
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("onnxruntime-gpu is installed here")
+    if "--model" not in arguments:
+        arguments = ["--model", str(checkpoints()), *arguments]
+    if "--exported" not in arguments:
+        arguments = ["--exported", str(exports()), *arguments] if "nowhere" not in arguments else arguments
+    done = bench(*arguments, "--report-dir", tmp_path / "report")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_changed_export_is_refused(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
+    broken = shutil.copytree(exports(), tmp_path / "broken")
+    with (broken / "model.onnx.data").open("r+b") as f:
+        f.write(b"\xff")
+    done = bench("--model", checkpoints(), "--exported", broken, "--report-dir", tmp_path / "report")
+    assert done.returncode == 2
+    assert "SHA-256 of model.onnx.data" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_model_through_the_whole_gate(demo_checkpoint: Path, tmp_path: Path) -> None:
+    done = bench("--report-dir", tmp_path / "report")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    from reports.record import read_record
+
+    record = read_record(tmp_path / "report" / "record.json")
+    assert record.model.node_count <= 350
+    assert not record.model.random_weights
+    assert record.parity is not None
+    assert {c.name: c.status for c in record.parity.checks if c.status == "FAIL"} == {}
+    greedy = next(c for c in record.parity.checks if c.name == "greedy_tokens")
+    assert greedy.value == 1.0
