@@ -21,69 +21,25 @@ from rich.progress import (
 from rich.table import Column
 
 from bench.errors import BenchError
-from bench.gate.gate_names import CHECKS, metric_names
-from bench.latency.workload import PROFILES, choose_profile
+from bench.latency.workload import choose_profile
 from bench.machine.lock import machine_lock
-from bench.suite.run import Options, Run, Ticker, command_line
+from bench.suite.measuring import Ticker
+from bench.suite.options import Options, add_options
+from bench.suite.run import Run, command_line
 
 RUN = pytest.StashKey[Run]()
 PAGE = pytest.StashKey[tuple[Path, Any]]()
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise pytest.UsageError(f"{text!r} is not a list of numbers; write for example 1,4,8") from None
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The suite's own options."""
-    group = parser.getgroup("llama-onnx", "llama-onnx-bench")
-    group.addoption("--model", default="demo", help="'demo', a checkpoint folder, a .gguf file or a hub id")
-    group.addoption("--exported", type=Path, help="test this exported folder; --model is then its baseline")
-    group.addoption("--provider", default="auto", help="cpu, cuda, tensorrt or auto")
-    group.addoption(
-        "--precision", default="auto", help="fp32, fp16, bf16, int8, int4 or auto (fp32 on the CPU, fp16 on a GPU)"
-    )
-    group.addoption("--target", default="auto", help="ort, tensorrt, plain or auto (ort for a LLaMA, else plain)")
-    group.addoption("--method", help="int8 and int4: rtn, hqq, kquant or gptq")
-    group.addoption("--profile", default="standard", choices=sorted(PROFILES), help="how much is measured")
-    group.addoption("--batch-sizes", type=_numbers, default=(), help="for example 1,4")
-    group.addoption("--prompt-lengths", type=_numbers, default=(), help="in tokens, for example 128,1024")
-    group.addoption("--new-tokens", type=int, help="tokens generated in each latency round")
-    group.addoption(
-        "--dataset", help="JSONL file (bench/data/README.md) or hf:NAME[:CONFIG][@SPLIT] in place of the project's data"
-    )
-    group.addoption("--threads", type=int, help="CPU threads of every side")
-    group.addoption("--peers", action="store_true", help="torch.compile, onnxruntime-genai and llama.cpp beside it")
-    group.addoption("--gguf", type=Path, help="the file that llama.cpp runs with --peers")
-    group.addoption("--wait", dest="lock_wait", type=float, default=0.0, help="seconds to wait for another measurement")
-    group.addoption("--report-dir", type=Path, default=Path("reports/out"), help="where the page is written")
+    add_options(parser.getgroup("llama-onnx", "llama-onnx-bench").addoption)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the run; bad input ends here, before anything is loaded."""
-    o = config.option
     refuse_workers(config)
-    options = Options(
-        model=o.model,
-        exported=o.exported,
-        provider=o.provider,
-        precision=o.precision,
-        target=o.target,
-        method=o.method,
-        profile=o.profile,
-        batch_sizes=o.batch_sizes,
-        prompt_lengths=o.prompt_lengths,
-        new_tokens=o.new_tokens,
-        dataset=o.dataset,
-        threads=o.threads,
-        peers=o.peers,
-        gguf=o.gguf,
-        out=o.report_dir,
-    )
-    run = Run(options, progress=lambda title, total: _progress(config, title, total))
+    run = Run(Options.of(config.option), progress=lambda title, total: _progress(config, title, total))
     run.command = command_line([str(a) for a in config.invocation_params.args])
     config.stash[RUN] = run
 
@@ -121,7 +77,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     except BenchError as e:
         pytest.exit(f"error: {e}", returncode=e.exit_code)
     try:
-        _ = run.dataset, run.provider, run.folder, run.profile
+        _ = run.dataset, run.deployment, run.folder, run.profile
     except _user_errors() as e:
         pytest.exit(f"error: {e}", returncode=getattr(e, "exit_code", 2))
 
@@ -170,20 +126,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Cases, sides, checks and task metrics become parameters, so that each has a line of its own."""
     run = metafunc.config.stash[RUN]
     names = set(metafunc.fixturenames)
-    if {"case", "side"} <= names:
+    if "check" in names:
+        from bench.gate.registry import CHECKS
+
+        metafunc.parametrize("check", CHECKS, ids=[c.name for c in CHECKS])
+    if not names & {"case", "side"}:
+        return
+    if metafunc.config.option.collectonly:  # nothing is resolved: no folder says which sides take part
         o = run.options
-        if "folder" in run.__dict__:
-            cases = run.profile.cases()
-        else:
-            cases = choose_profile(o.profile, o.batch_sizes, o.prompt_lengths, o.new_tokens).cases()
-        pairs = [(c, s) for c in cases for s in run.labels(c)]
+        cases = choose_profile(o.profile, o.batch_sizes, o.prompt_lengths, o.new_tokens).cases()
+        labels = {case: ["candidate", "baseline"] for case in [None, *cases]}
+    else:
+        cases = run.profile.cases()
+        labels = {case: run.measuring.labels(case) for case in [None, *cases]}
+    if "case" in names:
+        pairs = [(c, s) for c in cases for s in labels[c]]
         metafunc.parametrize(("case", "side"), pairs, ids=[f"b{c.batch}-p{c.prompt}-{s}" for c, s in pairs])
-    elif "side" in names:
-        metafunc.parametrize("side", run.labels())
-    if "check_name" in names:
-        metafunc.parametrize("check_name", CHECKS)
-    if "task_metric" in names:
-        metafunc.parametrize("task_metric", metric_names(run.dataset), ids=lambda pair: "-".join(pair))
+    else:
+        metafunc.parametrize("side", labels[None])
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -205,15 +165,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the page when anything was measured."""
+    """Write the page when anything was measured; the gate's verdict is the exit code (3: undecided)."""
     run = session.config.stash.get(RUN, None)
-    if run is None or not (run.series or run.parity or run.memory or run.loads):
+    if run is None or session.config.option.collectonly or exitstatus not in (0, 1) or not run.anything:
         return
     from reports.publish import write_report
+    from reports.verdict import judge
 
     record = run.record()
-    session.config.stash[PAGE] = (write_report(record, run.options.out), record)
+    session.config.stash[PAGE] = (write_report(record, run.options.report_dir), record)
     run.close()
+    # Where no check was asked for, nothing is undecided; else the verdict is what the run ends with.
+    if record.validation is not None:
+        session.exitstatus = judge(record).exit_code
 
 
 @pytest.hookimpl(trylast=True)
@@ -231,7 +195,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         from bench.peers.table import peer_rows, print_peers
 
         console = Console(file=terminalreporter._tw._file, width=max(80, width))
-        print_peers(peer_rows(record), config.stash[RUN].peers.skipped, console)
+        print_peers(peer_rows(record), config.stash[RUN].measuring.peers.skipped, console)
     terminalreporter.write_line(f"page: {page.resolve()}")
 
 

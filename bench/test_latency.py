@@ -18,14 +18,14 @@ pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 
 def test_prefill(run: Run, benchmark: Any, case: Case, side: str) -> None:
-    series = run.series_of(case, side)
+    series = run.measuring.series_of(case, side)
     samples = [r.ttft_s for r in series.rounds]
     assert min(samples) > 0
     replay(benchmark, samples, f"prefill (TTFT), {case.label}", side=side, case=case.model_dump(), unit="s")
 
 
 def test_decode(run: Run, benchmark: Any, case: Case, side: str) -> None:
-    series = run.series_of(case, side)
+    series = run.measuring.series_of(case, side)
     samples = [t for r in series.rounds if (t := r.tpot_s) is not None]
     assert all(len(r.at_s) == case.new_tokens for r in series.rounds)
     gaps = [r.gaps_s for r in series.rounds]
@@ -33,13 +33,13 @@ def test_decode(run: Run, benchmark: Any, case: Case, side: str) -> None:
 
 
 def test_end_to_end(run: Run, benchmark: Any, case: Case, side: str) -> None:
-    series = run.series_of(case, side)
+    series = run.measuring.series_of(case, side)
     samples = [r.total_s for r in series.rounds]
     assert all(r.total_s >= r.ttft_s for r in series.rounds)
     replay(benchmark, samples, f"end to end, {case.label}", side=side, case=case.model_dump(), unit="s")
 
 
 def test_load(run: Run, benchmark: Any, side: str) -> None:
-    samples = run.load_of(side).samples_s
+    samples = run.measuring.load_of(side).samples_s
     assert min(samples) > 0
     replay(benchmark, samples, "load", side=side, unit="s")

@@ -15,13 +15,12 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 
 from reports.comparison import CaseRecord, ChangeStatus, Family, PairResult, Result, Scalar, Verdict
 from reports.paired import LEAST_PAIRS, Prior, Tested, assess, decide, pairs_needed, trimmed
-from reports.record import Parity
+from reports.validation import Status, Validation, overall
 
 MARGIN = 0.03
 UNITS = {"ttft": "s", "tpot": "s", "total": "s", "load": "s", "peak_memory": "B"}
@@ -307,20 +306,28 @@ def needs_extension(records: Sequence[CaseRecord], rules: Rules) -> list[str]:
     return list(dict.fromkeys(r.case for r in first.results if r.gating and r.status == "INCONCLUSIVE"))
 
 
-def parity_outcome(parity: Parity | None) -> Literal["PASS", "FAIL", "INCONCLUSIVE"] | None:
-    """FAIL when one check or task fails, INCONCLUSIVE when one is, else PASS; None without parity."""
-    if parity is None:
-        return None
-    statuses = [c.status for c in parity.checks] + [t.status for t in parity.tasks]
-    if "FAIL" in statuses:
-        return "FAIL"
-    return "INCONCLUSIVE" if "INCONCLUSIVE" in statuses else "PASS"
+STATUS: dict[ChangeStatus, Status] = {
+    "REGRESSION": "FAIL",
+    "MISSING": "FAIL",
+    "INCONCLUSIVE": "INCONCLUSIVE",
+    "INVALID": "INCONCLUSIVE",
+    "IMPROVED": "PASS",
+    "EQUIVALENT": "PASS",
+    "NEW": "REPORTED",
+}
+"""What a gating result counts as in the verdict."""
 
 
-def verdict_of(results: Sequence[Result], records: Sequence[CaseRecord] = (), parity: Parity | None = None) -> Verdict:
+def verdict_of(
+    results: Sequence[Result], records: Sequence[CaseRecord] = (), validation: Validation | None = None
+) -> Verdict:
     """One verdict for speed and parity together: a faster candidate that fails parity is a failure."""
     gating = [r for r in results if r.gating]
-    failed = [f"{r.metric} of {r.case}: {r.reason}" for r in gating if r.status in ("REGRESSION", "MISSING")]
+
+    def told(word: Status) -> list[str]:
+        return [f"{r.metric} of {r.case}: {r.reason}" for r in gating if STATUS[r.status] == word]
+
+    failed, open_ = told("FAIL"), told("INCONCLUSIVE")
     crashed: dict[str, str] = {}
     base_failures = {r.case for r in records if r.side == "base" and r.outcome in FAILED}
     missing = {r.case for r in gating if r.status == "MISSING"}
@@ -328,14 +335,15 @@ def verdict_of(results: Sequence[Result], records: Sequence[CaseRecord] = (), pa
         if r.side == "candidate" and r.outcome in FAILED and r.case not in base_failures | missing:
             crashed[r.case] = f"{r.case}: the candidate {FAILED[r.outcome]} at least once, base never"
     failed += crashed.values()
-    open_ = [f"{r.metric} of {r.case}: {r.reason}" for r in gating if r.status in ("INCONCLUSIVE", "INVALID")]
-    outcome = parity_outcome(parity)
-    if outcome == "FAIL":
-        failed.insert(0, "parity: the candidate is no longer the same model")
-    elif outcome == "INCONCLUSIVE":
-        open_.insert(0, "parity: too few tokens to decide")
-    if failed:
-        return Verdict(outcome="FAIL", exit_code=1, reasons=failed + open_)
-    if open_ or not gating:
-        return Verdict(outcome="INCONCLUSIVE", exit_code=3, reasons=open_ or ["no gating metric was compared"])
-    return Verdict(outcome="PASS", exit_code=0, reasons=["every gating metric is equivalent or better"])
+    statuses = [STATUS[r.status] for r in gating] + ["FAIL"] * bool(crashed)
+    if validation is not None:
+        said = [f"parity, {r}" for r in validation.reasons]
+        if validation.verdict == "FAIL":
+            failed = ["parity: the candidate is no longer the same model", *said, *failed]
+        elif validation.verdict == "INCONCLUSIVE":
+            open_ = ["parity: undecided", *said, *open_]
+        statuses += [validation.verdict] if gating or validation.verdict != "PASS" else []
+    outcome = overall(statuses)
+    if outcome == "PASS":
+        return Verdict(outcome=outcome, reasons=["every gating metric is equivalent or better"])
+    return Verdict(outcome=outcome, reasons=failed + open_ or ["no gating metric was compared"])

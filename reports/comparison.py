@@ -14,7 +14,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from reports.record import Machine, Parity, _Frozen
+from reports.base import Frozen, Machine
+from reports.validation import EXIT_CODES, Validation
+from reports.validation import Verdict as Word
 
 CASE_SCHEMA_VERSION = 1
 Scalar = str | int | float | bool
@@ -24,7 +26,7 @@ ChangeStatus = Literal["REGRESSION", "IMPROVED", "EQUIVALENT", "INCONCLUSIVE", "
 CaseOutcome = Literal["ok", "oom", "crash", "timeout", "invalid"]
 
 
-class GpuState(_Frozen):
+class GpuState(Frozen):
     """One GPU at one moment; ``throttle_reasons`` names what slows its clock now (empty: nothing)."""
 
     index: int
@@ -36,7 +38,7 @@ class GpuState(_Frozen):
     throttle_reasons: list[str] = Field(default_factory=list)
 
 
-class MachineState(_Frozen):
+class MachineState(Frozen):
     """The machine at one moment, just before or just after a case."""
 
     at_utc: str
@@ -46,7 +48,7 @@ class MachineState(_Frozen):
     gpus: list[GpuState] = Field(default_factory=list)
 
 
-class CaseRecord(_Frozen):
+class CaseRecord(Frozen):
     """One case of one side in one process: raw samples, and what the machine did meanwhile.
 
     Only ``schema_version``, ``case`` and ``metrics`` are needed in a file made elsewhere; ``run`` and ``pair`` tell
@@ -97,7 +99,7 @@ class CaseRecord(_Frozen):
         return self.outcome == "invalid"
 
 
-class ComparedSide(_Frozen):
+class ComparedSide(Frozen):
     """One of the two sides: ``text`` is what was typed, ``details`` what it came to (provider, threads, options).
 
     Folder and environment stand here by their names; their places are in the command of the comparison alone.
@@ -124,7 +126,7 @@ class ComparedSide(_Frozen):
         return f"{self.label} (weights {self.weights_sha256[:12]})" if self.weights_sha256 else self.label
 
 
-class Family(_Frozen):
+class Family(Frozen):
     """What was tested together, and by which rules fixed beforehand.
 
     ``size`` results gate, at a family-wise ``alpha`` (Holm over them and Bonferroni over the looks). ``margins`` are
@@ -144,7 +146,7 @@ class Family(_Frozen):
     prior_sd: dict[str, float] = Field(default_factory=dict)
 
 
-class PairResult(_Frozen):
+class PairResult(Frozen):
     """One interleaved pair of one metric: medians of both processes. ``valid`` pairs count; others say why not.
 
     ``ratio`` is candidate / base of the medians, or, where the processes took their rounds in turn, the mean of the
@@ -161,7 +163,7 @@ class PairResult(_Frozen):
     reason: str = ""
 
 
-class Result(_Frozen):
+class Result(Frozen):
     """One metric of one case, judged. ``ratio`` is candidate / base: above 1 is slower (or larger).
 
     ``low`` and ``high`` are the ends of the ratio's 95 % interval; ``p`` is two-sided against no change, ``p_holm`` the
@@ -198,7 +200,7 @@ class Result(_Frozen):
         return sum(1 for p in self.pairs if p.valid)
 
 
-class HistoryPoint(_Frozen):
+class HistoryPoint(Frozen):
     """One earlier figure of a metric (or this run's, the last): the median of one run."""
 
     at_utc: str
@@ -207,7 +209,7 @@ class HistoryPoint(_Frozen):
     run: str = ""
 
 
-class HistoryStep(_Frozen):
+class HistoryStep(Frozen):
     """A level change in a metric's past: the first point of the new level, by how much, and how sure."""
 
     index: int
@@ -215,7 +217,7 @@ class HistoryStep(_Frozen):
     p: float
 
 
-class History(_Frozen):
+class History(Frozen):
     """A metric's past on machines of one fingerprint; advisory, never gating."""
 
     case: str
@@ -226,15 +228,19 @@ class History(_Frozen):
     steps: list[HistoryStep] = Field(default_factory=list)
 
 
-class Verdict(_Frozen):
+class Verdict(Frozen):
     """What the pipeline obeys: 0 passed, 1 failed, 3 inconclusive; ``reasons`` are plain sentences, the worst first."""
 
-    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"]
-    exit_code: Literal[0, 1, 3]
+    outcome: Word
     reasons: list[str]
 
+    @property
+    def exit_code(self) -> Literal[0, 1, 3]:
+        """What the command returns."""
+        return EXIT_CODES[self.outcome]
 
-class Comparison(_Frozen):
+
+class Comparison(Frozen):
     """Two sides, judged. ``advisory`` comparisons (files that were not measured in pairs, history) never gate."""
 
     schema_version: Literal[1]
@@ -252,9 +258,8 @@ class Comparison(_Frozen):
     family: Family
     verdict: Verdict
     results: list[Result]
-    parity: Parity | None = None
-    """The candidate against its PyTorch model: tier, checks with their null control."""
-    parity_outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"] | None = None
+    validation: Validation | None = None
+    """The candidate against its PyTorch model, by the gate."""
     machine: Machine | None = None
     history: list[History] = Field(default_factory=list)
     records: list[CaseRecord] = Field(default_factory=list)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from reports.comparison import CaseRecord, ChangeStatus, Comparison, Result, SideName
-from reports.record import Check
 
 STATUS_ORDER: tuple[ChangeStatus, ...] = (
     "REGRESSION",
@@ -120,14 +119,8 @@ class Digest:
     @property
     def parity_fails(self) -> bool:
         """Whether the candidate was shown to be another model: then no speed-up counts."""
-        return self.comparison.parity_outcome == "FAIL"
-
-    @cached_property
-    def leading_check(self) -> Check | None:
-        """The parity check to show beside a speed-up: the worst, and of equals the mean KL divergence."""
-        checks = self.comparison.parity.checks if self.comparison.parity else []
-        order = ("FAIL", "INCONCLUSIVE", "SUSPICIOUS", "PASS", "REPORTED")
-        return min(checks, key=lambda c: (order.index(c.status), "kl" not in c.name.lower()), default=None)
+        v = self.comparison.validation
+        return v is not None and v.verdict == "FAIL"
 
     @property
     def more_pairs(self) -> int | None:

@@ -23,6 +23,7 @@ from reports.record import RecordError, RunRecord, read_record
 from reports.render.html import render_html
 from reports.render.junit import render_junit
 from reports.render.markdown import render_markdown
+from reports.validation import Validation
 
 
 def write_report(record: RunRecord, out: Path) -> Path:
@@ -61,6 +62,25 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
             "junit.xml": render_comparison_junit(comparison),
             "report.md": render_comparison_markdown(comparison),
             "index.html": render_comparison(comparison),
+        },
+    )
+
+
+def write_validation(validation: Validation, out: Path) -> Path:
+    """The same for a validation, whose JSON is ``validation.json``.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from reports.render import validation as render
+
+    return _write(
+        out,
+        {
+            render.SOURCE: validation.to_json(),
+            "junit.xml": render.render_validation_junit(validation),
+            "report.md": render.render_validation_markdown(validation),
+            "index.html": render.render_validation(validation),
         },
     )
 

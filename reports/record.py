@@ -11,10 +11,12 @@ import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
+
+from reports.base import Frozen, Machine
+from reports.validation import Validation
 
 SCHEMA_VERSION = 1
-Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "REPORTED", "SUSPICIOUS"]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -24,16 +26,8 @@ class RecordError(Exception):
     exit_code = 2
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
-
-
-class ModelFacts(_Frozen):
-    """The model under test. ``random_weights`` marks made-up weights, whose outputs mean nothing.
-
-    ``folder_sha256`` is over names and SHA-256 of every file of the exported folder, ``baseline_sha256`` the same over
-    the baseline's weights, configuration and tokenizer; "" where it was not taken.
-    """
+class ModelFacts(Frozen):
+    """The model under test. ``random_weights`` marks made-up weights, whose outputs mean nothing."""
 
     name: str
     origin: str
@@ -47,24 +41,9 @@ class ModelFacts(_Frozen):
     node_count: int
     fused_ops: dict[str, int]
     spec_digest: str
-    folder_sha256: str = ""
-    baseline_sha256: str = ""
 
 
-class Machine(_Frozen):
-    """Where it ran. ``fingerprint`` is equal for machines whose figures may be compared."""
-
-    fingerprint: str
-    cpu: str
-    cores: int
-    memory_bytes: int
-    os: str
-    python: str
-    gpu: str | None
-    load_average_1m: float | None
-
-
-class Side(_Frozen):
+class Side(Frozen):
     """One contestant of the run; ``role`` says what it is there for."""
 
     label: str
@@ -73,7 +52,7 @@ class Side(_Frozen):
     details: dict[str, str | int | float | bool]
 
 
-class Case(_Frozen):
+class Case(Frozen):
     """One workload: ``batch`` rows of ``prompt`` tokens, ``new_tokens`` generated for each."""
 
     batch: int = Field(ge=1)
@@ -86,7 +65,7 @@ class Case(_Frozen):
         return f"batch {self.batch}, prompt {self.prompt}"
 
 
-class Round(_Frozen):
+class Round(Frozen):
     """One generation: its place in the interleaved order and the time stamp of each token, seconds since the call.
 
     The first time stamp is the TTFT; N tokens have N - 1 decode gaps.
@@ -116,7 +95,7 @@ class Round(_Frozen):
         return self.at_s[-1]
 
 
-class Series(_Frozen):
+class Series(Frozen):
     """All rounds of one side on one case. Rounds of equal index on different sides were run back to back."""
 
     case: Case
@@ -125,14 +104,14 @@ class Series(_Frozen):
     rounds: list[Round]
 
 
-class Load(_Frozen):
+class Load(Frozen):
     """Times from nothing to the first token of a one-token prompt, files in the disk cache."""
 
     side: str
     samples_s: list[Seconds]
 
 
-class Memory(_Frozen):
+class Memory(Frozen):
     """Peak resident memory of a fresh process that loads a side and generates once.
 
     ``baseline_bytes`` is what the process held before it loaded the model (interpreter and libraries).
@@ -144,7 +123,7 @@ class Memory(_Frozen):
     case: Case
 
 
-class Floor(_Frozen):
+class Floor(Frozen):
     """The memory-bandwidth floor: a decode step cannot be faster than reading its bytes once.
 
     ``bandwidth_samples`` are bytes per second, one beside each round of the headline case (shared memory buses drift,
@@ -163,77 +142,7 @@ class Floor(_Frozen):
         )
 
 
-class Check(_Frozen):
-    """One parity figure. ``bound`` is the one-sided 95 % bound that is held against ``limit``.
-
-    ``better`` says on which side of the limit the figure must lie; ``null_value`` is the same figure of PyTorch
-    against itself with another attention kernel.
-    """
-
-    name: str
-    title: str
-    status: Status
-    value: float
-    bound: float | None
-    limit: float | None
-    better: Literal["lower", "higher", "equal"]
-    null_value: float | None
-    samples: int
-    unit: str
-    detail: str
-
-
-class TaskMetric(_Frozen):
-    """One generation metric on one task: candidate and baseline against the references, 0 to 100.
-
-    ``difference_bound`` is the one-sided 95 % bound (paired bootstrap over items) of candidate minus baseline.
-    ``items_needed``: where the items could not decide, so many of their kind would; 0 where no number would, since the
-    score lies on the limit. None where they decided.
-    """
-
-    task: str
-    metric: str
-    candidate: float
-    baseline: float
-    candidate_vs_baseline: float | None
-    difference_bound: float | None
-    limit: float | None
-    status: Status
-    items: int
-    settings: str
-    items_needed: int | None = None
-
-    @property
-    def would_decide(self) -> str:
-        """What would decide an undecided metric, in words; "" where it is decided."""
-        if self.items_needed is None:
-            return ""
-        return f"about {self.items_needed:,} items would decide" if self.items_needed else "the score lies on the limit"
-
-
-class Example(_Frozen):
-    """One generated pair for the reader's own judgement."""
-
-    task: str
-    item: str
-    prompt: str
-    reference: str
-    candidate: str
-    baseline: str
-
-
-class Parity(_Frozen):
-    """Whether the candidate is still the baseline's model."""
-
-    tier: str
-    baseline: str
-    dataset: str
-    checks: list[Check]
-    tasks: list[TaskMetric]
-    examples: list[Example]
-
-
-class Figure(_Frozen):
+class Figure(Frozen):
     """A target of the project and what this run measured; ``better`` names the side on which it must lie."""
 
     name: str
@@ -248,7 +157,7 @@ class Figure(_Frozen):
         return self.value <= self.limit if self.better == "lower" else self.value >= self.limit
 
 
-class Outcome(_Frozen):
+class Outcome(Frozen):
     """How one test of the run ended."""
 
     test: str
@@ -257,7 +166,7 @@ class Outcome(_Frozen):
     message: str
 
 
-class RunRecord(_Frozen):
+class RunRecord(Frozen):
     """One run, raw. See the classes of its parts."""
 
     schema_version: Literal[1]
@@ -276,7 +185,7 @@ class RunRecord(_Frozen):
     loads: list[Load]
     memory: list[Memory]
     floor: Floor | None
-    parity: Parity | None
+    validation: Validation | None
     figures: list[Figure]
     outcomes: list[Outcome]
     warnings: list[str]

@@ -270,4 +270,4 @@ def _verdict(results: Sequence[Result]) -> Verdict:
     found = verdict_of(results)
     if found.outcome != "FAIL":
         return found
-    return Verdict(outcome="INCONCLUSIVE", exit_code=3, reasons=[f"advisory: {r}" for r in found.reasons])
+    return Verdict(outcome="INCONCLUSIVE", reasons=[f"advisory: {r}" for r in found.reasons])

@@ -6,11 +6,10 @@ print(v.judge(r.read_record(pathlib.Path('reports/out/record.json'))).headline)"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from reports.record import Case, Figure, RunRecord, Status
+from reports.record import Case, Figure, RunRecord
 from reports.stats import METRICS, SPREAD_LIMIT, Comparison, Estimate, samples
 from reports.summary import (
     against_baseline,
@@ -19,9 +18,15 @@ from reports.summary import (
     ordered_sides,
     series_spread,
 )
+from reports.validation import EXIT_CODES, Status, Validation, overall
+from reports.validation import Verdict as Word
 
 ParityAnswer = Literal["same", "different", "undecided", "not examined"]
 MINIMUM_ROUNDS = 5
+ANSWERS: dict[Word, ParityAnswer] = {"PASS": "same", "FAIL": "different", "INCONCLUSIVE": "undecided"}
+WORDS: dict[Word, str] = {"PASS": "PASSED", "FAIL": "FAILED", "INCONCLUSIVE": "INCONCLUSIVE"}
+GATE_TESTS = "test_check["
+"""Tests of a run that stand for a check each; what they find is the validation's to say."""
 PARITY_WORDS: dict[ParityAnswer, str] = {
     "same": "Same model",
     "different": "Different model",
@@ -45,14 +50,14 @@ class Speed:
 class Verdict:
     """What a reader and a pipeline need to know.
 
-    ``exit_code`` is 0 passed, 1 a parity check or a test failed, 3 inconclusive. Figures that miss a limit
+    ``outcome`` is FAIL where a check of the gate or another test failed. Targets that are missed
     are listed and do not change it: a limit on a time cries wolf on a noisy machine.
     """
 
     parity: ParityAnswer
     speed: Speed | None
     headline: str
-    exit_code: Literal[0, 1, 3]
+    outcome: Word
     gated: int
     passed: int
     failed: tuple[str, ...]
@@ -68,67 +73,55 @@ class Verdict:
     random_weights: bool
 
     @property
+    def exit_code(self) -> Literal[0, 1, 3]:
+        """What a pipeline obeys."""
+        return EXIT_CODES[self.outcome]
+
+    @property
     def word(self) -> str:
         """PASSED, FAILED or INCONCLUSIVE."""
-        return {0: "PASSED", 1: "FAILED", 3: "INCONCLUSIVE"}[self.exit_code]
+        return WORDS[self.outcome]
 
 
 def judge(record: RunRecord) -> Verdict:
     """Derive the verdict of a record. Pure: the same record gives the same verdict."""
-    statuses = _statuses(record)
-    by: dict[Status, tuple[str, ...]] = {
-        status: tuple(name for name, s in statuses if s == status)
-        for status in ("PASS", "FAIL", "INCONCLUSIVE", "SUSPICIOUS", "REPORTED")
-    }
-    gated = len(statuses) - len(by["REPORTED"])
-    parity = _parity(by, gated)
+    validation = record.validation
+    parity = parity_answer(validation)
     speed = _speed(record)
-    failed_tests = tuple(o.test for o in record.outcomes if o.outcome in ("failed", "error"))
+    failed_tests = tuple(
+        o.test for o in record.outcomes if o.outcome in ("failed", "error") and not o.test.startswith(GATE_TESTS)
+    )
     missed = tuple(f for f in record.figures if not f.met)
-    code: Literal[0, 1, 3] = 0
-    if parity == "different" or failed_tests:
-        code = 1
-    elif parity != "same":
-        code = 3
+    outcome = overall([*([validation.verdict] if validation else []), *("FAIL" for _ in failed_tests)])
+
+    def titles(*statuses: Status) -> tuple[str, ...]:
+        return tuple(r.title for r in validation.of(*statuses)) if validation else ()
+
     case = headline_case(record)
     return Verdict(
         parity=parity,
         speed=speed,
         headline=_headline(record, parity, speed, failed_tests, missed),
-        exit_code=code,
-        gated=gated,
-        passed=len(by["PASS"]) + len(by["SUSPICIOUS"]),
-        failed=by["FAIL"],
-        inconclusive=by["INCONCLUSIVE"],
-        suspicious=by["SUSPICIOUS"],
-        reported=by["REPORTED"],
+        outcome=outcome,
+        gated=len(titles("PASS", "SUSPICIOUS", "FAIL", "INCONCLUSIVE")),
+        passed=len(titles("PASS", "SUSPICIOUS")),
+        failed=titles("FAIL"),
+        inconclusive=titles("INCONCLUSIVE"),
+        suspicious=titles("SUSPICIOUS"),
+        reported=titles("REPORTED", "SKIPPED"),
         failed_tests=failed_tests,
         figures_missed=missed,
         warnings=(*record.warnings, *derived_warnings(record)),
         not_examined=_not_examined(record),
         rounds=_rounds(record, case),
-        tokens_scored=tokens_scored(record),
+        tokens_scored=validation.tokens_scored if validation else None,
         random_weights=record.model.random_weights,
     )
 
 
-def parity_answer(statuses: Sequence[Status]) -> ParityAnswer:
-    """Different if anything FAILs; else undecided if anything is INCONCLUSIVE; else same.
-
-    SUSPICIOUS lies inside its margin and counts as passed. REPORTED alone decides nothing: ``not examined``.
-    """
-    if "FAIL" in statuses:
-        return "different"
-    if "INCONCLUSIVE" in statuses:
-        return "undecided"
-    return "same" if any(s in ("PASS", "SUSPICIOUS") for s in statuses) else "not examined"
-
-
-def tokens_scored(record: RunRecord) -> int | None:
-    """Tokens behind the teacher-forced checks: most samples of a KL or perplexity check, else of any."""
-    checks = record.parity.checks if record.parity else []
-    forced = [c.samples for c in checks if any(k in c.name.lower() for k in ("kl", "ppl", "perplex"))]
-    return max(forced or [c.samples for c in checks], default=None)
+def parity_answer(validation: Validation | None) -> ParityAnswer:
+    """The gate's verdict as an answer to "is it the same model?"."""
+    return ANSWERS[validation.verdict] if validation else "not examined"
 
 
 def speed_sentence(speed: Speed | None) -> str:
@@ -154,17 +147,6 @@ def derived_warnings(record: RunRecord) -> list[str]:
     found += _spread_warnings(record)
     found += _count_warnings(record)
     return found
-
-
-def _parity(by: dict[Status, tuple[str, ...]], gated: int) -> ParityAnswer:
-    return parity_answer([status for status, names in by.items() if names]) if gated else "not examined"
-
-
-def _statuses(record: RunRecord) -> list[tuple[str, Status]]:
-    if record.parity is None:
-        return []
-    checks: list[tuple[str, Status]] = [(c.title or c.name, c.status) for c in record.parity.checks]
-    return checks + [(f"{t.task}: {t.metric}", t.status) for t in record.parity.tasks]
 
 
 def _speed(record: RunRecord) -> Speed | None:
@@ -215,11 +197,11 @@ def _headline(
 
 def _not_examined(record: RunRecord) -> tuple[str, ...]:
     found = []
-    parity = record.parity
-    if parity is None or not (parity.checks or parity.tasks):
+    validation = record.validation
+    if validation is None:
         found.append("parity with PyTorch")
-    elif not parity.tasks:
-        found.append("generation tasks")
+    else:
+        found += unexamined(validation)
     if _speed(record) is None:
         found.append("speed against a baseline")
     longest = max((c.prompt + c.new_tokens for c in record.cases()), default=0)
@@ -233,6 +215,16 @@ def _not_examined(record: RunRecord) -> tuple[str, ...]:
         if not present:
             found.append(name)
     return tuple(found)
+
+
+def unexamined(validation: Validation) -> list[str]:
+    """What of the gate was left out or could not judge this folder."""
+    found = []
+    if not validation.complete:
+        found.append(f"{len(validation.checks) - len(validation.results)} of {len(validation.checks)} checks")
+    if open_ := [r.title.lower() for r in validation.of("SKIPPED") if r.name != "null_ratio"]:
+        found.append(f"not judged: {', '.join(open_)}")
+    return found
 
 
 def _spread_warnings(record: RunRecord) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import re
 import subprocess
 import sys
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from bench.latency.sides import SideSpec
     from reports.compare import Rules
     from reports.comparison import CaseRecord, Comparison, History
-    from reports.record import Parity
+    from reports.validation import Validation
 
 DEFAULT_CASES = "b1-p128-n32,b4-p128-n32"
 SEED = 20_261_124
@@ -48,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--margin", default="", help="0.03, or by metric: ttft=0.05,tpot=0.02 (default 0.03)")
     parser.add_argument("--gate", default="ttft,tpot", help="metrics that gate (others are reported)")
-    parser.add_argument("--model", help="the candidate's checkpoint: parity is gated beside latency")
-    parser.add_argument("--parity-profile", default="standard", help="smoke, standard or full")
-    parser.add_argument("--dataset", type=Path, help="parity: JSONL file in place of the project's data")
+    parser.add_argument("--model", help="the candidate's checkpoint: the gate judges parity beside latency")
+    parser.add_argument("--mode", default="standard", help="of the gate: quick, standard (default) or full")
+    parser.add_argument("--dataset", help="of the gate: JSONL file, hf:NAME, or own+FILE (default: the project's)")
     parser.add_argument("--seed", type=int, default=SEED, help="order and prompts")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which one process is stopped")
     parser.add_argument(
@@ -146,7 +145,7 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
     from bench.machine.environment import machine, versions
     from bench.machine.lock import machine_lock
     from bench.machine.state import Limits
-    from reports.compare import judge, parity_outcome, verdict_of
+    from reports.compare import judge, verdict_of
     from reports.comparison import Comparison
 
     base, candidate = parse_side("base", args.base), parse_side("candidate", args.candidate)
@@ -169,7 +168,7 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
     with machine_lock("llama-onnx compare", args.wait, say):
         with _progress("pairs", 2 * plan.rules.planned * len(plan.cases)) as tick:
             records = run.measure(tick)
-        parity = measure_parity(args, plan.candidate.provider, plan.candidate.threads) if args.model else None
+        validation = measure_parity(args, plan.candidate) if args.model else None
     judged = judge(records, plan.rules)
     measured = learned(plan.candidate.described(), records)
     return Comparison(
@@ -184,15 +183,14 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
         base=learned(plan.base.described(), records),
         candidate=measured,
         family=judged.family,
-        verdict=verdict_of(judged.results, records, parity),
+        verdict=verdict_of(judged.results, records, validation),
         results=judged.results,
-        parity=parity,
-        parity_outcome=parity_outcome(parity),
+        validation=validation,
         machine=here,
         history=past(judged.results, here.fingerprint, measured.model),
         records=records,
         versions=versions(),
-        warnings=[*warnings_of(records), *without_parity(judged.results, parity)],
+        warnings=[*warnings_of(records), *without_parity(judged.results, validation)],
     )
 
 
@@ -223,9 +221,9 @@ def warnings_of(records: Sequence[CaseRecord]) -> list[str]:
     return said
 
 
-def without_parity(results: Sequence[Any], parity: Parity | None) -> list[str]:
+def without_parity(results: Sequence[Any], validation: Validation | None) -> list[str]:
     """A speed-up without parity beside it proves little, and says so."""
-    if parity is not None or not any(r.status == "IMPROVED" for r in results):
+    if validation is not None or not any(r.status == "IMPROVED" for r in results):
         return []
     return ["faster, but nobody looked whether it is still the same model: add --model CHECKPOINT for parity"]
 
@@ -237,36 +235,23 @@ def command_of(args: argparse.Namespace) -> list[str]:
     return ["llama-onnx", *typed, *([] if "--seed" in typed else ["--seed", str(args.seed)])]
 
 
-def measure_parity(args: argparse.Namespace, provider: str, threads: int | None) -> Parity:
-    """The gate of ``pytest bench/`` for the candidate, in a process of its own; written beside the records.
+def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
+    """The gate over the candidate: ``llama-onnx validate`` in a process of its own, its page below ``--out``.
 
     Raises:
         BenchError: the gate could not be run; its last line is quoted.
     """
-    from reports.record import Parity
+    from reports.validation import Validation
 
-    kept = args.out / "parity.json"
-    if args.resume and kept.is_file():
-        return Parity.model_validate_json(kept.read_text(encoding="utf-8"))
-    asked = {
-        "model": args.model,
-        "exported": args.candidate.split(",")[0],
-        "provider": provider,
-        "threads": threads,
-        "profile": args.parity_profile,
-        "dataset": None if args.dataset is None else str(args.dataset),
-        "out": str(kept),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gate.parity_child", json.dumps(asked)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    if done.returncode:
+    out = args.out / "validation"
+    command = [sys.executable, "-m", "bench.cli", "validate", candidate.folder, "--baseline", args.model]
+    command += ["--mode", args.mode, "--out", str(out), *candidate.as_options()]
+    command += ["--dataset", args.dataset] if args.dataset else []
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode not in (0, 1, 3):
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BenchError(f"parity could not be measured: {last.removeprefix('error: ')}")
-    return Parity.model_validate_json(kept.read_text(encoding="utf-8"))
+        raise BenchError(f"the gate could not be run: {last.removeprefix('error: ')}")
+    return Validation.model_validate_json((out / "validation.json").read_text(encoding="utf-8"))
 
 
 def _from_files(args: argparse.Namespace, started: float) -> Comparison:

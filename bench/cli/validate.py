@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from bench import deployment
 from bench.errors import BenchError
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own options."""
     parser.add_argument("folder", type=Path, nargs="?", help="the exported folder")
     parser.add_argument("--baseline", metavar="MODEL", help="'demo', a checkpoint folder, a .gguf file or a hub id")
-    parser.add_argument("--mode", default="standard", help="quick (under a minute) or standard (default)")
+    parser.add_argument(
+        "--mode", default="standard", help="quick (under a minute), standard (default) or full (every text and item)"
+    )
     parser.add_argument(
         "--expect",
         metavar="KEY=VALUE,...",
@@ -46,11 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="on a FAIL of the numbers name the layer and operator (default)",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads of each worker (default: every core)")
+    deployment.add_options(parser.add_argument)
     parser.add_argument(
         "--workers", type=int, default=1, help="processes, GPUs or machines that share windows and generations (Ray)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write validation.json there")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("reports/out/validate"),
+        help="folder of the page and the JSON",
+    )
     parser.add_argument("--no-cache", action="store_true", help="compute the baseline anew and keep nothing of it")
     parser.add_argument(
         "--certificate", type=Path, metavar="FILE", help="write an in-toto statement of the result there"
@@ -71,11 +80,13 @@ def run(args: argparse.Namespace) -> int:
     if args.certificate and (args.only or args.mode != "standard"):
         raise BenchError("a certificate stands for every check in mode standard; leave out --only and --mode")
     from bench.data.loading import load_dataset
-    from bench.gate.validate import chosen_checks, make_subject, validate
+    from bench.deployment import Deployment
+    from bench.gate.validate import chosen_checks, expected, make_subject, mode_of, validate
     from bench.process.workers import cluster
+    from reports.publish import write_validation
     from reports.render.validation import print_check, print_verdict
 
-    specs, mode = chosen_checks(args.only, args.mode)
+    specs, mode = chosen_checks(args.only), mode_of(args.mode)
     err = Console(stderr=True)
     out = err if args.json else Console()
     dataset = load_dataset(args.dataset)
@@ -84,23 +95,24 @@ def run(args: argparse.Namespace) -> int:
         args.baseline,
         mode,
         dataset,
-        args.threads,
+        Deployment.of(args),
         status=lambda m: err.print(m, style="dim", markup=False),
         keep=not args.no_cache,
         workers=args.workers,
-        expect=args.expect,
+        expect=expected(args.expect),
     )
     with _watched(subject, err):
         try:
             with cluster(args.workers):
-                found = validate(subject, specs, args.localize, lambda r: print_check(r, out))
+                found = validate(
+                    subject, specs, args.localize, lambda r: print_check(r, out), ["llama-onnx", *args.typed]
+                )
         finally:
             subject.close()
             subject.baseline.close()
     print_verdict(found, out)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "validation.json").write_text(found.to_json(), encoding="utf-8")
+    page = write_validation(found, args.out)
+    out.print(f"page: {page.resolve()}", markup=False, highlight=False, soft_wrap=True)
     if args.certificate:
         from bench.certificate.envelope import seal
         from bench.certificate.statement import make_certificate

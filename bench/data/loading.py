@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,16 @@ class Dataset:
         """Texts to calibrate quantisers on: the sources of questions and summaries, never the prose that is scored."""
         texts = [i.fields["context"] for i in self.items if i.task == "qa"]
         return list(dict.fromkeys(texts + [i.fields["text"] for i in self.items if i.task in SUMMARIES]))
+
+    def sources(self, without: Collection[str] = ()) -> list[str]:
+        """Texts of the tasks, where the prose has too few tokens: sources and references of each task, joined."""
+        texts: dict[tuple[str, str], dict[str, None]] = {}
+        for item in self.items:
+            if item.task != "perplexity":
+                source = item.fields.get("context") or item.fields["text"]
+                texts.setdefault((item.task, "source"), {})[source] = None
+                texts.setdefault((item.task, "reference"), {}).update(dict.fromkeys(item.references))
+        return ["\n".join(t for t in found if t not in without) for found in texts.values()]
 
     def groups(self, limit: int | None = None) -> dict[str, list[Item]]:
         """Generation items by :attr:`Item.group`, at most ``limit`` of each, spread evenly over the file."""
@@ -225,3 +235,9 @@ def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
         return ids
     plain: list[int] = tokenizer(item.instruction + "\n\nAnswer:")["input_ids"]
     return plain
+
+
+def chunked(ids: Sequence[int], window: int, least: int = 32) -> list[list[int]]:
+    """Cut one text into windows; a tail shorter than ``least`` tokens is dropped."""
+    pieces = [list(ids[k : k + window]) for k in range(0, len(ids), window)]
+    return [p for p in pieces if len(p) >= min(least, window)]

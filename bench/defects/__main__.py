@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +23,8 @@ from bench.defects.harmless import HARMLESS
 from bench.defects.in_files import DEFECTS as IN_FILES
 from bench.defects.in_graph import DEFECTS as IN_GRAPH
 from bench.defects.workshop import Defect, Harmless, Workshop, layer_at
-from bench.gate.subject import MODES, Subject
+from bench.gate.modes import MODES
+from bench.gate.subject import Subject
 from bench.gate.validate import make_subject, validate
 from reports.validation import Validation
 
@@ -91,7 +92,7 @@ def run_harmless(change: Harmless, subject: Subject, good: Path, work: Path) -> 
     shop = Workshop(good, work / "fine", subject.baseline.checkpoint)
     fine = subject.at(shop.folder)
     if change.threads:
-        fine.threads = change.threads
+        fine.deployment = replace(fine.deployment, threads=change.threads)
     try:
         change.change(shop)
         shop.reseal()

@@ -7,21 +7,22 @@ run that was stopped had finished. Try: ``llama-onnx validate FOLDER --baseline 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bench.data.loading import NEW_TOKENS, Item, prompt_ids
 from bench.errors import DatasetError
-from runtime.generate import generate
-from runtime.session import Session
+from bench.gate.metrics import score_task
+from reports.validation import Example, GeneratedItem, TaskEvidence
 
 BATCH = 8
+EXAMPLES_PER_TASK = 2
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Generated ids of one item on both sides, and whether each ended by itself."""
+    """Generated ids of one item on both sides."""
 
     item: Item
     candidate: tuple[int, ...]
@@ -78,23 +79,76 @@ def outputs_in_order(
     return [found[item.id] for item in items]
 
 
-def run_generation(
-    candidate: Session,
-    baseline: Session,
-    items: Sequence[Item],
-    tokenizer: Any,
-    eos: Sequence[int],
-    tick: Callable[[str], None] = lambda _: None,
-) -> list[Outputs]:
-    """Greedy generation of every item on both sides, same batches, in the items' order.
+def generated_items(outputs: Sequence[Outputs], eos: Sequence[int]) -> list[GeneratedItem]:
+    """What the checks of generations need to know of each; ``eos`` are the baseline's end tokens."""
+    ends = set(eos)
 
-    Raises:
-        DatasetError: an item is longer than the context.
-    """
-    batches = batches_of(items, tokenizer, candidate.info.context_length)
-    made = []
-    for k, batch in enumerate(batches):
-        prompts = [list(p) for p in batch.prompts]
-        made.append(tuple(generate(side, prompts, batch.limit, eos).tokens for side in (candidate, baseline)))
-        tick(f"generating batch {k + 1} of {len(batches)} ({batch.items[0].task})")
-    return outputs_in_order(items, batches, made)  # type: ignore[arg-type]
+    def equal(o: Outputs) -> int:
+        pairs = zip(o.candidate, o.baseline, strict=False)
+        return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(o.candidate), len(o.baseline)))
+
+    return [
+        GeneratedItem(
+            item=o.item.id,
+            group=o.item.group,
+            candidate=len(o.candidate),
+            baseline=len(o.baseline),
+            equal=equal(o),
+            candidate_ended=bool(o.candidate) and o.candidate[-1] in ends,
+            baseline_ended=bool(o.baseline) and o.baseline[-1] in ends,
+        )
+        for o in outputs
+    ]
+
+
+def _groups(outputs: Sequence[Outputs]) -> list[tuple[str, list[Outputs]]]:
+    ordered = sorted(outputs, key=lambda o: o.item.group)
+    return [(group, list(members)) for group, members in itertools.groupby(ordered, key=lambda o: o.item.group)]
+
+
+def task_evidence(outputs: Sequence[Outputs], tokenizer: Any) -> list[TaskEvidence]:
+    """Per-item statistics of every metric: both sides against the references, and one against the other."""
+    rows: list[TaskEvidence] = []
+    for group, chosen in _groups(outputs):
+        task = chosen[0].item.task
+        ours = [_text(o.candidate, tokenizer, task) for o in chosen]
+        theirs = [_text(o.baseline, tokenizer, task) for o in chosen]
+        references = [o.item.references for o in chosen]
+        pairs = ((ours, references), (theirs, references), (ours, [[t] for t in theirs]))
+        scored = (score_task(task, outputs, wanted) for outputs, wanted in pairs)
+        rows += [
+            TaskEvidence(
+                group=group,
+                metric=candidate.metric,
+                settings=candidate.settings,
+                items=[o.item.id for o in chosen],
+                candidate=candidate.statistics.tolist(),
+                baseline=baseline.statistics.tolist(),
+                cross=cross.statistics.tolist(),
+                same_outputs=ours == theirs,
+            )
+            for candidate, baseline, cross in zip(*scored, strict=True)
+        ]
+    return rows
+
+
+def _text(ids: Sequence[int], tokenizer: Any, task: str) -> str:
+    """Generated text; an answer ends with its line, after it a completed text goes on with the next question."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    return text.split("\n")[0].strip() if task == "qa" else text
+
+
+def examples(outputs: Sequence[Outputs], tokenizer: Any) -> list[Example]:
+    """A few pairs of each group, differing ones first."""
+    return [
+        Example(
+            task=group,
+            item=o.item.id,
+            prompt=o.item.instruction,
+            reference=o.item.references[0],
+            candidate=_text(o.candidate, tokenizer, o.item.task),
+            baseline=_text(o.baseline, tokenizer, o.item.task),
+        )
+        for group, members in _groups(outputs)
+        for o in sorted(members, key=lambda o: o.candidate == o.baseline)[:EXAMPLES_PER_TASK]
+    ]

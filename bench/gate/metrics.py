@@ -26,12 +26,20 @@ QA_SETTINGS = "lower case, articles and punctuation dropped, best reference"
 
 @dataclass(frozen=True)
 class Scored:
-    """One metric over items: ``statistics[i]`` of item i, and how summed statistics become a score (0 to 100)."""
+    """One metric over items: ``statistics[i]`` of item i, whose sum over items becomes a score (0 to 100).
+
+    BLEU: sacrebleu's counts (lengths, n-gram matches and totals); every other metric: the item's value (0 to 1) and 1.
+    """
 
     metric: str
     statistics: Array
-    score_of: Callable[[Array], float]
     settings: str
+
+    def score_of(self, total: Array) -> float:
+        """The score of summed statistics."""
+        if self.metric == "BLEU":
+            return float(BLEU()._compute_score_from_stats([int(v) for v in total]).score)
+        return 100.0 * float(total[0] / total[1])
 
     @property
     def score(self) -> float:
@@ -58,7 +66,6 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Scored:
     scored = Scored(
         "BLEU",
         np.asarray(stats, dtype=np.float64),
-        lambda total: float(metric._compute_score_from_stats([int(v) for v in total]).score),
         f"sacrebleu {metric.get_signature()}; typographic quotes and spaces folded",
     )
     if abs(scored.score - whole.score) > 1e-9:
@@ -70,7 +77,7 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Scored:
 
 def _mean(metric: str, values: list[float], settings: str) -> Scored:
     statistics = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=1)
-    return Scored(metric, statistics, lambda total: 100.0 * float(total[0] / total[1]), settings)
+    return Scored(metric, statistics, settings)
 
 
 def _sentences(text: str) -> str:
@@ -157,32 +164,33 @@ def score_task(task: str, outputs: Sequence[str], references: Sequence[Sequence[
     return [bleu(outputs, references)]
 
 
-def score_interval(scored: Scored, seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """One-sided 95 % bounds (lower, upper) of one score: bootstrap over items."""
-    n = len(scored.statistics)
+def _interval(n: int, statistic: Callable[[Array], float], seed: int) -> tuple[float, float]:
+    """One-sided 95 % bounds (lower, upper) of a statistic of items' weights: bootstrap over ``n`` items."""
     rng = np.random.default_rng(seed)
-    values = np.empty(resamples)
-    for k in range(resamples):
-        weights = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
-        values[k] = scored.score_of(weights @ scored.statistics)
+    values = np.empty(RESAMPLES)
+    for k in range(RESAMPLES):
+        values[k] = statistic(np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64))
     low, high = np.quantile(values, [0.05, 0.95])
     return float(low), float(high)
 
 
-def difference_interval(
-    candidate: Scored, baseline: Scored, seed: int, resamples: int = RESAMPLES
-) -> tuple[float, float]:
+def _weighted(scored: Scored, weights: Array) -> Array:
+    """Weighted sum over items, row by row: a matrix product's order of summation differs between processors."""
+    return np.asarray((weights[:, None] * scored.statistics).sum(axis=0))
+
+
+def score_interval(scored: Scored, seed: int) -> tuple[float, float]:
+    """One-sided 95 % bounds (lower, upper) of one score: bootstrap over items."""
+    return _interval(len(scored.statistics), lambda w: scored.score_of(_weighted(scored, w)), seed)
+
+
+def difference_interval(candidate: Scored, baseline: Scored, seed: int) -> tuple[float, float]:
     """One-sided 95 % bounds (lower, upper) of candidate minus baseline: paired bootstrap over items.
 
     Koehn (2004), "Statistical significance tests for machine translation evaluation".
     """
-    n = len(candidate.statistics)
-    rng = np.random.default_rng(seed)
-    differences = np.empty(resamples)
-    for k in range(resamples):
-        weights = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
-        differences[k] = candidate.score_of(weights @ candidate.statistics) - baseline.score_of(
-            weights @ baseline.statistics
-        )
-    low, high = np.quantile(differences, [0.05, 0.95])
-    return float(low), float(high)
+
+    def difference(weights: Array) -> float:
+        return candidate.score_of(_weighted(candidate, weights)) - baseline.score_of(_weighted(baseline, weights))
+
+    return _interval(len(candidate.statistics), difference, seed)

@@ -6,8 +6,9 @@ Try: ``llama-onnx validate --list-checks``.
 
 from __future__ import annotations
 
+from bench.gate import judge
 from bench.gate.checks import generation, graph, numeric, text, weights
-from bench.gate.subject import CheckSpec
+from bench.gate.found import CheckSpec
 
 CHECKS: tuple[CheckSpec, ...] = (
     CheckSpec(
@@ -94,6 +95,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "the decode graph's prefill at five lengths against the baseline",
         "a decode graph that is not the scoring graph's model, temperature in the graph",
         numeric.prefill_logits,
+        numeric.PLACES["prefill_logits"],
     ),
     CheckSpec(
         "decode_steps",
@@ -101,6 +103,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "36 steps over the cache against one pass of the baseline",
         "a cache that is not updated, or written one position off",
         numeric.decode_steps,
+        numeric.PLACES["decode_steps"],
     ),
     CheckSpec(
         "batch_rows",
@@ -108,6 +111,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "every row of uneven batches in three orders, prefill and two steps",
         "lengths taken from row 0, pad tokens attended to",
         numeric.batch_rows,
+        numeric.PLACES["batch_rows"],
     ),
     CheckSpec(
         "determinism",
@@ -122,6 +126,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "a prompt in three chunks over the cache",
         "positions that start again at 0",
         numeric.chunked_prefill,
+        numeric.PLACES["chunked_prefill"],
     ),
     CheckSpec(
         "long_context",
@@ -129,6 +134,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "16 tokens at the end, in the middle and around the original rope context",
         "a past cut at 512, rotary scaling ignored",
         numeric.long_context,
+        numeric.PLACES["long_context"],
     ),
     CheckSpec(
         "perplexity_ratio",
@@ -136,6 +142,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "teacher-forced perplexity over the baseline's",
         "coarse damage",
         numeric.perplexity_ratio,
+        judge.tokens("perplexity_ratio"),
     ),
     CheckSpec(
         "mean_kld",
@@ -143,6 +150,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "mean KL divergence of next-token distributions",
         "most numeric defects",
         numeric.mean_kld,
+        judge.tokens("mean_kld"),
     ),
     CheckSpec(
         "tail_kld",
@@ -150,6 +158,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "99.9 % quantile of the KL divergence",
         "damage to rare tokens or places",
         numeric.tail_kld,
+        judge.tokens("tail_kld"),
     ),
     CheckSpec(
         "top1_agreement",
@@ -157,6 +166,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "share of tokens where both sides put the same one first",
         "what greedy decoding shows",
         numeric.top1_agreement,
+        judge.tokens("top1_agreement"),
     ),
     CheckSpec(
         "null_ratio",
@@ -164,9 +174,15 @@ CHECKS: tuple[CheckSpec, ...] = (
         "loss over what PyTorch itself loses in fp16 or bf16",
         "fp16 worse than it has to be",
         numeric.null_ratio,
+        judge.tokens("null_ratio"),
     ),
     CheckSpec(
-        "greedy", "generation", "greedy generations equal token for token", "what a user reads first", generation.greedy
+        "greedy",
+        "generation",
+        "greedy generations equal token for token",
+        "what a user reads first",
+        generation.greedy,
+        judge.greedy,
     ),
     CheckSpec(
         "length_band",
@@ -174,12 +190,23 @@ CHECKS: tuple[CheckSpec, ...] = (
         "length of the outputs over the baseline's",
         "answers cut short",
         generation.length_band,
+        judge.length_band,
     ),
     CheckSpec(
-        "end_token", "generation", "generations that end by themselves", "a lost end token", generation.end_token
+        "end_token",
+        "generation",
+        "generations that end by themselves",
+        "a lost end token",
+        generation.end_token,
+        judge.end_token,
     ),
     CheckSpec(
-        "tasks", "generation", "BLEU, ROUGE-1/2/L, exact match and F1 on four tasks", "worse answers", generation.tasks
+        "tasks",
+        "generation",
+        "BLEU, ROUGE-1/2/L, exact match and F1 on four tasks",
+        "worse answers",
+        generation.tasks,
+        judge.tasks,
     ),
 )
 BY_NAME = {c.name: c for c in CHECKS}

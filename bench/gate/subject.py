@@ -1,96 +1,42 @@
-"""What a check gets and gives: the subject (folder, baseline, settings) with everything heavy made once and shared.
+"""What a check gets: one folder beside its baseline, with everything heavy made once and shared.
 
-A check is a function ``Subject -> Found``; :mod:`bench.gate.registry` names them. Nothing heavy is imported here,
-so that ``validate --list-checks`` starts at once.
+A check is a function ``Subject -> Found``; :mod:`bench.gate.registry` names them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.deployment import Deployment
+from bench.gate.modes import Mode, Terms
 from export.manifest import MANIFEST_NAME, Manifest
-from reports.record import Check, Example, TaskMetric
-from reports.validation import Finding, Kind, Outcome
+from reports.validation import ChunkScores, Evidence, GeneratedItem, Scalar
 
 if TYPE_CHECKING:
     from bench.data.loading import Dataset
     from bench.gate.baseline import Baseline
     from bench.gate.canonical import Pairing
-    from bench.gate.statistics import Tier, TokenFigures
+    from bench.gate.generations import Outputs
+    from bench.gate.statistics import TokenScores
     from bench.gate.store import BaselineCache
     from export.convert import Conversion
     from export.spec import ExportSpec
     from runtime.ort_session import OrtSession
     from runtime.probe import GraphProbe
+    from runtime.tensorrt import Shapes
 
 Tick = Callable[[str], None]
-SEED = 20_261_124
 UNFINISHED_BYTES = 1_000_000_000
-"""The most that the figures of runs that were stopped may take on the disk; 160 windows of 384 tokens take 5 MB."""
-
-
-@dataclass(frozen=True)
-class Mode:
-    """How much is measured. ``window`` tokens a chunk, at most ``windows`` of them; ``items`` of each task group.
-
-    ``new_tokens`` caps each generation (None: the task's own length), ``places`` the places that behaviour checks look
-    at. ``judges_tails``: whether so many tokens can decide the tail and top-1; if not they are reported.
-    """
-
-    name: str
-    window: int
-    windows: int | None
-    null_windows: int | None
-    items: int
-    judges_tails: bool
-    new_tokens: int | None = None
-    places: int | None = None
-
-
-MODES = {
-    "quick": Mode("quick", 128, 6, 1, 1, False, new_tokens=16, places=1),
-    "standard": Mode("standard", 384, None, 8, 16, True),
-}
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a check found; ``figure`` is its line on the terminal."""
-
-    status: Outcome
-    figure: str
-    findings: Sequence[Finding] = ()
-    figures: Sequence[Check] = ()
-    tasks: Sequence[TaskMetric] = ()
-    notes: Sequence[str] = ()
-    examples: Sequence[Example] = ()
-
-
-@dataclass(frozen=True)
-class CheckSpec:
-    """One named check: what it looks at in one sentence, and what it catches (both stand in docs/gate.md)."""
-
-    name: str
-    kind: Kind
-    looks_at: str
-    catches: str
-    run: Callable[[Subject], Found]
-
-
-def exact(findings: Sequence[Finding], good: str, notes: Sequence[str] = ()) -> Found:
-    """PASS with ``good``, or FAIL naming the first finding."""
-    if not findings:
-        return Found("PASS", good, notes=notes)
-    first = findings[0]
-    more = f" (+{len(findings) - 1} more)" if len(findings) > 1 else ""
-    return Found("FAIL", f"{first.where}: {first.what}{more}", findings=findings, notes=notes)
+"""The most that the scores of runs that were stopped may take on the disk; 160 windows of 384 tokens take 5 MB."""
 
 
 @dataclass
@@ -101,8 +47,7 @@ class Subject:
     baseline: Baseline
     mode: Mode
     dataset: Dataset
-    provider: str = "cpu"
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    deployment: Deployment = field(default_factory=Deployment)
     tick: Tick = lambda _message: None
     workers: int = 1
     say: Tick = lambda _message: None
@@ -114,6 +59,9 @@ class Subject:
     """Windows and batches that an earlier run, which was stopped, had finished."""
     used: list[Any] = field(default_factory=list, init=False)
     """What of :attr:`unfinished` this run read or wrote."""
+    session: dict[str, Scalar] = field(default_factory=dict, init=False)
+    """What the candidate ran on, known once it was opened: provider, placement, attention kernel, fallbacks."""
+    _own_losses: dict[int, NDArray[np.float64]] = field(default_factory=dict, init=False)
 
     # -- what is in the folder ---------------------------------------------------------------------------------------
 
@@ -197,23 +145,24 @@ class Subject:
     # -- what runs ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def tier(self) -> Tier:
-        """Margins of the precision that the folder claims."""
-        from bench.gate.statistics import TIERS
-
-        return TIERS[self.manifest.precision]
-
-    @property
-    def tail_limit(self) -> float:
-        """Largest KL divergence that a single place may have, nats; int4 has no tail margin, ten means stand in."""
-        return self.tier.tail_kld if self.tier.tail_kld is not None else 10 * self.tier.mean_kld
+    def terms(self) -> Terms:
+        """What evidence about this folder is judged by: the precision that it claims, and the mode."""
+        m = self.manifest
+        return Terms(m.precision, m.activations, m.kv.dtype, self.mode)
 
     @cached_property
     def candidate(self) -> OrtSession:
-        """The folder on ONNX Runtime."""
-        from bench.gate.units import open_candidate
+        """The folder on ONNX Runtime, as it is deployed; one graph at a time, beside PyTorch."""
+        opened = self.opener()
+        info = opened.info
+        self.session = {"runtime": info.runtime, "provider": info.provider, **info.details}
+        return opened
 
-        return open_candidate(self.folder, self.provider, self.threads)
+    @property
+    def opener(self) -> Callable[[], OrtSession]:
+        """Opens the folder as every check needs it; picklable, for workers."""
+        shapes = gate_shapes(self) if self.deployment.provider.startswith("tensorrt") else None
+        return partial(self.deployment.open, self.folder, one_graph=True, huge_pages=False, shapes=shapes)
 
     @cached_property
     def probe(self) -> GraphProbe:
@@ -231,21 +180,83 @@ class Subject:
 
     @cached_property
     def windows(self) -> list[list[int]]:
-        """Token windows, from every text in turn so that few windows still see every kind of text."""
-        from bench.latency.workload import chunked
+        """Chunks of token ids, from every text in turn so that few of them still see every kind of text."""
+        from bench.data.loading import chunked
 
         size = min(self.mode.window, self.baseline.config.max_position_embeddings)
-        per_text = [chunked(self.tokenizer(t)["input_ids"], size) for t in self.dataset.prose()]
+        texts = self.dataset.prose()
+        if self.mode.every_text:
+            seen = (
+                self.manifest.quantisation and self.manifest.quantisation.method == "gptq"
+            )  # it was calibrated on these
+            texts += self.dataset.sources(without=self.dataset.calibration() if seen else ())
+        per_text = [chunked(self.tokenizer(t)["input_ids"], size) for t in texts]
         width = max((len(w) for w in per_text), default=0)
         mixed = [w[k] for k in range(width) for w in per_text if k < len(w)]
         return mixed[: self.mode.windows] if self.mode.windows else mixed
 
+    # -- evidence ----------------------------------------------------------------------------------------------------
+
     @cached_property
-    def figures(self) -> list[TokenFigures]:
-        """Teacher-forced comparison of every window."""
+    def scores(self) -> list[TokenScores]:
+        """Teacher-forced comparison of every chunk."""
         from bench.gate.units import CANDIDATE, score
 
         return score(self, CANDIDATE, self.windows)
+
+    @cached_property
+    def null_scores(self) -> list[TokenScores]:
+        """PyTorch in the folder's own precision (fp32: with another attention kernel) against fp32, first chunks."""
+        from bench.gate.units import score
+
+        return score(self, self.terms.null_kind, self.windows[: self.mode.null_windows])
+
+    def own_loss(self, k: int) -> NDArray[np.float64]:
+        """KL divergence of PyTorch in the folder's precision over chunk k, ``[tokens]``, nats."""
+        from bench.gate.units import score
+
+        if k < len(self.null_scores):
+            return self.null_scores[k].kld
+        if k not in self._own_losses:
+            self._own_losses[k] = score(self, self.terms.null_kind, [self.windows[k]])[0].kld
+        return self._own_losses[k]
+
+    @property
+    def token_evidence(self) -> Evidence:
+        """What the teacher-forced checks were computed from, so far."""
+        losses = {k: v.tolist() for k, v in sorted(self._own_losses.items())}
+        return Evidence(chunks=self._chunks, null=self._null_chunks, own_loss=losses)
+
+    @cached_property
+    def _chunks(self) -> list[ChunkScores]:
+        from bench.gate.judge import chunk_of
+
+        return [chunk_of(s) for s in self.scores]
+
+    @cached_property
+    def _null_chunks(self) -> list[ChunkScores]:
+        from bench.gate.judge import chunk_of
+
+        return [chunk_of(s) for s in self.null_scores]
+
+    @cached_property
+    def outputs(self) -> list[Outputs]:
+        """Both sides' greedy generations of every item."""
+        from bench.gate.generations import batches_of, outputs_in_order
+        from bench.gate.units import Batch, generate_batches
+
+        items = [item for members in self.dataset.groups(self.mode.items).values() for item in members]
+        batches = batches_of(items, self.tokenizer, self.manifest.context_length, self.mode.new_tokens)
+        eos = tuple(self.manifest.eos_token_ids)
+        made = generate_batches(self, [Batch(b.prompts, b.limit, eos) for b in batches])
+        return outputs_in_order(items, batches, made)
+
+    @cached_property
+    def generated(self) -> list[GeneratedItem]:
+        """The same, as far as the checks of generations need them."""
+        from bench.gate.generations import generated_items
+
+        return generated_items(self.outputs, self.baseline.eos)
 
     # -- what a run that is stopped leaves to the next one -----------------------------------------------------------
 
@@ -258,9 +269,15 @@ class Subject:
 
         if not self.baseline.key or not self.digest:
             return None
-        facts = [self.digest, self.baseline.key, self.provider, self.threads, sorted(versions().items())]
+        facts = [self.digest, self.baseline.key, sorted(self.deployment.settings().items()), sorted(versions().items())]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
         return BaselineCache(name, cache_dir() / "unfinished", UNFINISHED_BYTES, self.say, "unfinished validation")
+
+    def settings(self) -> dict[str, Scalar]:
+        """How much was measured, and how, for a result."""
+        measured = {"window": self.mode.window, "windows": self.mode.windows, "items": self.mode.items}
+        wanted = {f"expected {key}": value for key, value in self.expect.items()}
+        return {**self.deployment.settings(), **measured, "workers": self.workers, **wanted}
 
     def finish(self) -> None:
         """Forget what was kept for the case that this run is stopped: a new run is a new measurement."""
@@ -268,12 +285,24 @@ class Subject:
             self.unfinished.forget(self.used)
 
     def close(self) -> None:
-        """Free what was opened for this folder; the baseline stays."""
+        """Free what was opened for this folder; the baseline stays, and what was computed."""
+        # functools documents deletion as the way to reset a cached property.
         for name in ("probe", "candidate"):
-            opened = self.__dict__.pop(name, None)
-            if opened is not None:
-                opened.close()
+            if name in vars(self):
+                getattr(self, name).close()
+                delattr(self, name)
 
     def at(self, folder: Path) -> Subject:
         """The same settings over another folder."""
         return replace(self, folder=folder)
+
+
+def gate_shapes(s: Subject) -> Shapes:
+    """What TensorRT has to build engines for: every batch and length that the checks use."""
+    from bench.data.loading import NEW_TOKENS
+    from bench.gate.generations import BATCH
+    from runtime.tensorrt import Shapes
+
+    new = max(NEW_TOKENS.values())
+    context = s.manifest.context_length
+    return Shapes((1, 1, BATCH), (1, min(s.mode.window, context - new), max(1, context - new)), min(new, context - 1))

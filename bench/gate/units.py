@@ -1,8 +1,8 @@
 """The long part of a validation in units, a window or a batch each: shared by workers, and never done twice.
 
-A unit is computed by itself, both sides in one process, and only its few figures leave it: so several workers give the
+A unit is computed by itself, both sides in one process, and only its few numbers leave it: so several workers give the
 digits of one, and what a killed run had finished is taken from the disk, on both sides. The baseline's own results
-stay in its cache for the next folder; a folder's figures are kept until its run has ended, since a new run of the gate
+stay in its cache for the next folder; a folder's own are kept until its run has ended, since a new run of the gate
 is a new measurement.
 Try: kill ``llama-onnx validate FOLDER --baseline demo --workers 2`` half-way and start it again.
 """
@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from bench.gate.statistics import TokenFigures, token_figures
+from bench.gate.statistics import TokenScores, score_tokens
 from bench.process.workers import able, run_units
 from runtime.generate import generate
 from runtime.trim import trim
@@ -25,7 +24,6 @@ from runtime.trim import trim
 if TYPE_CHECKING:
     from bench.gate.baseline import Baseline
     from bench.gate.subject import Subject
-    from runtime.ort_session import OrtSession
     from runtime.session import Session
 
 Tokens = tuple[tuple[int, ...], ...]
@@ -88,23 +86,13 @@ class Sides:
                 side.close()
 
 
-def open_candidate(folder: Path, provider: str, threads: int) -> OrtSession:
-    """The folder on ONNX Runtime as every check opens it; hashes are the check ``files``' business.
-
-    One graph at a time: decode and scoring graph each pack all weights, beside PyTorch that makes three models.
-    """
-    from runtime.loading import load
-
-    return load(folder, provider, threads, verify=False, huge_pages=False, one_graph=True)
-
-
-def window_figures(sides: Sides, window: Window) -> TokenFigures:
+def window_scores(sides: Sides, window: Window) -> TokenScores:
     """One window, teacher-forced."""
     if window.side == CANDIDATE:
         ours = sides.candidate.score(window.ids)
     else:
         ours = sides.baseline.null_score(window.side, window.ids)
-    found = token_figures(ours, sides.baseline.score(window.ids), window.ids)
+    found = score_tokens(ours, sides.baseline.score(window.ids), window.ids)
     trim()  # blocks of many sizes leave holes: without it 30 windows of the demo model grow the heap by 1.5 GB
     return found
 
@@ -119,11 +107,11 @@ def batch_tokens(sides: Sides, batch: Batch) -> tuple[Tokens, Tokens]:
     return ours, theirs
 
 
-def score(s: Subject, side: str, windows: Sequence[Sequence[int]]) -> list[TokenFigures]:
-    """Figures of every window; see :class:`Window` for ``side``."""
+def score(s: Subject, side: str, windows: Sequence[Sequence[int]]) -> list[TokenScores]:
+    """Scores of every window; see :class:`Window` for ``side``."""
     units = [Window(side, tuple(ids)) for ids in windows]
     title = "scoring" if side == CANDIDATE else "null control,"
-    return _compute(s, window_figures, units, (_figures_out, _figures_in), f"{title} window {{}} of {len(units)}")
+    return _compute(s, window_scores, units, (_scores_out, _scores_in), f"{title} window {{}} of {len(units)}")
 
 
 def generate_batches(s: Subject, batches: Sequence[Batch]) -> list[tuple[Tokens, Tokens]]:
@@ -179,20 +167,20 @@ def _run(
     if workers > 1:
         s.close()  # each worker opens both models: none of them twice here
         s.baseline.close()
-        opener = partial(Sides, partial(open_candidate, s.folder, s.provider, s.threads), s.baseline.recipe())
+        opener = partial(Sides, s.opener, s.baseline.recipe())
     else:
         opener = partial(Sides, lambda: s.candidate, lambda: s.baseline, owned=False)
-    gpus = 0 if s.provider == "cpu" else 1
+    gpus = 0 if s.deployment.provider == "cpu" else 1
     run_units(opener, work, units, workers=workers, gpus_per_worker=gpus, say=s.say, done=done)
 
 
-def _figures_out(figures: TokenFigures) -> dict[str, list[Any]]:
-    return {name: values.tolist() for name, values in vars(figures).items()}
+def _scores_out(scores: TokenScores) -> dict[str, list[Any]]:
+    return {name: values.tolist() for name, values in vars(scores).items()}
 
 
-def _figures_in(kept: dict[str, list[Any]]) -> TokenFigures:
+def _scores_in(kept: dict[str, list[Any]]) -> TokenScores:
     floats = {n: np.asarray(v, np.float64) for n, v in kept.items() if n != "same_top1"}
-    return TokenFigures(**floats, same_top1=np.asarray(kept["same_top1"], np.bool_))
+    return TokenScores(**floats, same_top1=np.asarray(kept["same_top1"], np.bool_))
 
 
 def _tokens_in(kept: list[list[list[int]]]) -> tuple[Tokens, Tokens]:

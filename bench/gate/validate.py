@@ -1,46 +1,64 @@
-"""``llama-onnx validate``: is this exported folder still the model? Named checks, a verdict, and why.
+"""The gate: is this exported folder still the model? Named checks, each run once, and the verdict over them.
 
-Exact checks run first and cost seconds; numbers follow. A check that raises has failed: a folder that stops the
-runtime is no folder to ship. Try: ``llama-onnx validate FOLDER --baseline demo --mode quick``.
+``llama-onnx validate``, ``pytest bench/``, ``llama-onnx compare --model`` and the catalogue of defects all judge by
+:class:`Gate`. Exact checks run first and cost seconds; numbers follow. A check that raises has failed: a folder that
+stops the runtime is no folder to ship. Try: ``llama-onnx validate FOLDER --baseline demo --mode quick``.
 """
 
 from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bench.data.loading import Dataset, load_shipped
+from bench.deployment import Deployment
 from bench.errors import BenchError
+from bench.gate.baseline import Baseline
+from bench.gate.cached_baseline import CachedBaseline
+from bench.gate.found import CheckSpec, Found
+from bench.gate.localize import localize
+from bench.gate.modes import MODES, Mode
 from bench.gate.registry import BY_NAME, CHECKS
-from bench.gate.subject import MODES, CheckSpec, Found, Mode, Subject
-from reports.validation import CheckResult, Finding, Validation, decide_verdict
+from bench.gate.subject import Subject
+from bench.machine.environment import machine, versions
+from export.manifest import ManifestError
+from export.source import Source, resolve
+from export.spec import METHODS, PRECISIONS, TARGETS
+from reports.validation import CheckResult, Evidence, Finding, Place, Validation, decide_verdict
 from runtime.errors import ProviderUnavailableError
 from runtime.trim import trim
 
-if TYPE_CHECKING:
-    from bench.data.loading import Dataset
-    from bench.gate.baseline import Baseline
-
 OnResult = Callable[[CheckResult], None]
+MOST_FINDINGS = 50
 
 
-def chosen_checks(only: str | None, mode: str) -> tuple[tuple[CheckSpec, ...], Mode]:
-    """The checks asked for, in their own order.
+def chosen_checks(only: str | None) -> tuple[CheckSpec, ...]:
+    """The checks asked for, in their own order; all of them for None.
 
     Raises:
-        BenchError: a name that is no check, or no mode.
+        BenchError: a name that is no check.
     """
-    if mode not in MODES:
-        raise BenchError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
     if not only:
-        return CHECKS, MODES[mode]
+        return CHECKS
     names = [n.strip() for n in only.split(",") if n.strip()]
     strange = [n for n in names if n not in BY_NAME]
     if strange or not names:
         raise BenchError(f"no check named {', '.join(strange) or only!r}; see llama-onnx validate --list-checks")
-    return tuple(c for c in CHECKS if c.name in names), MODES[mode]
+    return tuple(c for c in CHECKS if c.name in names)
+
+
+def mode_of(name: str) -> Mode:
+    """A mode by its name.
+
+    Raises:
+        BenchError: there is none.
+    """
+    if name not in MODES:
+        raise BenchError(f"unknown mode {name!r}; choose one of {', '.join(MODES)}")
+    return MODES[name]
 
 
 def expected(text: str | None) -> dict[str, str]:
@@ -49,8 +67,6 @@ def expected(text: str | None) -> dict[str, str]:
     Raises:
         BenchError: another key, or a value that no folder has.
     """
-    from export.spec import METHODS, PRECISIONS, TARGETS
-
     known = {"precision": PRECISIONS, "target": TARGETS, "method": METHODS}
     found: dict[str, str] = {}
     for part in (text or "").split(","):
@@ -64,12 +80,137 @@ def expected(text: str | None) -> dict[str, str]:
     return found
 
 
-def run_check(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
-    """One check, timed; whatever it raises is its FAIL.
+class Gate:
+    """Runs checks over one subject, each once, in whatever order they are asked for.
 
-    Raises:
-        ProviderUnavailableError: this machine cannot run the folder, which says nothing about the folder.
+    Args:
+        subject: folder, baseline, mode and data.
+        on_result: told each result as it comes.
     """
+
+    def __init__(self, subject: Subject, on_result: OnResult = lambda _r: None) -> None:
+        self.subject, self._on_result = subject, on_result
+        self._done: dict[str, tuple[CheckResult, Found]] = {}
+        self._started = time.perf_counter()
+        self._created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+    @cached_property
+    def _digests(self) -> tuple[str, str]:
+        """Of folder and baseline before anything is measured: what a certificate of this result may cover."""
+        return self.subject.digest, self.subject.baseline.digest
+
+    def result(self, spec: CheckSpec) -> CheckResult:
+        """One check's result; run now if it was not before.
+
+        Raises:
+            ProviderUnavailableError: this machine cannot run the folder, which says nothing about the folder.
+        """
+        if spec.name not in self._done:
+            _ = self._digests
+            self.subject.tick(spec.name)
+            self._done[spec.name] = _run(spec, self.subject)
+            self._on_result(self._done[spec.name][0])
+        return self._done[spec.name][0]
+
+    @property
+    def results(self) -> list[CheckResult]:
+        """What was run so far, in the order of the set."""
+        return [self._done[c.name][0] for c in CHECKS if c.name in self._done]
+
+    def run(self, specs: Iterable[CheckSpec] = CHECKS) -> None:
+        """Several checks in order. A folder that cannot even be read fails the first one, and the rest is not run."""
+        for spec in specs:
+            self.result(spec)
+            if not self._readable:
+                break
+
+    @property
+    def _readable(self) -> bool:
+        try:
+            return self.subject.manifest is not None
+        except Exception:
+            return False
+
+    def validation(self, place: bool = True, command: Sequence[str] = ()) -> Validation:
+        """Everything that was run as a document.
+
+        Args:
+            place: whether to look for the layer where the folder leaves the baseline when the numbers failed.
+            command: how to repeat it.
+        """
+        s = self.subject
+        done = [self._done[c.name] for c in CHECKS if c.name in self._done]
+        results = [r for r, _ in done]
+        found, notes = self._place(results) if place else (None, [])
+        verdict, reasons = decide_verdict(results)
+        digest, baseline_digest = self._digests
+        evidence = Evidence()
+        for _, f in done:
+            evidence = evidence.joined(f.evidence)
+        terms = s.terms if self._readable else None
+        return Validation(
+            tool_version=versions().get("llama-onnx-bench", "unknown"),
+            created_utc=self._created,
+            command=list(command),
+            folder=s.folder.resolve().name,
+            folder_sha256=digest,
+            baseline=f"{s.baseline.source.name} ({s.baseline.source.origin}), PyTorch fp32",
+            baseline_sha256=baseline_digest,
+            mode=s.mode.name,
+            tier=terms.precision if terms else "unknown",
+            activations=terms.activations if terms else "unknown",
+            kv_dtype=terms.kv_dtype if terms else "unknown",
+            dataset=s.dataset.name,
+            dataset_sha256=s.dataset.sha256,
+            settings=s.settings(),
+            session=s.session,
+            checks=[c.name for c in CHECKS],
+            results=results,
+            evidence=evidence,
+            examples=[e for _, f in done for e in f.examples],
+            place=found,
+            verdict=verdict,
+            reasons=reasons,
+            seconds=time.perf_counter() - self._started,
+            machine=machine(),
+            versions=versions(),
+            notes=[*notes, *self._notes(results, verdict)],
+        )
+
+    def _place(self, results: Sequence[CheckResult]) -> tuple[Place | None, list[str]]:
+        """Where the numbers that failed leave the baseline, and a note where that is not known."""
+        if not any(r.kind != "exact" and r.status == "FAIL" for r in results):
+            return None, []
+        self.subject.tick("localising")
+        try:
+            found = localize(self.subject)
+        except Exception as e:
+            return None, [f"localisation stopped: {type(e).__name__}: {str(e)[:200]}"]
+        if found is None:
+            return None, ["localisation: no layer leaves the baseline in one pass; look at decode, batches, tokenizer"]
+        return found, []
+
+    def _notes(self, results: Sequence[CheckResult], verdict: str) -> list[str]:
+        s, notes = self.subject, []
+        if s.resumed:
+            notes.append(f"{s.resumed} windows and batches were finished by an earlier run that was stopped")
+        if any(r.kind == "numeric" and r.status == "INCONCLUSIVE" for r in results):
+            notes.append("more text decides: --mode full, or your own with --dataset own+FILE.jsonl")
+        if verdict == "PASS" and not s.mode.judges_tails:
+            notes.append("quick mode: tails and top-1 are reported, standard mode judges them")
+        if "fallback" in s.session:
+            notes.append(f"not run on {s.deployment.provider}: {s.session['fallback']}")
+        if self._readable:
+            if not s.ours:
+                notes.append("not a fused folder of ours: attributes, weights by content and numbers were checked")
+            open_ = [r.name for r in results if r.kind == "exact" and r.status in ("SKIPPED", "REPORTED")]
+            if verdict == "PASS" and open_:
+                notes.append(f"exact checks that could not judge this folder: {', '.join(open_)}")
+        return notes
+
+
+def _run(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
+    """One check, timed; whatever it raises is its FAIL."""
     started = time.perf_counter()
     try:
         found = spec.run(subject)
@@ -80,174 +221,74 @@ def run_check(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
         found = Found("FAIL", f"stopped: {text}", [Finding(where=spec.name, what=f"stopped: {text}")])
     finally:
         trim()  # what one check needed is not kept beside the next one's
-    return (
-        CheckResult(
-            name=spec.name,
-            kind=spec.kind,
-            status=found.status,
-            figure=found.figure,
-            seconds=time.perf_counter() - started,
-            findings=list(found.findings)[:50],
-            figures=list(found.figures),
-            tasks=list(found.tasks),
-            notes=list(found.notes),
-        ),
-        found,
+    result = CheckResult(
+        name=spec.name,
+        kind=spec.kind,
+        status=found.status,
+        looks_at=spec.looks_at,
+        summary=found.summary,
+        seconds=time.perf_counter() - started,
+        findings=list(found.findings)[:MOST_FINDINGS],
+        measurements=list(found.measurements),
+        tasks=list(found.tasks),
+        notes=list(found.notes),
     )
-
-
-def run_checks(
-    subject: Subject, specs: Iterable[CheckSpec], on_result: OnResult = lambda _r: None
-) -> list[tuple[CheckResult, Found]]:
-    """The checks in order. A folder that cannot even be read fails the first one, and the rest is not run."""
-    done: list[tuple[CheckResult, Found]] = []
-    for spec in specs:
-        subject.tick(spec.name)
-        done.append(run_check(spec, subject))
-        on_result(done[-1][0])
-        if not _readable(subject):
-            break
-    return done
-
-
-def _readable(subject: Subject) -> bool:
-    try:
-        return subject.manifest is not None
-    except Exception:
-        return False
+    return result, found
 
 
 def validate(
     subject: Subject,
     specs: Sequence[CheckSpec] = CHECKS,
-    localize: bool = True,
+    place: bool = True,
     on_result: OnResult = lambda _r: None,
+    command: Sequence[str] = (),
 ) -> Validation:
-    """Everything, in order; localisation on a FAIL of the numbers.
-
-    Args:
-        subject: folder, baseline, mode and data.
-        specs: which checks.
-        localize: whether to look for the place.
-        on_result: told each result as it comes.
-    """
-    from bench.machine.environment import machine, versions
-
-    started = time.perf_counter()
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    # Before anything is measured: what a certificate of this result may cover.
-    digest, baseline_digest = subject.digest, subject.baseline.digest
-    done = run_checks(subject, specs, on_result)
-    results = [r for r, _ in done]
-    place = None
-    notes: list[str] = []
-    if localize and any(r.kind != "exact" and r.status == "FAIL" for r in results):
-        from bench.gate.localize import localize as find_place
-
-        subject.tick("localising")
-        try:
-            place = find_place(subject)
-            if place is None:
-                notes.append(
-                    "localisation: no layer leaves the baseline in one pass; look at decode, batches, tokenizer"
-                )
-        except Exception as e:
-            notes.append(f"localisation stopped: {type(e).__name__}: {str(e)[:200]}")
-    if subject.resumed:
-        notes.append(f"{subject.resumed} windows and batches were finished by an earlier run that was stopped")
-    verdict, reasons = decide_verdict(results)
-    if any(r.kind == "numeric" and r.status == "INCONCLUSIVE" for r in results):
-        notes.append("more text decides: put your own beside the project's with --dataset own+FILE.jsonl")
-    if verdict == "PASS" and not subject.mode.judges_tails:
-        notes.append("quick mode: tails and top-1 are reported, standard mode judges them")
-    if not subject.__dict__.get("manifest"):
-        tier = "unknown"
-    else:
-        tier = subject.manifest.precision
-        if not subject.ours:
-            notes.append("not a fused folder of ours: attributes, weights by content and numbers were checked")
-        open_ = [r.name for r in results if r.kind == "exact" and r.status in ("SKIPPED", "REPORTED")]
-        if verdict == "PASS" and open_:
-            notes.append(f"exact checks that could not judge this folder: {', '.join(open_)}")
-    return Validation(
-        created_utc=created,
-        folder=subject.folder.resolve().name,
-        folder_sha256=digest,
-        baseline=f"{subject.baseline.source.name} ({subject.baseline.source.origin}), PyTorch fp32",
-        baseline_sha256=baseline_digest,
-        mode=subject.mode.name,
-        tier=tier,
-        dataset=f"{subject.dataset.name} (SHA-256 {subject.dataset.sha256[:16]})",
-        settings={
-            "provider": subject.provider,
-            "threads": subject.threads,
-            "window": subject.mode.window,
-            "windows": subject.mode.windows,
-            "items": subject.mode.items,
-            "workers": subject.workers,
-            **{f"expected {key}": value for key, value in subject.expect.items()},
-        },
-        results=results,
-        examples=[e for _, f in done for e in f.examples],
-        place=place,
-        verdict=verdict,
-        reasons=reasons,
-        seconds=time.perf_counter() - started,
-        machine=machine(),
-        versions=versions(),
-        notes=notes,
-    )
+    """Checks in order, and what they come to; arguments as for :class:`Gate` and :meth:`Gate.validation`."""
+    gate = Gate(subject, on_result)
+    gate.run(specs)
+    return gate.validation(place, command)
 
 
 def make_subject(
     folder: Path,
-    model: str,
+    model: str | Source,
     mode: Mode,
     dataset: Dataset | None = None,
-    threads: int | None = None,
+    deployment: Deployment | None = None,
+    *,
     memo_bytes: int = 0,
     status: Callable[[str], None] = lambda _s: None,
     keep: bool = False,
     workers: int = 1,
-    expect: str | None = None,
+    expect: Mapping[str, str] | None = None,
 ) -> Subject:
-    """A subject from what the command line says.
+    """A subject from what a command line says.
 
     Args:
         folder: the exported folder.
-        model: the baseline, as :func:`export.source.resolve` takes it.
-        mode: quick or standard.
+        model: the baseline, as :func:`export.source.resolve` takes it, or what that gave.
+        mode: how much is measured.
         dataset: None takes the project's own.
-        threads: CPU threads of both sides.
+        deployment: how the folder runs; PyTorch gets as many threads.
         memo_bytes: see :class:`bench.gate.baseline.Baseline`.
         status: told what is fetched, and what is wrong with kept results.
         keep: whether the baseline's results are kept in (and taken from) the user's cache, and this folder's until the
             run has ended.
-        workers: processes that share windows and generations, ``threads`` each.
-        expect: ``KEY=VALUE,...``, see :func:`expected`.
+        workers: processes that share windows and generations, each with the deployment's threads.
+        expect: see :func:`expected`.
 
     Raises:
-        BenchError: an expectation that is none.
         ExportError: the baseline cannot be found.
         ManifestError: no such folder.
     """
-    import os
-
-    from bench.data.loading import load_shipped
-    from bench.gate.baseline import Baseline
-    from bench.gate.cached_baseline import CachedBaseline
-    from export.manifest import ManifestError
-    from export.source import resolve
-
     folder = folder.expanduser()
     if not folder.is_dir():
         raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
-    threads = threads or len(os.sched_getaffinity(0))
-    source = resolve(model, status=status)
+    deployment = deployment or Deployment()
+    source = resolve(model, status=status) if isinstance(model, str) else model
     if keep:
-        baseline: Baseline = CachedBaseline(source, threads, memo_bytes, say=status)
+        baseline: Baseline = CachedBaseline(source, deployment.threads, memo_bytes, say=status)
     else:
-        baseline = Baseline(source, threads, memo_bytes)
+        baseline = Baseline(source, deployment.threads, memo_bytes)
     data = dataset or load_shipped()
-    wanted = expected(expect)
-    return Subject(folder, baseline, mode, data, threads=threads, workers=workers, say=status, expect=wanted)
+    return Subject(folder, baseline, mode, data, deployment, workers=workers, say=status, expect=expect or {})

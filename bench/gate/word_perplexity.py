@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from bench.data.loading import Dataset
 from bench.errors import DatasetError
-from reports.record import Check
 from runtime.session import Session
 
 LARGEST_WINDOW = 2048
@@ -142,21 +141,3 @@ def word_perplexity(session: Session, dataset: Dataset, tokenizer: Any, window: 
     """Score every perplexity document of a dataset with one session; see :func:`document_windows` for errors."""
     windows = document_windows(dataset, tokenizer, session.info.context_length, window)
     return assemble(dataset, windows, [window_nats(session, w) for w in windows])
-
-
-def as_check(candidate: WordPerplexity, baseline: WordPerplexity) -> Check:
-    """The candidate's word perplexity for a record; REPORTED, since the ratio of perplexities is judged already."""
-    return Check(
-        name="word_perplexity",
-        title="Word perplexity",
-        status="REPORTED",
-        value=candidate.word_perplexity,
-        bound=None,
-        limit=None,
-        better="lower",
-        null_value=None,
-        samples=candidate.tokens,
-        unit="",
-        detail=f"baseline {baseline.word_perplexity:.6f}; {sum(candidate.words)} words, "
-        f"{len(candidate.nats)} documents; {candidate.settings}",
-    )

@@ -26,6 +26,8 @@ import numpy as np
 
 STEADY = 0.05
 TURN = "@turn"
+SESSION_PREFIXES = ("session.", "ep.", "mlas.")
+"""Of ONNX Runtime's session configuration entries; other options are the execution provider's."""
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "onnx", "llama-onnx-bench")
 
 
@@ -44,7 +46,7 @@ def _open(a: dict[str, Any]) -> Any:
         more["huge_pages"] = str(options.pop("huge_pages")).lower() in ("1", "true", "yes")
     # Only where given: an older revision of the suite does not know them. ONNX Runtime's own prefixes tell session
     # entries from options of the execution provider.
-    entries = {k: str(v) for k, v in options.items() if k.startswith(("session.", "ep.", "mlas."))}
+    entries = {k: str(v) for k, v in options.items() if k.startswith(SESSION_PREFIXES)}
     if entries:
         more["session_options"] = entries
     if rest := {k: str(v) for k, v in options.items() if k not in entries}:

@@ -59,6 +59,18 @@ class SideSpec:
             "wrapper": self.wrapper,
         }
 
+    def as_options(self) -> list[str]:
+        """The same as options of ``llama-onnx validate``; settings that change speed alone are left out."""
+        from bench.latency.measure_case import SESSION_PREFIXES
+
+        found = ["--provider", self.provider]
+        found += ["--threads", str(self.threads)] if self.threads else []
+        for key, value in self.options.items():
+            if key != "huge_pages":
+                kind = "session" if key.startswith(SESSION_PREFIXES) else "provider"
+                found += [f"--{kind}-option", f"{key}={value}"]
+        return found
+
     def described(self) -> ComparedSide:
         """The side as it stands in a comparison before anything was measured: no path of this machine is told."""
         folder = Path(self.folder).expanduser().absolute().name

@@ -77,15 +77,16 @@ def _folder(model: str) -> Path | None:
     return folder.absolute() if folder.is_dir() else None
 
 
-def _exported(sweep: Sweep, process: Process) -> Path:
+def _exported(process: Process) -> Path:
     """The model's export, made once and kept in the cache; an exported folder is taken as it is."""
-    from bench.suite.run import Options, Run
+    from bench.exported import exported_folder
+    from export.source import resolve
 
     folder = Path(process.source)
     if (folder / "manifest.json").is_file():
         return folder
-    asked = Options(model=process.source, precision=process.precision, provider=process.provider, threads=sweep.threads)
-    return Run(asked).folder
+    device = "cpu" if process.provider == "cpu" else "cuda"
+    return exported_folder(resolve(process.source), process.source, process.precision, device)
 
 
 def run_id(sweep: Sweep) -> str:
@@ -95,7 +96,7 @@ def run_id(sweep: Sweep) -> str:
 
 def measure_process(sweep: Sweep, process: Process) -> CaseRecord:
     """Export the model where that is needed, then measure in a fresh process; on the machine where this is called."""
-    folder = _exported(sweep, process)
+    folder = _exported(process)
     side = SideSpec("candidate", process.model, str(folder), process.provider, sweep.threads)
     asked = {**side.arguments(), **process.case.model_dump(), "rounds": sweep.rounds, "seed": process.number}
     command = [side.python(), "-P", str(TIED), side.python(), "-P", str(CHILD), json.dumps(asked)]

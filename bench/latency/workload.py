@@ -11,10 +11,10 @@ from reports.record import Case
 
 @dataclass(frozen=True)
 class Profile:
-    """How much a run measures.
+    """How much a run measures; ``rounds`` is for the first (headline) case, ``more_rounds`` for the others.
 
-    ``rounds`` is for the first (headline) case, ``more_rounds`` for the others; ``window`` and ``windows`` are the
-    chunk length in tokens and the most chunks scored; ``items`` the most items of each generation group.
+    ``mode`` is the gate's (:data:`bench.gate.modes.MODES`), ``peers`` says in which cases optimum's plain export is
+    measured as well.
     """
 
     name: str
@@ -25,10 +25,7 @@ class Profile:
     more_rounds: int
     warmup_cap: int
     loads: int
-    window: int
-    windows: int | None
-    null_windows: int
-    items: int | None
+    mode: str
     peers: str
 
     def cases(self) -> list[Case]:
@@ -39,9 +36,9 @@ class Profile:
 
 
 PROFILES = {
-    "smoke": Profile("smoke", (1,), (32,), 8, 3, 3, 1, 1, 128, 6, 2, 3, "none"),
-    "standard": Profile("standard", (1, 4), (128, 512, 1024), 32, 12, 6, 3, 5, 384, None, 6, 16, "headline"),
-    "full": Profile("full", (1, 2, 4, 8), (128, 512, 1024, 2048), 64, 30, 15, 5, 9, 768, None, 14, None, "all"),
+    "smoke": Profile("smoke", (1,), (32,), 8, 3, 3, 1, 1, "quick", "none"),
+    "standard": Profile("standard", (1, 4), (128, 512, 1024), 32, 12, 6, 3, 5, "standard", "headline"),
+    "full": Profile("full", (1, 2, 4, 8), (128, 512, 1024, 2048), 64, 30, 15, 5, 9, "full", "all"),
 }
 
 
@@ -80,7 +77,7 @@ def choose_profile(
                 f"a prompt of {worst} tokens and {profile.new_tokens} new ones exceed the model's context "
                 f"of {context}; pass smaller --prompt-lengths or --new-tokens"
             )
-        profile = replace(profile, prompt_lengths=fits, window=min(profile.window, context))
+        profile = replace(profile, prompt_lengths=fits)
     return profile
 
 
@@ -95,9 +92,3 @@ def latency_prompts(token_stream: Sequence[int], case: Case, round_index: int) -
         start = (round_index * 977 + row * 1709) % n
         rows.append([token_stream[(start + k) % n] for k in range(case.prompt)])
     return rows
-
-
-def chunked(ids: Sequence[int], window: int, least: int = 32) -> list[list[int]]:
-    """Cut one text into windows; a tail shorter than ``least`` tokens is dropped."""
-    pieces = [list(ids[k : k + window]) for k in range(0, len(ids), window)]
-    return [p for p in pieces if len(p) >= min(least, window)]

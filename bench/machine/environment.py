@@ -9,7 +9,7 @@ import platform
 
 import psutil
 
-from reports.record import Machine
+from reports.base import Machine
 
 PACKAGES = (
     "llama-onnx-bench",

@@ -23,10 +23,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.data.loading import chunked
 from bench.errors import BenchError
-from bench.gate.statistics import TIERS, TokenFigures, teacher_forced_checks, token_figures
-from bench.latency.workload import chunked
+from bench.gate import statistics as gate
+from bench.gate.modes import SEED
+from bench.gate.statistics import TIERS, TokenScores, score_tokens
 from bench.peers.exports import genai_export, output_of
+from reports.validation import overall
 
 OURS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -45,7 +48,6 @@ OURS: dict[str, dict[str, Any]] = {
 }
 """Rows of ours: name -> fields of :class:`export.spec.ExportSpec`."""
 PEERS = ("optimum plain", "optimum O2", "genai builder fp32", "genai builder int4")
-SEED = 20260101
 
 
 @dataclass
@@ -114,22 +116,19 @@ def _describe(row: Row, folder: Path) -> None:
 
 
 def _score(row: Row, session: Any, windows: list[list[int]], baseline: list[Any], tier: str) -> None:
-    figures: list[TokenFigures] = []
+    scores: list[TokenScores] = []
     largest, means = 0.0, []
     for ids, reference in zip(windows, baseline, strict=True):
         logits = session.score(ids)
-        figures.append(token_figures(logits, reference, ids))
+        scores.append(score_tokens(logits, reference, ids))
         difference = np.abs(logits - reference)
         largest = max(largest, float(difference.max()))
         means.append(float(difference.mean()))
-    checks = {c.name: c for c in teacher_forced_checks(figures, [], TIERS[tier], SEED)}
+    ratio, mean = gate.perplexity_ratio(scores, [], TIERS[tier], SEED), gate.mean_kld(scores, [], TIERS[tier], SEED)
+    tail, top1 = gate.tail_kld(scores, [], TIERS[tier], None), gate.top1_agreement(scores, [], TIERS[tier], SEED, None)
     row.max_logit, row.mean_logit = largest, statistics.fmean(means)
-    row.ppl_ratio = checks["perplexity_ratio"].value
-    row.mean_kld, row.tail_kld = checks["mean_kld"].value, checks["tail_kld"].value
-    row.top1 = checks["top1_agreement"].value
-    states = [c.status for c in checks.values()]
-    worst = next((s for s in ("FAIL", "INCONCLUSIVE") if s in states), "PASS")
-    row.verdict = f"{tier} {worst}"
+    row.ppl_ratio, row.mean_kld, row.tail_kld, row.top1 = ratio.value, mean.value, tail.value, top1.value
+    row.verdict = f"{tier} {overall(m.status for m in (ratio, mean, tail, top1))}"
 
 
 def _decode(sessions: dict[str, Any], prompt: list[int], rounds: int, steps: int) -> dict[str, list[float]]:

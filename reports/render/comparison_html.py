@@ -18,10 +18,10 @@ from reports.comparison import ComparedSide, Comparison, Result
 from reports.comparison_summary import STATUS_ORDER, CaseGroup, Digest, MetricGroup
 from reports.render import comparison_plots as plots
 from reports.render import comparison_words as cw
-from reports.render import svg, words
+from reports.render import parity, svg, words
 from reports.render.environment import environment
 
-ROWS_SHOWN, FOREST_SHOWN, CASES_SHOWN, OPENED, EXAMPLES_SHOWN = 200, 60, 40, 3, 10
+ROWS_SHOWN, FOREST_SHOWN, CASES_SHOWN, OPENED = 200, 60, 40, 3
 TROUBLES_SHOWN, HISTORY_SHOWN, WARNINGS_SHOWN = 12, 60, 40
 
 
@@ -70,7 +70,6 @@ def render_comparison(comparison: Comparison, source: str = "report.json") -> st
         p=cw.p_text,
         change=cw.change,
         case_text=cw.case_text,
-        check_line=cw.check_line,
         metric_name=cw.metric_name,
         metric_title=cw.metric_title,
         status_tone=lambda r: _tone(r, parity_fails),
@@ -99,13 +98,7 @@ def _context(digest: Digest) -> dict[str, Any]:
         "word": cw.OUTCOMES[c.verdict.outcome],
         "first": first,
         "second": second,
-        "parity": c.parity,
-        "parity_word": cw.parity_word(digest),
-        "parity_tone": cw.parity_tone(digest),
-        "parity_line": cw.parity_line(digest),
-        "parity_short": cw.parity_short(digest),
-        "parity_mark": cw.parity_mark(digest),
-        "leading_check": digest.leading_check,
+        **parity.context(c.validation),
         "answers": [(g, g.leading) for g in digest.metrics if g.leading is not None][:2],
         "machine_line": cw.machine_line(c),
         "sure_line": cw.sure_line(c),
@@ -124,7 +117,6 @@ def _context(digest: Digest) -> dict[str, Any]:
         "warnings": c.warnings[:WARNINGS_SHOWN],
         "warnings_cut": max(len(c.warnings) - WARNINGS_SHOWN, 0),
         "troubles_shown": TROUBLES_SHOWN,
-        "examples": c.parity.examples[:EXAMPLES_SHOWN] if c.parity else [],
         "shapes": svg.shapes(),
         "command": shlex.join(c.command),
         "facts": _facts(digest),
@@ -134,7 +126,7 @@ def _context(digest: Digest) -> dict[str, Any]:
 
 
 def _row(r: Result, digest: Digest, shown: set[str]) -> Row:
-    note = cw.parity_short(digest) if r.status == "IMPROVED" else "" if r.gating else "not gating"
+    note = parity.short(digest.comparison.validation) if r.status == "IMPROVED" else "" if r.gating else "not gating"
     return Row(
         result=r,
         anchor=f"case-{digest.case_index[r.case]}" if r.case in shown else "",

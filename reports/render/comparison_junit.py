@@ -15,6 +15,7 @@ from xml.etree import ElementTree as ET
 from reports.comparison import CaseRecord, Comparison, Result
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
+from reports.render import parity
 from reports.render.junit import add, case_of, clean, finished, parity_cases, suite_of
 
 _FAILING = {
@@ -44,8 +45,8 @@ def render_comparison_junit(comparison: Comparison) -> str:
         counted.add(r.case)
         cases.append(_result(r, digest, time, troubles[r.case]))
     suites.append(suite_of(root, "compare", cases, comparison.created_utc))
-    if comparison.parity is not None:
-        suites.append(suite_of(root, "parity", parity_cases(comparison.parity), comparison.created_utc))
+    if comparison.validation is not None:
+        suites.append(suite_of(root, "parity", parity_cases(comparison.validation), comparison.created_utc))
     return finished(root, suites, comparison.duration_s)
 
 
@@ -69,7 +70,7 @@ def _result(r: Result, digest: Digest, seconds: float, troubles: list[CaseRecord
         f"p (Holm) {cw.p_text(r.p_holm)}; {r.valid_pairs} pairs; margin {r.margin * 100:g} %"
     )
     if r.status == "IMPROVED":
-        message += f"; {cw.parity_short(digest)}"
+        message += f"; {parity.short(digest.comparison.validation)}"
     kind = _FAILING.get(r.status)
     if r.status == "IMPROVED" and digest.parity_fails:
         kind = "parity"

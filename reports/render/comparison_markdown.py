@@ -11,7 +11,7 @@ import shlex
 from reports.comparison import ChangeStatus, Comparison, Result
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
-from reports.render import words
+from reports.render import parity, words
 from reports.render.markdown import LIMIT, LISTED, escape, fenced, parity_blocks, table, within
 
 _MARKS: dict[ChangeStatus, str] = {
@@ -37,11 +37,11 @@ def render_comparison_markdown(comparison: Comparison) -> str:
     if c.advisory:
         blocks.append(f"> **Advisory, nothing gates:** {escape(c.advisory_reason or 'not measured in pairs', 400)}")
     blocks += [_counts(digest), _facts(digest), *_reasons(c), *_results(digest)]
-    if c.parity is None:
-        blocks.append("### Parity\n\nParity was not examined: this may or may not still be the same model.")
-    else:
-        blocks += parity_blocks(c.parity)
-    blocks += [*_history(c), "### Repeat\n\n" + fenced(words.shorten(shlex.join(c.command), 2000))]
+    blocks += [
+        *parity_blocks(c.validation),
+        *_history(c),
+        "### Repeat\n\n" + fenced(words.shorten(shlex.join(c.command), 2000)),
+    ]
     return within(blocks, LIMIT) + "\n"
 
 
@@ -52,11 +52,11 @@ def _counts(digest: Digest) -> str:
 
 def _facts(digest: Digest) -> str:
     c = digest.comparison
-    parity = f"{_OUTCOMES.get(c.parity_outcome or '', '❔')} {cw.parity_short(digest)}"
-    check = cw.check_line(digest.leading_check)
+    answer = f"{_parity_sign(c)} {parity.short(c.validation)}"
+    check = parity.measurement_line(parity.leading(c.validation))
     lines = [
         f"- **Compared:** {escape(c.candidate.title)} against {escape(c.base.title)}",
-        f"- **Same model:** {escape(parity)}{f' ({escape(check, 300)})' if check else ''}",
+        f"- **Same model:** {escape(answer)}{f' ({escape(check, 300)})' if check else ''}",
         f"- **How sure:** {escape(cw.sure_line(c), 400)}",
         f"- **Machine:** {escape(cw.machine_line(c), 400)}",
     ]
@@ -64,6 +64,10 @@ def _facts(digest: Digest) -> str:
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         lines.insert(1, f"- **Differs:** {'; '.join(escape(d, 120) for d in found[:8])}{more}")
     return "\n".join(lines)
+
+
+def _parity_sign(c: Comparison) -> str:
+    return _OUTCOMES[c.validation.verdict] if c.validation else "❔"
 
 
 def _reasons(c: Comparison) -> list[str]:
@@ -101,7 +105,8 @@ def _table(results: list[Result], digest: Digest, rows: int) -> str:
 def _cells(r: Result, digest: Digest) -> list[str]:
     status = f"{_MARKS[r.status]} {r.status}"
     if r.status == "IMPROVED":
-        status += f", {escape(cw.parity_short(digest))} {_OUTCOMES.get(digest.comparison.parity_outcome or '', '❔')}"
+        c = digest.comparison
+        status += f", {escape(parity.short(c.validation))} {_parity_sign(c)}"
     if not r.gating:
         status += ", not gating"
     return [

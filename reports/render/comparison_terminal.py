@@ -12,7 +12,7 @@ from rich.text import Text
 from reports.comparison import Comparison
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
-from reports.render import words
+from reports.render import parity, words
 from reports.render.terminal import STYLES, parity_table, plain_table
 
 ROWS = 40
@@ -25,9 +25,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     console.print(results_table(digest))
     if (cut := len(comparison.results) - ROWS) > 0:
         console.print(Text(f"{cut:,} less pressing results are in the page.", style="dim"))
-    if (parity := parity_table(comparison.parity)) is not None:
+    if (table := parity_table(comparison.validation)) is not None:
         console.print()
-        console.print(parity)
+        console.print(table)
     else:
         console.print("\nParity: not examined.")
     console.print()
@@ -46,7 +46,7 @@ def results_table(digest: Digest) -> Table:
         tone = "fail" if r.status == "IMPROVED" and digest.parity_fails else cw.TONES[r.status]
         status = Text(f"{cw.GLYPHS[r.status]} {r.status}", style=_COLOURS[tone])
         if r.status == "IMPROVED":
-            status.append(f"\n{cw.parity_short(digest)}", style="dim")
+            status.append(f"\n{parity.short(digest.comparison.validation)}", style="dim")
         table.add_row(
             Text(words.shorten(r.case, 30)),
             Text(words.shorten(cw.metric_name(r.metric), 14)),

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 from reports.comparison import ChangeStatus, Comparison, Result
 from reports.comparison_summary import Digest, MetricGroup
-from reports.record import Check
-from reports.render import words
+from reports.render import parity, words
 
 METRIC_NAMES = {
     "tpot": "decode",
@@ -178,6 +177,10 @@ def headline(digest: Digest) -> str:
     return " ".join(part for part in verdict_sentences(digest) if part)
 
 
+def _outcome(c: Comparison) -> str | None:
+    return c.validation.verdict if c.validation else None
+
+
 def verdict_sentences(digest: Digest) -> tuple[str, str]:
     """The verdict as a page sets it: the sentence that stands large, and what is to be known beside it."""
     c = digest.comparison
@@ -195,62 +198,13 @@ def verdict_sentences(digest: Digest) -> tuple[str, str]:
             first.append(told)
     elif not first:
         first, rest = rest[:1], rest[1:]
-    if c.parity_outcome in (None, "PASS") and any(r.status == "IMPROVED" for r in c.results):
+    if _outcome(c) in (None, "PASS") and any(r.status == "IMPROVED" for r in c.results):
         # A speed-up never stands without its parity.
-        rest.insert(0, f"{parity_short(digest).capitalize()}.")
+        rest.insert(0, f"{parity.short(c.validation).capitalize()}.")
     beside = _moved(digest, gating=False)
     if beside:
         rest.append(f"Outside the gate, {_joined(beside)}.")
     return " ".join(first), " ".join(rest)
-
-
-def parity_word(digest: Digest) -> str:
-    """Yes, No, Undecided or Not examined: is it still the same model."""
-    outcome = digest.comparison.parity_outcome
-    return {"PASS": "Yes", "FAIL": "No", "INCONCLUSIVE": "Undecided"}.get(outcome or "", "Not examined")
-
-
-def parity_tone(digest: Digest) -> str:
-    """CSS class of the parity answer."""
-    return {"PASS": "pass", "FAIL": "fail"}.get(digest.comparison.parity_outcome or "", "open")
-
-
-def parity_short(digest: Digest) -> str:
-    """The words that stand beside every speed-up."""
-    parity, outcome = digest.comparison.parity, digest.comparison.parity_outcome
-    if parity is None or outcome is None:
-        return "parity not examined"
-    verb = {"PASS": "holds", "FAIL": "fails", "INCONCLUSIVE": "undecided"}[outcome]
-    return f"parity {verb} at {words.shorten(parity.tier, 20)}"
-
-
-def parity_mark(digest: Digest) -> str:
-    """A sign for the parity outcome."""
-    return {"PASS": "✓", "FAIL": "✕"}.get(digest.comparison.parity_outcome or "", "?")
-
-
-def check_line(check: Check | None) -> str:
-    """A check against its tier and its null control, such as ``Mean KL divergence 2.1e-11 nats, limit ≤ 1e-8``."""
-    if check is None:
-        return ""
-    held = check.bound if check.bound is not None else check.value
-    text = f"{words.shorten(check.title or check.name, 60)} {words.number(held, check.unit, check.limit)}"
-    if check.limit is not None:
-        text += f", limit {words.limit_text(check.limit, check.better)}"
-    if check.null_value is not None:
-        text += f", null control {words.number(check.null_value, '', check.limit)}"
-    return text
-
-
-def parity_line(digest: Digest) -> str:
-    """How many checks pass at which tier, and the leading one with its limit and null control."""
-    parity = digest.comparison.parity
-    if parity is None:
-        return "this comparison says nothing about the model's answers"
-    every = [c.status for c in parity.checks] + [t.status for t in parity.tasks]
-    gated = [s for s in every if s != "REPORTED"]
-    passed = sum(s in ("PASS", "SUSPICIOUS") for s in gated)
-    return f"{passed} of {len(gated)} checks pass at tier {words.shorten(parity.tier, 40)}"
 
 
 def case_text(result: Result) -> str:
@@ -317,11 +271,11 @@ def differences(comparison: Comparison) -> list[str]:
 
 def _parity_part(digest: Digest) -> list[str]:
     c = digest.comparison
-    if c.parity_outcome == "FAIL":
-        tier = f" at tier {words.shorten(c.parity.tier, 20)}" if c.parity else ""
+    if c.validation is not None and c.validation.verdict == "FAIL":
+        tier = f" at tier {words.shorten(c.validation.tier, 20)}"
         lost = any(r.status == "IMPROVED" for r in c.results)
         return [f"Not the same model: parity fails{tier}{', so no speed-up counts' if lost else ''}."]
-    return ["Parity is undecided."] if c.parity_outcome == "INCONCLUSIVE" else []
+    return ["Parity is undecided."] if _outcome(c) == "INCONCLUSIVE" else []
 
 
 def _moved(digest: Digest, gating: bool) -> list[str]:

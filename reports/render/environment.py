@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from reports.record import Check
 from reports.render import words
+from reports.validation import Measurement
 
 _TONES = {
     "pass": ("PASS", "PASSED", "MET"),
@@ -52,10 +52,10 @@ def environment(**filters: Callable[..., Any]) -> Environment:
         score=words.score,
         difference=words.difference,
         limit=words.limit_text,
-        explain=words.explain,
         short=words.shorten,
         when=words.when,
-        figure=_check_figure,
+        measured=_measured,
+        is_hash=lambda name: name.endswith("SHA-256") or name in ("Spec digest", "Fingerprint"),
         tone=tone,
         mark=lambda word: "!" if word == "SUSPICIOUS" else _MARKS[tone(word)],
         cap=lambda text: text[:1].upper() + text[1:],
@@ -65,5 +65,5 @@ def environment(**filters: Callable[..., Any]) -> Environment:
     return env
 
 
-def _check_figure(check: Check, name: str) -> str:
-    return words.number(getattr(check, name), check.unit, check.limit)
+def _measured(m: Measurement, name: str) -> str:
+    return words.number(getattr(m, name), m.unit, m.limit)

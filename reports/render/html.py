@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from reports.record import RunRecord
-from reports.render import plots, words
+from reports.render import parity, plots, words
 from reports.render.environment import environment
 from reports.stats import SPREAD_LIMIT, Estimate, median
 from reports.summary import (
@@ -32,7 +32,6 @@ from reports.summary import (
 )
 from reports.verdict import Verdict, judge
 
-EXAMPLES_SHOWN = 20
 SECTIONS = (
     ("latency", "Latency"),
     ("figures", "Figures"),
@@ -59,30 +58,14 @@ def sure(speedup: Estimate) -> str:
     return text if speedup.low > 1 else f"{text}, slower"
 
 
-def parity_line(record: RunRecord, verdict: Verdict) -> str:
-    """The parity answer's reason in one line."""
-    if record.parity is None or verdict.gated == 0:
-        return "no check was run"
-    tier = words.shorten(record.parity.tier, 40)
-    told = [f"{verdict.passed} of {verdict.gated} checks pass at tier {tier}"]
-    for names, word in (
-        (verdict.failed, "failed"),
-        (verdict.inconclusive, "inconclusive"),
-        (verdict.suspicious, "suspicious"),
-    ):
-        if names:
-            which = f" ({words.shorten(names[0], 40)})" if len(names) == 1 else ""
-            told.append(f"{len(names)} {word}{which}")
-    return ", ".join(told)
-
-
 def sure_line(record: RunRecord, verdict: Verdict) -> str:
     """What the answers rest on, in one line."""
     rounds = f"{verdict.rounds} round{'s' * (verdict.rounds != 1)} a side" if verdict.rounds else "no rounds"
     case = headline_case(record)
     where = f" ({case.label})" if case else ""
     scored = f"{verdict.tokens_scored:,} tokens scored" if verdict.tokens_scored else "no tokens scored"
-    items = sum({t.task: t.items for t in record.parity.tasks}.values()) if record.parity else 0
+    v = record.validation
+    items = len(v.evidence.outputs) if v else 0
     answers = f", {items:,} answers compared" if items else ""
     count = len(verdict.warnings)
     warned = f", {count} warning{'s' * (count != 1)}" if count else ""
@@ -135,6 +118,8 @@ def facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
         ),
         ("Versions", [("llama-onnx-bench", record.tool_version), *record.versions.items()]),
     ]
+    if record.validation is not None:
+        found += parity.facts(record.validation)
     for side in ordered_sides(record):
         if side.details:
             found.append((side.title, [(name, _plain(value)) for name, value in side.details.items()]))
@@ -152,16 +137,13 @@ def _context(record: RunRecord) -> dict[str, Any]:
     told = [o for o in record.outcomes if o.outcome != "passed"]
     return {
         "record": record,
-        "parity": record.parity,
+        **parity.context(record.validation),
         "verdict": verdict,
         "case": case,
         "sections": SECTIONS,
         "model_line": words.model_line(record),
-        "machine_line": words.machine_line(record),
+        "machine_line": words.machine_line(record.machine),
         "sure_line": sure_line(record, verdict),
-        "parity_line": parity_line(record, verdict),
-        "parity_word": {"same": "Yes", "different": "No", "undecided": "Undecided"}.get(verdict.parity, "Not examined"),
-        "parity_tone": {"same": "pass", "different": "fail"}.get(verdict.parity, "open"),
         "latency": latency_rows(record),
         "warmups": ", ".join(str(n) for n in sorted({s.warmup_rounds for s in record.series})),
         "gap_rows": gap_rows(record, case) if case else [],
@@ -172,12 +154,11 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "loads": load_rows(record),
         "styles": plots.side_styles(record),
         "plots": plots.all_plots(record),
-        "examples": record.parity.examples[:EXAMPLES_SHOWN] if record.parity else [],
         "outcome_counts": list(Counter(o.outcome for o in record.outcomes).items()),
         "outcomes_told": told,
         "command": shlex.join(record.command),
         "facts": facts(record),
-        "hashes": ("Weights SHA-256", "Spec digest", "Fingerprint"),
+        "fingerprint": record.machine.fingerprint,
         "glossary": words.GLOSSARY,
         "ratio_note": words.RATIO_NOTE,
         "spread_limit": SPREAD_LIMIT,

@@ -12,10 +12,11 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from reports.record import Parity, RunRecord
+from reports.record import RunRecord
 from reports.render import words
 from reports.stats import Estimate
 from reports.summary import floor_rows, floor_s, headline_case, latency_rows, load_rows, memory_rows
+from reports.validation import Validation
 from reports.verdict import Verdict, judge, speed_sentence
 
 LIMIT = 64_000
@@ -23,8 +24,7 @@ LIMIT = 64_000
 
 ROWS, LISTED, EXAMPLES, EXAMPLE_CHARS = 60, 20, 5, 600
 EXAMPLES_ROOM = 16_000
-_MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SUSPICIOUS": "⚠️", "REPORTED": "▫️"}
-_VERDICTS = {0: "✅", 1: "❌", 3: "❔"}
+_MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SUSPICIOUS": "⚠️", "REPORTED": "▫️", "SKIPPED": "▫️"}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!~$])")
 
 
@@ -49,17 +49,17 @@ def render_markdown(record: RunRecord) -> str:
     """The report as GitHub-flavoured Markdown, under 65,000 characters whatever the record holds."""
     verdict = judge(record)
     blocks = [
-        f"**{_VERDICTS[verdict.exit_code]} {verdict.word}: {escape(verdict.headline, 400)}**",
+        f"**{_MARKS[verdict.outcome]} {verdict.word}: {escape(verdict.headline, 400)}**",
         *_answers(record, verdict),
         *_warnings(verdict),
         *_latency(record),
         *_figures(record),
-        *parity_blocks(record.parity),
+        *parity_blocks(record.validation),
         *_memory(record),
         "### Repeat\n\n" + fenced(words.shorten(shlex.join(record.command), 2000)),
     ]
     text = within(blocks, LIMIT - EXAMPLES_ROOM)
-    return "\n\n".join([text, *_examples(record, LIMIT - len(text))]) + "\n"
+    return "\n\n".join([text, *example_blocks(record.validation, LIMIT - len(text), "record.json")]) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -85,7 +85,7 @@ def within(blocks: Sequence[str], limit: int) -> str:
 
 
 def _answers(record: RunRecord, verdict: Verdict) -> list[str]:
-    details = {c.title or c.name: c.detail for c in record.parity.checks} if record.parity else {}
+    details = {r.title: r.reason for r in record.validation.results} if record.validation else {}
 
     def told(name: str) -> str:
         detail = details.get(name)
@@ -95,7 +95,7 @@ def _answers(record: RunRecord, verdict: Verdict) -> list[str]:
         f"- **Model:** {escape(record.model.name)} ({escape(words.model_line(record))})",
         f"- **Speed:** {speed_sentence(verdict.speed)}",
         f"- **Parity:** {verdict.parity}; {verdict.passed} of {verdict.gated} checks pass",
-        f"- **Machine:** {escape(words.machine_line(record), 400)}",
+        f"- **Machine:** {escape(words.machine_line(record.machine), 400)}",
         f"- **How sure:** {verdict.rounds} rounds a side, {verdict.tokens_scored or 0:,} tokens scored",
         f"- **Not examined:** {escape(', '.join(verdict.not_examined), 600) or words.DASH}",
     ]
@@ -177,29 +177,28 @@ def _figures(record: RunRecord) -> list[str]:
     return ["### Figures\n\n" + table(["Figure", "Limit", "Measured", "Met"], cells)]
 
 
-def parity_blocks(parity: Parity | None) -> list[str]:
+def parity_blocks(validation: Validation | None) -> list[str]:
     """Checks and task metrics as Markdown tables, or a line that says that nothing was examined."""
-    if parity is None:
+    if validation is None:
         return ["### Parity\n\nParity was not examined: this may or may not still be the same model."]
-    where = f"Tier {escape(parity.tier, 40)} against {escape(parity.baseline)}, on {escape(parity.dataset)}."
-    found = ["### Parity\n\n" + where]
-    if parity.checks:
-        cells = [
-            [
-                escape(c.title or c.name, 80),
-                f"{_MARKS[c.status]} {c.status}",
-                escape(words.number(c.value, c.unit, c.limit), 60),
-                escape(words.number(c.bound, c.unit, c.limit), 60),
-                escape(words.limit_text(c.limit, c.better, c.unit), 60),
-                escape(words.number(c.null_value, c.unit, c.limit), 60),
-                f"{c.samples:,}",
-            ]
-            for c in parity.checks
-        ]
-        found.append(
-            table(["Check", "Status", "Value", "95\u00a0% bound", "Limit", "Null control", "Samples"], cells, 2)
-        )
-    if parity.tasks:
+    v = validation
+    where = f"Tolerance tier {escape(v.tier, 40)}, mode {v.mode}, against {escape(v.baseline)}, on {escape(v.dataset)}."
+    if v.place:
+        where += f"\n\n**Leaves the baseline at** {escape(v.place.detail, 300)}"
+    cells = []
+    for r in v.results:
+        m = r.measurements[0] if r.measurements else None
+        told = [escape(words.number(x, m.unit, m.limit), 60) for x in (m.value, m.bound)] if m else []
+        limit = escape(words.limit_text(m.limit, m.better, m.unit), 60) if m else words.DASH
+        # What an exact check says stands in full where it failed, else its name is enough.
+        said = told or [escape(r.summary, 200) if r.status == "FAIL" else words.DASH, words.DASH]
+        samples = f"{m.samples:,}" if m else words.DASH
+        cells.append([escape(r.title, 80), f"{_MARKS[r.status]} {r.status}", *said, limit, samples])
+    found = [
+        "### Parity\n\n" + where,
+        table(["Check", "Status", "Value", "95\u00a0% bound", "Limit", "Samples"], cells, 2),
+    ]
+    if v.tasks:
         cells = [
             [
                 f"{escape(t.task, 60)}, {escape(t.metric, 40)}",
@@ -210,7 +209,7 @@ def parity_blocks(parity: Parity | None) -> list[str]:
                 words.difference(t.limit),
                 f"{t.items:,}" + (f" ({t.would_decide})" if t.would_decide else ""),
             ]
-            for t in parity.tasks
+            for t in v.tasks
         ]
         found.append(
             table(["Task", "Status", "Candidate", "Baseline", "Difference, bound", "Limit", "Items"], cells, 2)
@@ -220,20 +219,9 @@ def parity_blocks(parity: Parity | None) -> list[str]:
     return found
 
 
-def _memory(record: RunRecord) -> list[str]:
-    found = []
-    if rows := memory_rows(record):
-        cells = [[escape(r.side.title, 60), words.size(r.memory.peak_bytes), words.size(r.own_bytes)] for r in rows]
-        found.append("### Memory and load\n\n" + table(["Side", "Peak", "Added by the model"], cells))
-    if loads := load_rows(record):
-        cells = [[escape(side.title, 60), _timing(e), str(e.n)] for side, e in loads]
-        found.append(table(["Side", "Load, ms", "Samples"], cells))
-    return found
-
-
-def _examples(record: RunRecord, room: int) -> list[str]:
+def example_blocks(validation: Validation | None, room: int, source: str) -> list[str]:
     """The first few examples as far as there is room, and a line that counts the rest."""
-    every = record.parity.examples if record.parity else []
+    every = validation.examples if validation else []
     found = []
     for e in every[:EXAMPLES]:
         parts = [
@@ -252,5 +240,16 @@ def _examples(record: RunRecord, room: int) -> list[str]:
             break
         found.append(block)
     if len(every) > len(found):
-        found.append(f"… {len(found)} of {len(every):,} examples; the rest are in record.json.")
+        found.append(f"… {len(found)} of {len(every):,} examples; the rest are in {source}.")
+    return found
+
+
+def _memory(record: RunRecord) -> list[str]:
+    found = []
+    if rows := memory_rows(record):
+        cells = [[escape(r.side.title, 60), words.size(r.memory.peak_bytes), words.size(r.own_bytes)] for r in rows]
+        found.append("### Memory and load\n\n" + table(["Side", "Peak", "Added by the model"], cells))
+    if loads := load_rows(record):
+        cells = [[escape(side.title, 60), _timing(e), str(e.n)] for side, e in loads]
+        found.append(table(["Side", "Load, ms", "Samples"], cells))
     return found

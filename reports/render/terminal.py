@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reports.record import Parity, RunRecord
+from reports.record import RunRecord
 from reports.render import words
 from reports.stats import Estimate
 from reports.summary import LatencyRow, floor_rows, headline_case, latency_rows, load_rows, memory_rows
+from reports.validation import Validation
 from reports.verdict import judge, speed_sentence
 
 STYLES = {
@@ -40,16 +41,14 @@ def print_summary(record: RunRecord, console: Console) -> None:
         console.print(Text(note, style="dim"))
     else:
         console.print("Latency: not measured.")
-    for table in (floor_table(record), memory_table(record), parity_table(record.parity), figures_table(record)):
+    for table in (floor_table(record), memory_table(record), parity_table(record.validation), figures_table(record)):
         if table is not None:
             console.print()
             console.print(table)
-    if record.parity is None:
+    if record.validation is None:
         console.print("\nParity: not examined.")
-    for check in record.parity.checks if record.parity else []:
-        if check.status in ("FAIL", "INCONCLUSIVE", "SUSPICIOUS"):
-            told = f" {check.title or check.name}: {words.shorten(check.detail, 300)}"
-            console.print(Text.assemble((check.status, STYLES[check.status]), told))
+    for r in record.validation.of("FAIL", "INCONCLUSIVE", "SUSPICIOUS") if record.validation else []:
+        console.print(Text.assemble((r.status, STYLES[r.status]), f" {r.title}: {words.shorten(r.reason, 300)}"))
     console.print()
     if verdict.random_weights:
         console.print(Text("RANDOM WEIGHTS: answers and task scores mean nothing.", style="bold yellow"))
@@ -111,20 +110,22 @@ def memory_table(record: RunRecord) -> Table | None:
     return table
 
 
-def parity_table(parity: Parity | None) -> Table | None:
+def parity_table(validation: Validation | None) -> Table | None:
     """One line for every check and task metric."""
-    if parity is None:
+    if validation is None:
         return None
-    table = plain_table(f"Parity, tier {words.shorten(parity.tier, 30)}", "Check", "bound", "limit", "status")
-    for c in parity.checks:
-        held = c.bound if c.bound is not None else c.value
+    title = f"Parity, tolerance tier {words.shorten(validation.tier, 30)}, mode {validation.mode}"
+    table = plain_table(title, "Check", "bound", "limit", "status")
+    for r in validation.results:
+        m = r.measurements[0] if r.measurements else None
+        held = (m.bound if m.bound is not None else m.value) if m else None
         table.add_row(
-            Text(words.shorten(c.title or c.name, 32)),
-            Text(words.shorten(words.number(held, c.unit, c.limit), 16)),
-            Text(words.shorten(words.limit_text(c.limit, c.better, c.unit), 16)),
-            Text(c.status, style=STYLES.get(c.status, "dim")),
+            Text(words.shorten(r.title, 32)),
+            Text(words.shorten(words.number(held, m.unit, m.limit), 16) if m else words.DASH),
+            Text(words.shorten(words.limit_text(m.limit, m.better, m.unit), 16) if m else words.DASH),
+            Text(r.status, style=STYLES.get(r.status, "dim")),
         )
-    for t in parity.tasks:
+    for t in validation.tasks:
         table.add_row(
             Text(words.shorten(f"{t.task}: {t.metric}", 32)),
             words.difference(t.difference_bound),

@@ -1,14 +1,22 @@
-"""A validation as lines on a terminal: one a check, then the verdict and why.
+"""A validation as lines on a terminal, as a page, as Markdown for a pull request and as JUnit.
 
-Try: ``llama-onnx validate FOLDER --baseline demo --mode quick``.
+Try: ``llama-onnx validate FOLDER --baseline demo --mode quick --out /tmp/validated``.
 """
 
 from __future__ import annotations
 
+import shlex
+from xml.etree import ElementTree as ET
+
 from rich.console import Console
 from rich.text import Text
 
+from reports.render import parity, words
+from reports.render.environment import environment
+from reports.render.junit import finished, parity_cases, suite_of
+from reports.render.markdown import EXAMPLES_ROOM, LIMIT, escape, example_blocks, fenced, parity_blocks, within
 from reports.validation import CheckResult, Validation
+from reports.verdict import PARITY_WORDS, WORDS, parity_answer, unexamined
 
 STYLE = {
     "PASS": "green",
@@ -18,15 +26,16 @@ STYLE = {
     "REPORTED": "dim",
     "SKIPPED": "dim",
 }
+SOURCE = "validation.json"
 _NAME = 18
 
 
 def print_check(result: CheckResult, console: Console) -> None:
-    """Name, status, figure and seconds; up to three findings below a failed one."""
+    """Name, status, summary and seconds; up to three findings below a failed one."""
     line = Text(f"{result.name:<{_NAME}} ")
     line.append(f"{result.status:<12} ", style=STYLE[result.status])
     line.append(f"{result.seconds:6.1f} s  ", style="dim")
-    line.append(result.figure)
+    line.append(result.summary)
     console.print(line, soft_wrap=True)
     for finding in result.findings[1:4]:
         console.print(Text(f"{'':<{_NAME}} also {finding.where}: {finding.what}", style="dim"), soft_wrap=True)
@@ -36,7 +45,8 @@ def print_verdict(found: Validation, console: Console) -> None:
     """The verdict, the place, and the reasons."""
     head = Text(f"\n{found.verdict}", style=STYLE[found.verdict])
     head.append(
-        f"  {found.folder} against {found.baseline}, tier {found.tier}, mode {found.mode}, {found.seconds:.0f} s",
+        f"  {found.folder} against {found.baseline}, tolerance tier {found.tier}, mode {found.mode}, "
+        f"{found.seconds:.0f} s",
         style="",
     )
     console.print(head, soft_wrap=True)
@@ -46,3 +56,70 @@ def print_verdict(found: Validation, console: Console) -> None:
         console.print(Text(f"  leaves the baseline at {found.place.detail}"), soft_wrap=True)
     for note in found.notes:
         console.print(Text(f"  note: {note}", style="dim"), soft_wrap=True)
+
+
+def headline(v: Validation) -> str:
+    """The answer in one sentence."""
+    first = v.reasons[0] if v.verdict != "PASS" and v.reasons else parity.line(v)
+    return f"{PARITY_WORDS[parity_answer(v)]}: {words.shorten(first, 220)}."
+
+
+def _ran_on(v: Validation) -> str:
+    asked = str(v.settings.get("provider", "cpu"))
+    if not v.session:
+        return f"{asked} (nothing was run)"
+    details = [f"{name} {v.session[name]}" for name in ("onnxruntime", "attention_kernel") if name in v.session]
+    ran = str(v.session.get("provider", asked))
+    more = f", asked for {asked}" if ran != asked else ""
+    return ", ".join([ran + more, *details])
+
+
+def _sure(v: Validation) -> str:
+    return f"{v.tokens_scored:,} tokens scored, {len(v.evidence.outputs):,} answers compared"
+
+
+def render_validation(v: Validation) -> str:
+    """The page; equal validations give equal bytes."""
+    return (
+        environment()
+        .get_template("validation.html.j2")
+        .render(
+            parity.context(v)
+            | {
+                "word": WORDS[v.verdict],
+                "headline": headline(v),
+                "ran_on": _ran_on(v),
+                "machine_line": words.machine_line(v.machine),
+                "sure_line": _sure(v),
+                "not_examined": unexamined(v),
+                "command": shlex.join(v.command),
+                "fingerprint": v.machine.fingerprint,
+                "facts": [*parity.facts(v), ("Versions", list(v.versions.items()))],
+                "source": SOURCE,
+            }
+        )
+    )
+
+
+def render_validation_markdown(v: Validation) -> str:
+    """GitHub-flavoured Markdown under 65,000 characters."""
+    mark = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔"}[v.verdict]
+    lines = [
+        f"- **Folder:** {escape(v.folder)}, against {escape(v.baseline)}",
+        f"- **Ran on:** {escape(_ran_on(v))}",
+        f"- **How sure:** {_sure(v)}",
+        f"- **Not examined:** {escape(', '.join(unexamined(v)), 600) or words.DASH}",
+    ]
+    blocks = [f"**{mark} {WORDS[v.verdict]}: {escape(headline(v), 400)}**", "\n".join(lines)]
+    told = [*(v.reasons if v.verdict != "PASS" else []), *v.notes]
+    if told:
+        blocks.append("### Read this first\n\n" + "\n".join(f"- {escape(r, 400)}" for r in told[:20]))
+    blocks += [*parity_blocks(v), "### Repeat\n\n" + fenced(words.shorten(shlex.join(v.command), 2000))]
+    text = within(blocks, LIMIT - EXAMPLES_ROOM)
+    return "\n\n".join([text, *example_blocks(v, LIMIT - len(text), SOURCE)]) + "\n"
+
+
+def render_validation_junit(v: Validation) -> str:
+    """JUnit XML: one test case a check and a task metric."""
+    root = ET.Element("testsuites", name="llama-onnx-bench validate")
+    return finished(root, [suite_of(root, "parity", parity_cases(v), v.created_utc)], v.seconds)

@@ -1,4 +1,4 @@
-"""Numbers and names as a reader meets them: units, digits, and the plain words for each parity figure.
+"""Numbers and names as a reader meets them: units and digits.
 
 One rule for ratios everywhere: ``2.79×`` is *times as fast as the baseline*, the
 baseline's time divided by the side's.
@@ -13,7 +13,8 @@ import math
 import re
 from decimal import Decimal
 
-from reports.record import Check, RunRecord, Side
+from reports.base import Machine
+from reports.record import RunRecord, Side
 from reports.stats import Estimate
 
 DASH = "–"
@@ -76,39 +77,7 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     ),
 )
 
-# First match wins: every word of the key must stand in the check's name or title.
-_EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("first", "diverge"), "How many tokens the two write alike before they part."),
-    (("kl", "max"), "The single token on which the two disagree most: catches a defect at one place."),
-    (("kl", "99.9"), "Only one token in a thousand strays further from PyTorch's odds: the rare bad token."),
-    (("kl", "tail"), "Only one token in a thousand strays further from PyTorch's odds: the rare bad token."),
-    (("kl",), "How far the odds for the next token stray from PyTorch's, on average; 0 is identical."),
-    (("ppl",), "How much more surprised by real text than PyTorch; 1 is equally surprised."),
-    (("perplex",), "How much more surprised by real text than PyTorch; 1 is equally surprised."),
-    (("top",), "How often both rank the same token first: what greedy decoding would write."),
-    (("prob",), "How much the odds of the right token change."),
-    (
-        ("step",),
-        "Reading a text at once or token by token through the cache must give the same odds.",
-    ),
-    (("cache",), "Reading a text at once or token by token through the cache must give the same odds."),
-    (("pad",), "Rows of unequal length in one batch must answer as they do alone."),
-    (("batch",), "Rows of unequal length in one batch must answer as they do alone."),
-    (("context",), "Far positions must be as right as near ones: a wrong rotary base shows here first."),
-    (("length",), "Answers must not grow or shrink: a model that cannot stop shows here."),
-    (("greedy",), "How many answers, written greedily, equal PyTorch's token for token."),
-)
-
 UNITS = {"nat": "nats", "fraction": "", "ratio": "", "1": "", "percent": "%"}
-
-
-def explain(check: Check) -> str:
-    """One line in plain words; a check that is not known by name keeps the detail that it brings."""
-    text = f"{check.name} {check.title}".lower()
-    for words, sentence in _EXPLANATIONS:
-        if all(w in text for w in words):
-            return sentence
-    return check.detail
 
 
 def fixed(value: float) -> str:
@@ -239,9 +208,8 @@ def role_word(side: Side) -> str:
     return {"candidate": "candidate", "baseline": "baseline", "peer": "peer"}[side.role]
 
 
-def machine_line(record: RunRecord) -> str:
+def machine_line(m: Machine) -> str:
     """The machine in one line."""
-    m = record.machine
     parts = [m.cpu, f"{m.cores} core{'s' * (m.cores != 1)}", size(m.memory_bytes), m.os]
     return " · ".join([m.gpu, *parts] if m.gpu else parts)
 

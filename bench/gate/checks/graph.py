@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.gate.subject import Found, Subject, exact
+from bench.gate.found import Found, exact
+from bench.gate.subject import Subject
 from export.manifest import MANIFEST_NAME, ManifestError, verify_files
 from reports.validation import Finding
 

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.gate.subject import Found, Subject, exact
+from bench.gate.found import Found, exact
+from bench.gate.subject import Subject
 from reports.validation import Finding
 
 VOLATILE = {

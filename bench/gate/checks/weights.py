@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bench.gate.canonical import constants_of, read_by_outputs
-from bench.gate.subject import Found, Subject, exact
+from bench.gate.found import Found, exact
+from bench.gate.subject import Subject
 from bench.gate.tensors import TensorReader
 from reports.validation import Finding
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.data.loading import chunked
 from bench.errors import BenchError
 from bench.latency.measure import CpuBandwidth, interleave, load_times, warm_up
 from bench.latency.replay import CLOCK, ReplayClock, replay
-from bench.latency.workload import choose_profile, chunked, latency_prompts
+from bench.latency.workload import choose_profile, latency_prompts
 from reports.record import Case
 
 CASE = Case(batch=2, prompt=4, new_tokens=3)

@@ -1,0 +1,114 @@
+"""Where and how a folder runs: provider, threads and options, in one value that every command opens folders with.
+
+Try: ``llama-onnx validate FOLDER --baseline demo --provider cpu --session-option session.intra_op.allow_spinning=0``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.ort_session import OrtSession
+    from runtime.tensorrt import Shapes
+
+
+def add_options(add: Callable[..., Any], provider: str = "cpu") -> None:
+    """The options of a deployment; ``add`` is argparse's ``add_argument`` or pytest's ``addoption``."""
+    add("--provider", default=provider, help=f"cpu, cuda, tensorrt or tensorrt-rtx (default {provider})")
+    add("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="of the provider; may be repeated")
+    add("--session-option", action="append", default=[], metavar="KEY=VALUE", help="of the session; may be repeated")
+    add("--allow-fallback", action="store_true", help="run elsewhere where the provider cannot; the result says so")
+    add("--threads", type=int, help="CPU threads of every side (default: every core)")
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How a folder is opened; see :class:`runtime.settings.SessionSettings` for the fields."""
+
+    provider: str = "cpu"
+    threads: int = field(default_factory=core_count)
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    session_options: Mapping[str, str] = field(default_factory=dict)
+    allow_fallback: bool = False
+
+    @classmethod
+    def of(cls, asked: Any) -> Deployment:
+        """From parsed options; ``auto`` is CUDA where a GPU is there, else the CPU.
+
+        Raises:
+            SessionError: an unknown provider, one that cannot run here (unless a fallback is allowed), or an option
+                that is not KEY=VALUE.
+        """
+        from runtime.errors import ProviderUnavailableError
+        from runtime.provider_options import parse_options
+        from runtime.providers import auto_provider, require
+
+        name = auto_provider() if asked.provider == "auto" else asked.provider
+        try:
+            require(name, None)
+        except ProviderUnavailableError:
+            if not asked.allow_fallback:
+                raise
+        return cls(
+            name,
+            asked.threads or core_count(),
+            parse_options(asked.provider_option),
+            parse_options(asked.session_option),
+            asked.allow_fallback,
+        )
+
+    @property
+    def device(self) -> str:
+        """Where PyTorch runs beside it: ``cpu``, or ``cuda`` for every other provider that loads here."""
+        if self.provider == "cpu":
+            return "cpu"
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def open(
+        self, folder: Path, *, one_graph: bool = False, huge_pages: bool = True, shapes: Shapes | None = None
+    ) -> OrtSession:
+        """The folder on ONNX Runtime; its hashes are the check ``files``' business.
+
+        Args:
+            folder: the exported folder.
+            one_graph: hold one graph at a time: each packs all weights, beside PyTorch that makes three models.
+            huge_pages: move the packed weights into huge pages, which costs at opening and pays at each step.
+            shapes: what TensorRT builds engines for.
+
+        Raises:
+            SessionError: the folder cannot be opened so.
+        """
+        from export.cache import cache_dir
+        from runtime.loading import load
+
+        return load(
+            folder,
+            self.provider,
+            self.threads,
+            verify=False,
+            huge_pages=huge_pages,
+            one_graph=one_graph,
+            provider_options=self.provider_options or None,
+            session_options=self.session_options or None,
+            allow_fallback=self.allow_fallback,
+            shapes=shapes,
+            engine_home=cache_dir() if self.provider.startswith("tensorrt") else None,
+        )
+
+    def settings(self) -> dict[str, str | int | bool]:
+        """What was asked for, for a result."""
+        options = {f"provider option {k}": v for k, v in self.provider_options.items()}
+        options |= {f"session option {k}": v for k, v in self.session_options.items()}
+        fallback: dict[str, str | int | bool] = {"fallback allowed": True} if self.allow_fallback else {}
+        return {"provider": self.provider, "threads": self.threads, **options, **fallback}

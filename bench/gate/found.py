@@ -1,0 +1,52 @@
+"""What a check gives back, and how a named check is described."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reports.validation import Evidence, Example, Finding, Kind, Measurement, Status, TaskMetric
+
+if TYPE_CHECKING:
+    from bench.gate.modes import Terms
+    from bench.gate.subject import Subject
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a check; ``summary`` is its line on the terminal, ``evidence`` what it was computed from."""
+
+    status: Status
+    summary: str
+    findings: Sequence[Finding] = ()
+    measurements: Sequence[Measurement] = ()
+    tasks: Sequence[TaskMetric] = ()
+    notes: Sequence[str] = ()
+    examples: Sequence[Example] = ()
+    evidence: Evidence = Evidence()  # noqa: RUF009 - frozen
+
+
+@dataclass(frozen=True)
+class CheckSpec:
+    """One named check: what it looks at in one sentence, and what it catches (both stand in docs/gate.md).
+
+    ``judge`` gives the same result from the evidence that ``run`` left, without a model; None for exact checks, whose
+    result follows from their findings.
+    """
+
+    name: str
+    kind: Kind
+    looks_at: str
+    catches: str
+    run: Callable[[Subject], Found]
+    judge: Callable[[Evidence, Terms], Found] | None = None
+
+
+def exact(findings: Sequence[Finding], good: str, notes: Sequence[str] = ()) -> Found:
+    """PASS with ``good``, or FAIL naming the first finding."""
+    if not findings:
+        return Found("PASS", good, notes=notes)
+    first = findings[0]
+    more = f" (+{len(findings) - 1} more)" if len(findings) > 1 else ""
+    return Found("FAIL", f"{first.where}: {first.what}{more}", findings=findings, notes=notes)

@@ -1,0 +1,241 @@
+"""Latency, load time and memory of every side of a run, each measured when it is first asked for.
+
+Try: ``pytest bench/ --profile smoke -k decode``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bench.data.loading import load_shipped
+from bench.gate.subject import Subject
+from bench.latency.measure import CpuBandwidth, CudaBandwidth, interleave, load_times, peak_memory
+from bench.latency.workload import Profile, latency_prompts
+from bench.peers.choice import LLAMA_CPP, TITLES, Peers, choose
+from bench.peers.choice import opener as peer_opener
+from bench.peers.optimum_ort import LABEL as OPTIMUM
+from bench.peers.optimum_ort import OptimumSession, plain_export
+from bench.peers.parity import PeerParity, peer_parity
+from bench.peers.table import PARITY
+from export.cache import cache_dir
+from reports.record import Case, Floor, Load, Memory, Series, Side
+from runtime.session import Session
+from runtime.tensorrt import Shapes
+from runtime.torch_session import TorchSession
+
+Ticker = Callable[[str], None]
+Progress = Callable[[str, int], Any]
+KIND = {"GroupQueryAttention": "fused", "Attention": "standard operators", "unfused": "plain"}
+
+
+@contextmanager
+def no_progress(_title: str, _total: int) -> Iterator[Ticker]:
+    """Shows nothing."""
+    yield lambda _message: None
+
+
+@dataclass
+class Measuring:
+    """The sides of one run, and what was measured of them so far.
+
+    Args:
+        subject: the folder under test beside its baseline.
+        profile: how much is measured.
+        peers_asked: whether further peers take part in the headline case, with ``gguf`` for llama.cpp.
+        progress: opens a progress bar.
+    """
+
+    subject: Subject
+    profile: Profile
+    peers_asked: bool = False
+    gguf: Path | None = None
+    progress: Progress = no_progress
+    series: list[Series] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    floor: Floor | None = None
+    peer_parities: dict[str, PeerParity] = field(default_factory=dict)
+    _sessions: dict[str, Session] = field(default_factory=dict)
+
+    # -- sides ------------------------------------------------------------------------------------------------------
+
+    @property
+    def candidate(self) -> str:
+        """Label of the side under test."""
+        return f"onnxruntime-{self.subject.deployment.provider}"
+
+    @property
+    def baseline(self) -> str:
+        """Label of the PyTorch side."""
+        return f"pytorch-{self.subject.deployment.device}"
+
+    @property
+    def headline(self) -> Case:
+        """The case that memory, floor and peers are about."""
+        return self.profile.cases()[0]
+
+    def labels(self, case: Case | None = None) -> list[str]:
+        """Sides that take part, in a case or at all."""
+        m = self.subject.manifest
+        fused = m.precision == "fp32" and m.attention == "GroupQueryAttention"
+        wanted = {"none": False, "headline": case in (None, self.headline), "all": True}[self.profile.peers]
+        optimum = wanted and fused and self.subject.deployment.device == "cpu"
+        more = self.peers.labels if case == self.headline else ()
+        return [self.candidate, self.baseline, *([OPTIMUM] if optimum else []), *more]
+
+    @cached_property
+    def peers(self) -> Peers:
+        """Further peers of the headline case (``--peers``), and why the others cannot take part."""
+        if not self.peers_asked:
+            return Peers((), {})
+        found = choose(self.subject.deployment.device, self.subject.manifest.attention, self.gguf)
+        if LLAMA_CPP in found.labels and self.profile.batch_sizes[0] != 1:
+            labels = tuple(label for label in found.labels if label != LLAMA_CPP)
+            return Peers(labels, {**found.skipped, LLAMA_CPP: "it is measured at batch 1 only"})
+        return found
+
+    @cached_property
+    def _plain(self) -> Path:
+        """optimum's plain export of the checkpoint, made once."""
+        source = self.subject.baseline.source
+        name = f"{source.name.replace('/', '--')}-{source.content_key[:12]}"
+        with self.progress("optimum's plain export, once", 1) as tick:
+            tick("optimum export (about a minute)")
+            return plain_export(source.folder, cache_dir() / "plain" / name)
+
+    def opener(self, label: str) -> Callable[[], Session]:
+        """How to load a side; files are resolved now, so that calling it is loading alone."""
+        s, where = self.subject, self.subject.deployment
+        if label == self.candidate:
+            shapes = self._shapes()
+            return lambda: where.open(s.folder, shapes=shapes)
+        checkpoint, activations = s.baseline.checkpoint, s.manifest.activations
+        if label == self.baseline:
+            return lambda: TorchSession(checkpoint, activations, where.device, threads=where.threads)
+        if label in TITLES:
+            return peer_opener(
+                label,
+                checkpoint=checkpoint,
+                folder=s.folder,
+                precision=activations,
+                device=where.device,
+                threads=where.threads,
+                gguf=self.gguf,
+                info=lambda: self.session(self.candidate).info,
+            )
+        plain = self._plain
+        return lambda: OptimumSession(plain, where.threads)
+
+    def _shapes(self) -> Shapes | None:
+        """What TensorRT builds engines for: the run's own batches and lengths."""
+        if not self.subject.deployment.provider.startswith("tensorrt"):
+            return None
+        p = self.profile
+        return Shapes.of_workload(p.batch_sizes, p.prompt_lengths, p.new_tokens, self.subject.manifest.context_length)
+
+    def session(self, label: str) -> Session:
+        """The loaded side; loaded on first use and kept."""
+        if label not in self._sessions:
+            self._sessions[label] = self.opener(label)()
+        return self._sessions[label]
+
+    def close(self) -> None:
+        """Free every session."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+
+    def sides(self) -> list[Side]:
+        """The sides that took part, for the record, with what each runs."""
+        provider, attention = self.subject.deployment.provider, self.subject.manifest.attention
+        titles = {
+            self.candidate: ("candidate", f"ONNX Runtime ({provider}), {KIND[attention]}"),
+            self.baseline: ("baseline", f"PyTorch eager ({self.subject.deployment.device})"),
+            OPTIMUM: ("peer", "optimum, plain export"),
+            **{label: ("peer", title) for label, title in TITLES.items()},
+        }
+        found = []
+        for label in dict.fromkeys([*(s.side for s in self.series), *self._sessions]):
+            role, title = titles[label]
+            details = dict(self._sessions[label].info.details) if label in self._sessions else {}
+            if label in self.peer_parities:
+                details[PARITY] = self.peer_parities[label].describe()
+            found.append(Side(label=label, role=role, title=title, details=details))  # type: ignore[arg-type]
+        return found
+
+    # -- measurements -----------------------------------------------------------------------------------------------
+
+    def series_of(self, case: Case, label: str) -> Series:
+        """One side's rounds of a case; the whole case is measured on first use, all sides interleaved."""
+        if not any(s.case == case for s in self.series):
+            self._measure(case)
+        return next(s for s in self.series if s.case == case and s.side == label)
+
+    def _measure(self, case: Case) -> None:
+        headline = case == self.headline
+        rounds = self.profile.rounds if headline else self.profile.more_rounds
+        sides = {label: self.session(label) for label in self.labels(case)}
+        ids: list[int] = []
+        for text in self.subject.dataset.prose() or load_shipped().prose():
+            ids += self.subject.tokenizer(text)["input_ids"]
+        samples: list[float] = []
+        bandwidth = self._bandwidth() if headline else None
+        with self.progress(f"latency, {case.label}", len(sides) * (rounds + 1)) as tick:
+            self.series += interleave(
+                sides,
+                ids,
+                case,
+                rounds,
+                self.profile.warmup_cap,
+                tick,
+                (lambda: samples.append(bandwidth())) if bandwidth else None,
+            )
+        if headline:
+            prompts = latency_prompts(ids, case, 0)
+            for label in self.peers.labels:
+                side, baseline = sides[label], sides[self.baseline]
+                self.peer_parities[label] = peer_parity(side, baseline, prompts, case.new_tokens)
+        if bandwidth:
+            self.floor = Floor(
+                method=bandwidth.method,
+                bandwidth_samples=samples,
+                weight_bytes=self.subject.manifest.decode_weight_bytes,
+                kv_bytes_per_token=self.subject.manifest.kv.bytes_per_token(),
+            )
+
+    def _bandwidth(self) -> CpuBandwidth | CudaBandwidth:
+        where = self.subject.deployment
+        return CudaBandwidth() if where.device == "cuda" else CpuBandwidth(where.threads)
+
+    def load_of(self, label: str) -> Load:
+        """Load times of a side; all sides are measured on first use."""
+        if not self.loads:
+            openers = {name: self.opener(name) for name in self.labels() if name not in TITLES}
+            with self.progress("load", len(openers) * self.profile.loads) as tick:
+                self.loads = load_times(openers, self.profile.loads, tick)
+        return next(x for x in self.loads if x.side == label)
+
+    def memory_of(self, label: str) -> Memory:
+        """Peak memory of a side in a process of its own, on the headline case."""
+        found = next((m for m in self.memory if m.side == label), None)
+        if found is None:
+            s, where = self.subject, self.subject.deployment
+            kinds = {self.candidate: "onnxruntime", self.baseline: "pytorch", OPTIMUM: "optimum"}
+            paths = {self.candidate: s.folder, self.baseline: s.baseline.checkpoint}
+            arguments: dict[str, str | int | None] = {
+                "kind": kinds[label],
+                "path": str(paths.get(label) or self._plain),
+                "precision": s.manifest.activations,
+                "provider": where.provider if label == self.candidate else where.device,
+                "threads": where.threads,
+            }
+            with self.progress("memory", 1) as tick:
+                tick(f"{label}: peak memory in a process of its own")
+                found = peak_memory(label, self.headline, arguments)
+            self.memory.append(found)
+        return found
