@@ -45,12 +45,13 @@ class Deployment:
         """From parsed options; ``auto`` is CUDA where a GPU is there, else the CPU.
 
         Raises:
-            SessionError: an unknown provider, one that cannot run here (unless a fallback is allowed), or an option
-                that is not KEY=VALUE.
+            SessionError: an unknown provider, one that cannot run here (unless a fallback is allowed), or options and
+                threads that make no sense.
         """
         from runtime.errors import ProviderUnavailableError
-        from runtime.provider_options import parse_options
+        from runtime.provider_options import DEFAULTS, as_text, parse_options
         from runtime.providers import auto_provider, require
+        from runtime.settings import SessionSettings
 
         name = auto_provider() if asked.provider == "auto" else asked.provider
         try:
@@ -58,13 +59,11 @@ class Deployment:
         except ProviderUnavailableError:
             if not asked.allow_fallback:
                 raise
-        return cls(
-            name,
-            asked.threads or core_count(),
-            parse_options(asked.provider_option),
-            parse_options(asked.session_option),
-            asked.allow_fallback,
-        )
+        options, threads = parse_options(asked.provider_option), asked.threads
+        as_text(DEFAULTS[name], options)
+        made = SessionSettings(name, core_count() if threads is None else threads)  # it knows what makes no sense
+        session = parse_options(asked.session_option)
+        return cls(name, made.threads or core_count(), options, session, asked.allow_fallback)
 
     @property
     def device(self) -> str:

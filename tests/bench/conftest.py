@@ -40,7 +40,8 @@ def tiny_dataset(tiny_dataset_file: Path) -> Any:
 @pytest.fixture(scope="session")
 def subjects(checkpoints: Callable[..., Path], tiny_dataset: Any) -> Iterator[Callable[..., Any]]:
     """``subjects(folder, **changes)``: the folder beside the tiny baseline of that configuration, baselines shared."""
-    from bench.gate.subject import Mode
+    from bench.deployment import Deployment
+    from bench.gate.modes import Mode
     from bench.gate.validate import make_subject
 
     mode = Mode("tiny", 96, 70, 4, 3, True)
@@ -49,7 +50,9 @@ def subjects(checkpoints: Callable[..., Path], tiny_dataset: Any) -> Iterator[Ca
     def get(folder: Path, **changes: Any) -> Any:
         key = repr(sorted(changes.items(), key=str))
         if key not in made:
-            made[key] = make_subject(folder, str(checkpoints(**changes)), mode, tiny_dataset, 1, memo_bytes=1 << 28)
+            made[key] = make_subject(
+                folder, str(checkpoints(**changes)), mode, tiny_dataset, Deployment(threads=1), memo_bytes=1 << 28
+            )
         return made[key].at(folder)
 
     yield get

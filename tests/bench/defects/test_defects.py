@@ -14,7 +14,7 @@ import bench.defects.__main__ as catalogue
 from bench.defects.__main__ import DEFECTS, row_of, run_defect, run_harmless, table
 from bench.defects.harmless import HARMLESS
 from bench.defects.workshop import Defect, Harmless, Workshop
-from bench.gate.subject import Mode
+from bench.gate.modes import Mode
 from bench.gate.validate import validate
 
 Exports = Callable[..., Path]
@@ -74,7 +74,7 @@ def test_the_list_is_as_long_as_promised() -> None:
 def test_the_table_counts_what_failed(subject: Any, exports: Exports) -> None:
     subject.folder = exports(**SIZES)
     with contextlib.closing(subject):
-        found = validate(subject, localize=False)
+        found = validate(subject, place=False)
     rows = [row_of("good", found, "graph", 1, False), row_of("fine", found, "", None, True)]
     text = table(rows, "title")
     assert "0 of 1 defects failed" in text

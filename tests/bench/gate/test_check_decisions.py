@@ -10,15 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.gate.checks import generation, numeric
+from bench.data.loading import Item
+from bench.gate import judge
 from bench.gate.checks import text as text_checks
+from bench.gate.generations import Outputs, generated_items
 from bench.gate.localize import _gap
-from bench.gate.statistics import TIERS
-from bench.gate.subject import MODES
-from reports.record import Check, TaskMetric
+from bench.gate.modes import MODES, Terms
+from bench.gate.statistics import TokenScores
+from reports.validation import Evidence, PlaceScore, TaskEvidence, TaskMetric
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "unk_token_id": 0}
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+ITEM = Item("i", "qa", {"context": "x", "question": "y"}, ("z",))
+
+
+def terms(mode: str) -> Terms:
+    return Terms("fp32", "fp32", "fp32", MODES[mode])
 
 
 class Tokenizer:
@@ -119,11 +128,26 @@ def test_genais_configuration_ends_where_the_baseline_does(
     [(20, 20, "PASS"), (19, 20, "PASS"), (20, 19, "PASS"), (17, 20, "FAIL"), (20, 17, "FAIL"), (0, 20, "FAIL")],
 )
 def test_too_many_ends_fail_as_too_few_do(ours: int, theirs: int, status: str) -> None:
-    pairs = [
-        SimpleNamespace(candidate=(7, 2 if k < ours else 9), baseline=(7, 2 if k < theirs else 9)) for k in range(20)
-    ]
-    subject = SimpleNamespace(tier=TIERS["fp32"], baseline=SimpleNamespace(eos=(2, 5)), _outputs=pairs)
-    assert generation.end_token(subject).status == status  # type: ignore[arg-type]
+    made = [
+        Outputs(ITEM, (7, 2 if k < ours else 9), (7, 5 if k < theirs else 9)) for k in range(20)
+    ]  # either end token ends
+    evidence = Evidence(outputs=generated_items(made, (2, 5)))
+    assert judge.end_token(evidence, terms("standard")).status == status
+
+
+def test_short_answers_fall_out_of_the_length_band() -> None:
+    full = Outputs(ITEM, tuple(range(10)), tuple(range(10)))
+    cut = Outputs(ITEM, tuple(range(8)), tuple(range(10)))
+
+    def judged(outputs: list[Outputs]) -> tuple[Any, Any]:
+        evidence = Evidence(outputs=generated_items(outputs, (2,)))
+        return judge.greedy(evidence, terms("standard")), judge.length_band(evidence, terms("standard"))
+
+    tokens, band = judged([full] * 99 + [cut])
+    assert (tokens.status, band.status) == ("PASS", "PASS")
+    tokens, band = judged([full, cut, cut, cut])
+    assert (tokens.status, band.status) == ("FAIL", "FAIL")
+    assert "first divergence at token 9" in tokens.summary
 
 
 @pytest.mark.parametrize(
@@ -136,10 +160,10 @@ def test_too_many_ends_fail_as_too_few_do(ours: int, theirs: int, status: str) -
     ],
 )
 def test_what_is_not_a_number_is_not_small(values: list[float], status: str, place: str) -> None:
-    rows = list(zip("ab", values, strict=True))
-    result = numeric._kld_check(None, "prefill_logits", "t", rows, 0.1, "d")  # type: ignore[arg-type]
+    rows = [PlaceScore(place=p, kld=v) for p, v in zip("ab", values, strict=True)]
+    result = judge.judge_places("prefill_logits", "t", "d", rows, 0.1)
     assert result.status == status
-    assert result.figures[0].detail == f"d; largest at {place}"
+    assert result.measurements[0].detail == f"d; largest at {place}"
     assert [f.where for f in result.findings] == ([place] if status == "FAIL" else [])
 
 
@@ -158,59 +182,39 @@ def metric(status: str) -> TaskMetric:
     )
 
 
+TASK = TaskEvidence(
+    group="summarization",
+    metric="ROUGE-1",
+    settings="",
+    items=["a"],
+    candidate=[[1.0, 1.0]],
+    baseline=[[1.0, 1.0]],
+    cross=[[1.0, 1.0]],
+    same_outputs=True,
+)
+
+
 @pytest.mark.parametrize("mode", ["quick", "standard"])
 @pytest.mark.parametrize("status", ["PASS", "FAIL", "INCONCLUSIVE"])
 def test_few_items_report_what_is_undecided_and_fail_what_is_worse(
     mode: str, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "task_metrics", lambda *_: [metric("PASS"), metric(status)])
-    monkeypatch.setattr(generation, "examples", lambda *_: [])
-    subject = SimpleNamespace(mode=MODES[mode], tier=TIERS["fp32"], tokenizer=None, _outputs=[object()])
+    made = iter([metric("PASS"), metric(status)])
+    monkeypatch.setattr(judge, "task_metric", lambda *_: next(made))
     expected = "REPORTED" if (mode, status) == ("quick", "INCONCLUSIVE") else status
-    assert generation.tasks(subject).status == expected  # type: ignore[arg-type]
+    assert judge.tasks(Evidence(tasks=[TASK, TASK]), terms(mode)).status == expected
 
 
 @pytest.mark.parametrize("mode", ["quick", "standard"])
 @pytest.mark.parametrize("status", ["PASS", "FAIL", "INCONCLUSIVE"])
 @pytest.mark.parametrize("name", ["tail_kld", "top1_agreement"])
 def test_few_tokens_report_the_tail_and_fail_what_is_worse(name: str, mode: str, status: str) -> None:
-    check = Check(
-        name=name,
-        title="t",
-        status=status,  # type: ignore[arg-type]
-        value=1.0,
-        bound=None,
-        limit=2.0,
-        better="lower",
-        null_value=None,
-        samples=9,
-        unit="",
-        detail="",
-    )
-    subject: Any = SimpleNamespace(
-        windows=[[1, 2]],
-        manifest=SimpleNamespace(precision="fp32"),
-        tier=TIERS["fp32"],
-        mode=MODES[mode],
-        _teacher_forced=[check],
-    )
+    tokens = {"PASS": 20_000, "FAIL": 20_000, "INCONCLUSIVE": 50}[status]
+    bad = np.arange(tokens) < (tokens // 2 if status == "FAIL" else 0)
+    zeros = np.zeros(tokens)
+    scores = [TokenScores(zeros, zeros, np.where(bad, 1.0, 0.0), ~bad)] * 2
     expected = status if status == "FAIL" or mode == "standard" else "REPORTED"
-    assert getattr(numeric, name)(subject).status == expected
-
-
-def test_the_null_controls_model_is_dropped_behind_its_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch in the folder's precision beside both models would be a third model in memory."""
-    order: list[Any] = []
-    monkeypatch.setattr(numeric, "score", lambda s, kind, windows: order.append((kind, windows)) or [])
-    subject: Any = SimpleNamespace(
-        manifest=SimpleNamespace(activations="fp16"),
-        windows=[[1], [2], [3]],
-        mode=SimpleNamespace(null_windows=2),
-        baseline=SimpleNamespace(drop_nulls=lambda: order.append("dropped")),
-    )
-    numeric.null_figures(subject)
-    numeric.null_figures(subject)
-    assert order == [("fp16", [[1], [2]]), "dropped"]
+    assert judge.judge_tokens(name, scores, [], lambda _k: zeros, terms(mode)).status == expected
 
 
 def test_one_wrong_row_does_not_drown_in_the_others() -> None:

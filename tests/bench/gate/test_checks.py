@@ -15,10 +15,10 @@ import pytest
 
 from bench.defects.workshop import Workshop
 from bench.gate.checks import numeric
+from bench.gate.found import Found
 from bench.gate.localize import localize
 from bench.gate.registry import BY_NAME, CHECKS
-from bench.gate.subject import Found
-from bench.gate.validate import chosen_checks, run_check, run_checks, validate
+from bench.gate.validate import Gate, chosen_checks, validate
 from runtime.errors import ProviderUnavailableError
 
 Exports = Callable[..., Path]
@@ -32,8 +32,9 @@ def found(name: str, subject: Any) -> Found:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_a_true_export_passes_every_exact_check(precision: str, exports: Exports, subjects: Callable[..., Any]) -> None:
     subject = subjects(exports(precision, num_hidden_layers=4), num_hidden_layers=4)
-    results = [run_check(c, subject)[0] for c in CHECKS if c.kind == "exact"]
-    assert {r.name: r.figure for r in results if r.status not in ("PASS", "REPORTED")} == {}
+    gate = Gate(subject)
+    results = [gate.result(c) for c in CHECKS if c.kind == "exact"]
+    assert {r.name: r.summary for r in results if r.status not in ("PASS", "REPORTED")} == {}
     assert sum(r.status == "PASS" for r in results) >= 9
 
 
@@ -44,7 +45,7 @@ def test_the_audit_knows_each_quantiser(
 ) -> None:
     folder = exports("int4", {"method": method, "zero_points": zero_points})
     result = found("weights", subjects(folder))
-    assert result.status == "PASS", result.figure
+    assert result.status == "PASS", result.summary
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_optimums_folder_is_audited_by_content(
     assert found("attributes", subject).status == "PASS"
     assert found("rotary_tables", subject).status == "PASS"
     result = found("weights", subject)
-    assert result.status == "PASS", result.figure
+    assert result.status == "PASS", result.summary
     m = json.loads((exports() / "manifest.json").read_text())
     place = next(w for w in m["weights"] if w["name"].endswith("1.mlp.up_proj.weight"))
     data = shop.own(m["data_file"])
@@ -176,8 +177,8 @@ def test_rotary_tables_beyond_the_original_context(
     subject = subjects(good, **settings)
     assert found("rotary_tables", subject).status == "PASS"
     result = found("long_context", subject)
-    assert result.status == "PASS", result.figure
-    assert "3 places" in result.figure
+    assert result.status == "PASS", result.summary
+    assert "3 places" in result.summary
     shop = workshop(**settings)
     angles = np.arange(512)[:, None] * 10000.0 ** -(np.arange(0, 16, 2) / 16)[None]
     for name, function in (("model.rope_cos", np.cos), ("model.rope_sin", np.sin)):
@@ -191,7 +192,7 @@ def test_rotary_tables_beyond_the_original_context(
 @pytest.mark.parametrize("name", ["prefill_logits", "decode_steps", "chunked_prefill", "batch_rows", "determinism"])
 def test_behaviour_of_a_true_export(name: str, exports: Exports, subjects: Callable[..., Any]) -> None:
     result = found(name, subjects(exports()))
-    assert result.status == "PASS", result.figure
+    assert result.status == "PASS", result.summary
 
 
 def test_chunked_prefill_sees_positions_that_start_again(
@@ -225,7 +226,7 @@ def test_the_first_step_behind_a_prefill_counts(
     result = found("decode_steps", subject)
     assert result.status == "FAIL"
     late_start = len(numeric._text(subject, 160)) - 25
-    assert result.findings[0].where == f"step 1 behind {late_start if late else 3}"
+    assert result.findings[0].where == f"step 1 after {late_start if late else 3}"
 
 
 def test_the_null_control_leaves_the_baseline_as_it_was(exports: Exports, subjects: Callable[..., Any]) -> None:
@@ -246,14 +247,15 @@ def test_what_says_nothing_about_the_folder_is_no_verdict(
         raise error("stopped")
 
     with pytest.raises(error):
-        run_check(replace(BY_NAME["files"], run=stop), subjects(exports()))
+        Gate(subjects(exports())).result(replace(BY_NAME["files"], run=stop))
 
 
 def test_a_folder_that_cannot_be_read_fails_once(workshop: Workshops, subjects: Callable[..., Any]) -> None:
     shop = workshop()
     shop.own("manifest.json").write_text("{", encoding="utf-8")
-    results = run_checks(subjects(shop.folder), CHECKS[:4])
-    assert [(r.name, r.status) for r, _ in results] == [("files", "FAIL")]
+    found = validate(subjects(shop.folder), CHECKS[:4])
+    assert [(r.name, r.status) for r in found.results] == [("files", "FAIL")]
+    assert (found.verdict, found.tier, found.complete) == ("FAIL", "unknown", False)
 
 
 def test_what_the_exact_checks_name_is_not_looked_for_in_the_layers(
@@ -267,7 +269,7 @@ def test_what_the_exact_checks_name_is_not_looked_for_in_the_layers(
 
 
 def test_checks_run_in_their_own_order() -> None:
-    checks, _ = chosen_checks("tasks, mean_kld,files", "quick")
+    checks = chosen_checks("tasks, mean_kld,files")
     assert [c.name for c in checks] == ["files", "mean_kld", "tasks"]
 
 
@@ -339,7 +341,7 @@ def test_a_check_that_stops_has_failed(exports: Exports, subjects: Callable[...,
     folder = shutil.copytree(exports(), tmp_path / "cut")
     data = folder / "model.onnx.data"
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    results = validate(subjects(folder), chosen_checks("files,weights,mean_kld", "quick")[0], localize=False)
+    results = validate(subjects(folder), chosen_checks("files,weights,mean_kld"), place=False)
     assert results.verdict == "FAIL"
     assert results.exit_code == 1
     assert [r.status for r in results.results] == ["FAIL"] * len(results.results)
@@ -349,5 +351,5 @@ def test_fp16_passes_its_own_tier_with_pytorchs_loss_beside_it(exports: Exports,
     subject = subjects(exports("fp16"))
     for name in ("mean_kld", "null_ratio"):
         result = found(name, subject)
-        assert result.status in ("PASS", "SUSPICIOUS"), result.figure
-        assert result.figures[0].null_value is not None
+        assert result.status in ("PASS", "SUSPICIOUS"), result.summary
+        assert result.measurements[0].null_value is not None

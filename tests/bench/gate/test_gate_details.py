@@ -10,8 +10,8 @@ import torch
 
 from bench.data.loading import load_dataset
 from bench.errors import DatasetError
-from bench.gate import statistics as parity
-from bench.gate.statistics import ROWS, token_figures
+from bench.gate import statistics
+from bench.gate.statistics import ROWS, score_tokens
 
 
 @pytest.mark.parametrize("length", [1, 2, ROWS, ROWS + 1, ROWS + 2, 5 * ROWS - 3])
@@ -28,12 +28,12 @@ def test_a_window_is_compared_in_blocks_to_the_same_bits(length: int, monkeypatc
         return real(x, dim=dim)
 
     monkeypatch.setattr(torch, "log_softmax", counted)
-    found = token_figures(ours, theirs, ids)
+    found = score_tokens(ours, theirs, ids)
     assert max(rows) <= ROWS
     assert sum(rows) == 2 * (length - 1)
     assert max(rows) - min(rows) <= 1  # none of a row or two, which PyTorch sums in another order
-    monkeypatch.setattr(parity, "ROWS", 10_000)
-    whole = token_figures(ours, theirs, ids)
+    monkeypatch.setattr(statistics, "ROWS", 10_000)
+    whole = score_tokens(ours, theirs, ids)
     for name, values in vars(whole).items():
         np.testing.assert_array_equal(getattr(found, name), values)
         assert len(values) == length - 1
@@ -45,10 +45,10 @@ def test_a_hole_in_any_block_is_refused() -> None:
         ours = theirs.copy()
         ours[place, 3] = np.nan
         with pytest.raises(ValueError, match="NaN"):
-            token_figures(ours, theirs, [1] * (3 * ROWS))
+            score_tokens(ours, theirs, [1] * (3 * ROWS))
     ours = theirs.copy()
     ours[-1, 3] = np.nan  # the last position predicts nothing
-    assert token_figures(ours, theirs, [1] * (3 * ROWS)).kld.max() == 0
+    assert score_tokens(ours, theirs, [1] * (3 * ROWS)).kld.max() == 0
 
 
 def test_texts_are_put_beside_the_projects_own(tmp_path: Path) -> None:

@@ -10,27 +10,34 @@ import numpy as np
 import pytest
 
 from bench.data.loading import Item
-from bench.gate.checks.generation import _tasks_line
-from bench.gate.explained import explained_agreement
-from bench.gate.generations import Outputs
+from bench.gate.generations import Outputs, task_evidence
+from bench.gate.judge import FLOOR_SCORE, _tasks_line, items_needed, task_metric
 from bench.gate.metrics import Scored, difference_interval
-from bench.gate.old_gate import FLOOR_SCORE, items_needed, task_metrics
 from bench.gate.statistics import (
     TIERS,
-    TokenFigures,
+    TokenScores,
     chunks_needed,
     design_effect,
-    explained_tail,
-    kld_rows,
-    null_ratio_check,
+    kl_divergence,
+    null_ratio,
     tail_bounds,
+    tail_kld,
     tail_tokens_needed,
-    teacher_forced_checks,
+    top1_agreement,
 )
+from reports.validation import Measurement, TaskMetric
 
 
-def figures(kld: list[Any]) -> list[TokenFigures]:
-    return [TokenFigures(np.ones(len(k)), np.ones(len(k)), np.asarray(k), np.ones(len(k), bool)) for k in kld]
+def scores(kld: list[Any]) -> list[TokenScores]:
+    return [TokenScores(np.ones(len(k)), np.ones(len(k)), np.asarray(k), np.ones(len(k), bool)) for k in kld]
+
+
+def tail(kld: list[Any], own: Any = None) -> Measurement:
+    return tail_kld(scores(kld), [], TIERS["fp16"], own)
+
+
+def metrics_of(outputs: list[Outputs], tier: str) -> list[TaskMetric]:
+    return [task_metric(e, TIERS[tier]) for e in task_evidence(outputs, Words())]
 
 
 def test_the_tails_bounds_cover_in_a_heavy_tail() -> None:
@@ -62,14 +69,14 @@ def test_a_tail_inside_its_limit_is_decided_by_enough_tokens() -> None:
     rng = np.random.default_rng(1)
     kld = rng.uniform(0, 1e-4, (30, 340))
     kld[::20, 5] = 5e-3  # two tokens of 10,200 above fp16's limit
-    check = teacher_forced_checks(figures(list(kld)), [], TIERS["fp16"], 1)[2]
+    check = tail(list(kld))
     assert (check.name, check.status) == ("tail_kld", "PASS")
     kld[::4, 6] = 5e-3  # eleven
-    check = teacher_forced_checks(figures(list(kld)), [], TIERS["fp16"], 1)[2]
+    check = tail(list(kld))
     assert check.status == "INCONCLUSIVE"
     assert "tokens above the limit" in check.detail
     kld[:, 7] = 5e-3  # over thirty
-    assert teacher_forced_checks(figures(list(kld)), [], TIERS["fp16"], 1)[2].status == "FAIL"
+    assert tail(list(kld)).status == "FAIL"
 
 
 def test_how_many_tokens_would_decide() -> None:
@@ -82,11 +89,11 @@ def test_how_many_tokens_would_decide() -> None:
 
 def test_pytorchs_own_loss_is_the_yardstick() -> None:
     rng = np.random.default_rng(2)
-    null = figures(list(rng.exponential(2e-5, (20, 300))))
-    assert null_ratio_check(figures([f.kld * 1.1 for f in null]), null, 1).status == "PASS"
-    assert null_ratio_check(figures([f.kld * 2.0 for f in null]), null, 1).status == "FAIL"
+    null = scores(list(rng.exponential(2e-5, (20, 300))))
+    assert null_ratio(scores([f.kld * 1.1 for f in null]), null, 1).status == "PASS"
+    assert null_ratio(scores([f.kld * 2.0 for f in null]), null, 1).status == "FAIL"
     noisy = [f.kld * (4.0 if k % 3 == 0 else 0.3) for k, f in enumerate(null)]
-    check = null_ratio_check(figures(noisy), null, 1)
+    check = null_ratio(scores(noisy), null, 1)
     assert check.status == "INCONCLUSIVE"
     assert "would decide" in check.detail
 
@@ -95,7 +102,7 @@ def test_logits_that_are_not_finite_are_infinitely_far() -> None:
     a = np.zeros((2, 5), np.float32)
     b = a.copy()
     b[1, 2] = np.nan
-    assert kld_rows(b, a).tolist() == [0.0, math.inf]
+    assert kl_divergence(b, a).tolist() == [0.0, math.inf]
 
 
 class Words:
@@ -115,7 +122,7 @@ def test_where_the_baseline_cannot_do_a_task_its_own_words_decide(broken: int, s
         said = tuple(range(10 * k, 10 * k + 12))
         other = tuple(range(900 + 10 * k, 912 + 10 * k)) if k < broken else said
         outputs.append(Outputs(item, other, said))
-    metric = task_metrics(outputs, Words(), TIERS["fp16"], 1)[0]
+    metric = metrics_of(outputs, "fp16")[0]
     assert metric.baseline < FLOOR_SCORE
     assert metric.status == status
     if broken:
@@ -129,7 +136,7 @@ def test_a_tail_that_pytorch_shares_is_no_fault_of_the_export() -> None:
     kld[8][:14] = 6e-3  # all in one chunk, as the demo model's fp16 has it
     own = [k.copy() for k in kld]
     own[8] *= 1.2
-    raw = teacher_forced_checks(figures(kld), [], TIERS["fp16"], 1)[2]
+    raw = tail(kld)
     assert raw.status == "INCONCLUSIVE"
     asked: list[int] = []
 
@@ -137,14 +144,13 @@ def test_a_tail_that_pytorch_shares_is_no_fault_of_the_export() -> None:
         asked.append(k)
         return own[k]
 
-    check = explained_tail(raw, figures(kld), own_loss, 2e-3)
+    check = tail(kld, own_loss)
     assert (check.status, asked) == ("PASS", [8])
     assert "14 tokens above the limit, at 14 of them" in check.detail
     own[8] /= 3
-    assert explained_tail(raw, figures(kld), own_loss, 2e-3).status == "INCONCLUSIVE"
+    assert tail(kld, own_loss).status == "INCONCLUSIVE"
     everywhere = [np.where(np.arange(340) < 2, 6e-3, k) for k in kld]
-    raw = teacher_forced_checks(figures(everywhere), [], TIERS["fp16"], 1)[2]
-    assert explained_tail(raw, figures(everywhere), lambda k: own[0], 2e-3).status == "FAIL"
+    assert tail(everywhere, lambda k: own[0]).status == "FAIL"
 
 
 def test_choices_that_pytorch_parts_at_too_are_no_fault_of_the_export() -> None:
@@ -154,8 +160,8 @@ def test_choices_that_pytorch_parts_at_too_are_no_fault_of_the_export() -> None:
     own = [1.2 * k for k in kld]
 
     def parted(each: int) -> Any:
-        chunks = [replace(f, same_top1=np.arange(340) >= each + (k % 2)) for k, f in enumerate(figures(kld))]
-        return chunks, teacher_forced_checks(chunks, [], TIERS["fp16"], 1)[3]
+        chunks = [replace(f, same_top1=np.arange(340) >= each + (k % 2)) for k, f in enumerate(scores(kld))]
+        return chunks, top1_agreement(chunks, [], TIERS["fp16"], 1, None)
 
     chunks, raw = parted(1)
     assert (raw.status, raw.name) == ("INCONCLUSIVE", "top1_agreement")
@@ -165,27 +171,27 @@ def test_choices_that_pytorch_parts_at_too_are_no_fault_of_the_export() -> None:
         asked.append(k)
         return own[k]
 
-    check = explained_agreement(raw, chunks, own_loss, 1)
+    check = top1_agreement(chunks, [], TIERS["fp16"], 1, own_loss)
     assert check.status == "PASS"
     assert 1 <= len(asked) < 30  # PyTorch is not asked once it is decided
     assert (check.value, check.limit) == (raw.value, raw.limit)
     assert raw.bound < raw.limit <= check.bound
     assert "PyTorch itself loses as much" in check.detail
     # Losses over 1.5 times PyTorch's excuse nothing, and the sample that would decide is still named.
-    check = explained_agreement(raw, chunks, lambda k: own[k] / 2, 1)
+    check = top1_agreement(chunks, [], TIERS["fp16"], 1, lambda k: own[k] / 2)
     assert (check.status, check.bound) == ("INCONCLUSIVE", raw.bound)
     assert "tokens would decide" in check.detail
     # What is decided stays: never a FAIL excused, never PyTorch asked for a PASS.
     for each, status in ((4, "FAIL"), (0, "PASS")):
         chunks, raw = parted(each)
         assert raw.status == status
-        assert explained_agreement(raw, chunks, lambda _k: pytest.fail("asked"), 1) is raw
+        assert top1_agreement(chunks, [], TIERS["fp16"], 1, lambda _k: pytest.fail("asked")) == raw
 
 
 def scored(values: Any) -> Scored:
     """Exact match of items, in points."""
     statistics = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=1)
-    return Scored("exact match", statistics, lambda total: 100.0 * float(total[0] / total[1]), "")
+    return Scored("exact match", statistics, "")
 
 
 def test_so_many_items_do_decide() -> None:
@@ -224,13 +230,13 @@ def test_an_undecided_task_names_its_sample_size_on_the_line_and_in_the_json() -
     for k in range(16):
         item = Item(f"q{k}", "qa", {"context": "x", "question": "y"}, (f"w{k}",))
         outputs.append(Outputs(item, (k + (k == 3),), (k + (k == 5),)))
-    metrics = task_metrics(outputs, Words(), TIERS["fp32"], 1)
+    metrics = metrics_of(outputs, "fp32")
     assert {m.status for m in metrics} == {"INCONCLUSIVE"}
     assert all((m.items_needed or 0) > 1000 for m in metrics)
     line = _tasks_line(metrics)
     assert line.startswith("2 of 2 scores undecided")
     assert f"about {metrics[0].items_needed:,} items would decide" in line
     assert metrics[0].model_dump()["items_needed"] == metrics[0].items_needed
-    sure = task_metrics([Outputs(o.item, o.baseline, o.baseline) for o in outputs], Words(), TIERS["fp32"], 1)
+    sure = metrics_of([Outputs(o.item, o.baseline, o.baseline) for o in outputs], "fp32")
     assert {m.items_needed for m in sure} == {None}
     assert "would decide" not in _tasks_line(sure)

@@ -139,7 +139,9 @@ def test_the_list_names_every_check(capsys: pytest.CaptureFixture[str]) -> None:
 
 def result(name: str, status: Any) -> CheckResult:
     findings = [Finding(where="node x", what="is wrong")] if status == "FAIL" else []
-    return CheckResult(name=name, kind="exact", status=status, figure="f", seconds=0.0, findings=findings)
+    return CheckResult(
+        name=name, kind="exact", status=status, looks_at="l", summary="s", seconds=0.0, findings=findings
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.defects.__main__ import DEFECTS, run_defect
-from bench.gate.subject import MODES
+from bench.gate.modes import MODES
 from bench.gate.validate import make_subject, validate
 
 pytestmark = pytest.mark.slow

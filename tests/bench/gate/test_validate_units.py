@@ -21,10 +21,12 @@ from bench.cli.main import main
 from bench.cli.validate import _watched
 from bench.defects.in_files import DEFECTS
 from bench.defects.workshop import Workshop
+from bench.deployment import Deployment
 from bench.gate import units
 from bench.gate.baseline import Baseline
+from bench.gate.modes import MODES, Mode
 from bench.gate.registry import BY_NAME, CHECKS
-from bench.gate.subject import MODES, Mode, Subject
+from bench.gate.subject import Subject
 from bench.gate.validate import make_subject, validate
 from bench.process.workers import cluster
 from reports.validation import Validation
@@ -38,7 +40,7 @@ LONG = ("mean_kld", "tail_kld", "greedy", "tasks")
 SPECS = [BY_NAME[n] for n in LONG]
 
 
-def figures(found: Validation) -> list[Any]:
+def measured(found: Validation) -> list[Any]:
     """Everything that was measured, without the seconds."""
     return [r.model_dump(exclude={"seconds"}) for r in found.results]
 
@@ -51,7 +53,7 @@ def opened(
     monkeypatch.setenv("LLAMA_ONNX_CACHE", str(tmp_path / "cache"))
 
     def get(folder: Path, mode: Mode = MODE, **more: Any) -> Subject:
-        return make_subject(folder, str(checkpoints()), mode, tiny_dataset, 1, keep=True, **more)
+        return make_subject(folder, str(checkpoints()), mode, tiny_dataset, Deployment(threads=1), keep=True, **more)
 
     return get
 
@@ -104,7 +106,7 @@ def test_the_one_pass_sees_a_flipped_byte(exports: Exports, opened: Callable[...
     data.write_bytes(raw)
     found = validate(opened(folder), [BY_NAME["files"]])
     assert found.results[0].status == "FAIL"
-    assert data.name in found.results[0].figure
+    assert data.name in found.results[0].summary
     assert found.folder_sha256 not in ("", validate(opened(exports()), [BY_NAME["files"]]).folder_sha256)
 
 
@@ -128,7 +130,7 @@ def test_a_second_folder_needs_no_pass_of_the_baseline(
     assert len(scored) == len(subject.windows) > 10  # the folder itself was measured
     assert len(loaded) == 0
     skipped = {"files"}  # it says what is not in the manifest
-    kept, new = ([f for f in figures(v) if f["name"] not in skipped] for v in (whole, again))
+    kept, new = ([f for f in measured(v) if f["name"] not in skipped] for v in (whole, again))
     assert new == kept
 
 
@@ -155,7 +157,7 @@ def test_the_heap_is_trimmed_behind_each_window(
     trimmed: list[int] = []
     monkeypatch.setattr(units, "trim", lambda: trimmed.append(1))
     subject = opened(exports())
-    assert len(subject.figures) == len(trimmed) == 6
+    assert len(subject.scores) == len(trimmed) == 6
 
 
 def test_progress_counts_what_an_earlier_run_had_finished(exports: Exports, opened: Callable[..., Subject]) -> None:
@@ -221,7 +223,7 @@ def test_a_run_stopped_in_a_window_goes_on_there_on_both_sides(
         ours = Counted(patch, OrtSession, "score")
         fresh = validate(again, SPECS)
         assert len(ours) == 6
-    assert figures(fresh) == figures(found)
+    assert measured(fresh) == measured(found)
     assert not any("earlier run" in n for n in fresh.notes)
 
 
@@ -256,10 +258,10 @@ def test_other_settings_and_no_cache_take_nothing_over(
     assert other.unfinished is not None
     assert other.unfinished.folder != subject.unfinished.folder
     subject = opened(exports())
-    subject.threads = 2
+    subject.deployment = Deployment(threads=2)
     assert subject.unfinished is not None
     assert subject.unfinished.folder != opened(exports()).unfinished.folder  # type: ignore[union-attr]
-    kept = make_subject(exports(), str(checkpoints()), MODE, tiny_dataset, 1, keep=False)
+    kept = make_subject(exports(), str(checkpoints()), MODE, tiny_dataset, Deployment(threads=1), keep=False)
     assert kept.unfinished is None
 
 
@@ -273,7 +275,7 @@ def test_two_workers_give_the_document_of_one(
     here = [Counted(monkeypatch, OrtSession, "score"), Counted(monkeypatch, TorchSession, "score")]
     shared = opened(exports(), workers=2)
     two = validate(shared, SPECS)
-    assert figures(two) == figures(one)
+    assert measured(two) == measured(one)
     assert all(r.status != "FAIL" for r in two.results)
     assert [len(c) for c in here] == [0, 0]  # all of it was the workers'
     assert shared.unfinished is not None
@@ -297,10 +299,10 @@ def test_a_dead_worker_costs_its_window_a_retry(
     monkeypatch.setenv("LLAMA_ONNX_CACHE", str(tmp_path / "other cache"))
     said: list[str] = []
     shared = opened(exports(), workers=2, status=said.append)
-    dying = partial(die_once, str(tmp_path / "marker"), shared.windows[2][0], units.window_figures)
-    monkeypatch.setattr(units, "window_figures", dying)
+    dying = partial(die_once, str(tmp_path / "marker"), shared.windows[2][0], units.window_scores)
+    monkeypatch.setattr(units, "window_scores", dying)
     two = validate(shared, spec)
-    assert figures(two) == figures(one)
+    assert measured(two) == measured(one)
     assert sum("a worker died on unit" in line for line in said) == 1
 
 
@@ -315,9 +317,9 @@ def test_an_error_in_a_worker_is_the_finding_that_one_process_has(
     model.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(model, folder / name)
     spec = [BY_NAME["mean_kld"]]
-    one, two = (validate(opened(folder, workers=n), spec, localize=False) for n in (1, 2))
+    one, two = (validate(opened(folder, workers=n), spec, place=False) for n in (1, 2))
     assert one.results[0].status == "FAIL"
-    assert figures(two) == figures(one)
+    assert measured(two) == measured(one)
 
 
 def test_without_ray_one_process_does_all(

@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 
 from bench.cli.main import main
+from bench.deployment import Deployment
 from bench.gate import units
+from bench.gate.modes import Mode
 from bench.gate.registry import BY_NAME
-from bench.gate.subject import Mode
 from bench.gate.validate import make_subject, validate
 from bench.latency import sweep_measure
 from bench.latency.sweep import Sweep
@@ -352,7 +353,9 @@ def test_the_gate_over_two_machines_one_of_which_dies(
     def document(name: str, count: int, **more: Any) -> list[Any]:
         monkeypatch.setenv("LLAMA_ONNX_CACHE", str(tmp_path / name))
         mode = Mode("tiny", 64, 6, 2, 3, True, new_tokens=6)
-        subject = make_subject(exports(), str(checkpoints()), mode, tiny_dataset, 1, keep=True, workers=count, **more)
+        subject = make_subject(
+            exports(), str(checkpoints()), mode, tiny_dataset, Deployment(threads=1), keep=True, workers=count, **more
+        )
         with cluster(count):
             found = validate(subject, [BY_NAME["mean_kld"]])
         return [r.model_dump(exclude={"seconds"}) for r in found.results]
@@ -361,7 +364,7 @@ def test_the_gate_over_two_machines_one_of_which_dies(
     survivor, doomed = nodes.ids
     notes, said = tmp_path / "notes", list[str]()
     notes.mkdir()
-    monkeypatch.setattr(units, "window_figures", partial(noted, str(notes), doomed, units.window_figures))
+    monkeypatch.setattr(units, "window_scores", partial(noted, str(notes), doomed, units.window_scores))
 
     def pull_the_plug() -> None:
         deadline = time.monotonic() + 120
