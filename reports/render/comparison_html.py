@@ -54,8 +54,8 @@ class CaseView:
 
     group: CaseGroup
     opened: bool
-    metrics: tuple[tuple[Result, tuple[plots.Figure, ...]], ...]
-    trace: plots.Figure | None
+    metrics: tuple[tuple[Result, tuple[svg.Plot, ...]], ...]
+    trace: svg.Plot | None
 
 
 def render_comparison(comparison: Comparison, source: str = "report.json") -> str:

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from reports.record import RunRecord
-from reports.render import plots, words
+from reports.render import plots, svg, words
 from reports.render.environment import environment
 from reports.stats import SPREAD_LIMIT, Estimate, median
 from reports.summary import (
@@ -172,6 +172,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "loads": load_rows(record),
         "styles": plots.side_styles(record),
         "plots": plots.all_plots(record),
+        "shapes": svg.shapes(),
         "examples": record.parity.examples[:EXAMPLES_SHOWN] if record.parity else [],
         "outcome_counts": list(Counter(o.outcome for o in record.outcomes).items()),
         "outcomes_told": told,
