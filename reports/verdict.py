@@ -189,7 +189,7 @@ def _rounds(record: RunRecord, case: Case | None) -> int:
 def _times(speedup: Estimate) -> str:
     text = f"{speedup.value:.3g} times as fast"
     if speedup.low is None or speedup.high is None:
-        return f"{text} (no interval from {speedup.n} round)"
+        return f"{text} (no interval from {speedup.n} round{'s' * (speedup.n != 1)})"
     return f"{text} (95 % interval {speedup.low:.3g} to {speedup.high:.3g})"
 
 

@@ -44,6 +44,7 @@ from reports.record import (
     Series,
     Side,
 )
+from reports.stats import Metric, paired_ratio, samples
 from runtime.session import Session
 
 SEED = 20_261_124
@@ -433,15 +434,12 @@ class Run:
         if ours is None or theirs is None:
             return []
 
-        def ratio(metric: str, other: Series) -> float:
-            # Rounds of equal index ran back to back: the median of their ratios is what drift disturbs least.
-            pairs = zip(ours.rounds, other.rounds, strict=True)
-            ratios: list[float] = [getattr(a, metric) / getattr(b, metric) for a, b in pairs]
-            return median(ratios)
+        def ratio(metric: Metric, other: Series) -> float:
+            return paired_ratio(samples(ours, metric), samples(other, metric)).value
 
-        rows = [("decode against PyTorch eager", ratio("tpot_s", theirs), 0.45)]
+        rows = [("decode against PyTorch eager", ratio("tpot", theirs), 0.45)]
         if OPTIMUM in found:
-            rows.append(("decode against optimum", ratio("tpot_s", found[OPTIMUM]), 0.80))
+            rows.append(("decode against optimum", ratio("tpot", found[OPTIMUM]), 0.80))
         if self.floor:
             context = case.prompt + case.new_tokens / 2
             moved = self.floor.weight_bytes + case.batch * context * self.floor.kv_bytes_per_token
@@ -450,7 +448,7 @@ class Run:
                 for r, bandwidth in zip(ours.rounds, self.floor.bandwidth_samples, strict=True)
             ]
             rows.append(("decode over the memory floor", median(multiples), 1.35))
-        rows.append(("prefill against PyTorch eager", ratio("ttft_s", theirs), 0.75))
+        rows.append(("prefill against PyTorch eager", ratio("ttft", theirs), 0.75))
         return [Figure(name=n, value=v, limit=limit, unit="x", better="lower") for n, v, limit in rows]
 
     def record(self) -> RunRecord:

@@ -52,7 +52,7 @@ def render_html(record: RunRecord) -> str:
 def sure(speedup: Estimate) -> str:
     """The interval of a speed-up in words, with what it allows to claim."""
     if speedup.low is None or speedup.high is None:
-        return "one pair of rounds, no interval"
+        return f"no interval from {speedup.n} round{'s' * (speedup.n != 1)}"
     text = f"95\u00a0% interval {words.fixed(speedup.low)}\u00a0to\u00a0{words.fixed(speedup.high)}"
     if speedup.low <= 1 <= speedup.high:
         return f"{text}, no difference shown"

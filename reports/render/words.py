@@ -19,7 +19,7 @@ from reports.stats import Estimate
 DASH = "–"
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 RATIO_NOTE = (
-    "× means times as fast as the baseline: its time divided by this side's time, the geometric mean over "
+    "× means times as fast as the baseline: its time divided by this side's time, the median over "
     "rounds that ran back to back. Above 1 is faster. Brackets hold 95\u00a0% intervals."
 )
 
