@@ -7,7 +7,6 @@ The JSON Schema beside this file (``record.schema.json``) is written from these 
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,6 +84,11 @@ class Case(_Frozen):
         """Such as ``batch 1, prompt 128``."""
         return f"batch {self.batch}, prompt {self.prompt}"
 
+    @property
+    def mean_context(self) -> float:
+        """Mean context of the decode steps, tokens per row: step i of N - 1 attends to prompt + i tokens."""
+        return self.prompt + self.new_tokens / 2
+
 
 class Round(_Frozen):
     """One generation: its place in the interleaved order and the time stamp of each token, seconds since the call.
@@ -148,7 +152,7 @@ class Floor(_Frozen):
     """The memory-bandwidth floor: a decode step cannot be faster than reading its bytes once.
 
     ``bandwidth_samples`` are bytes per second, one beside each round of the headline case (shared memory buses drift,
-    so the floor is measured where and when the decode step is); the floor uses their median.
+    so the floor is measured where and when the decode step is).
     """
 
     method: str
@@ -156,11 +160,9 @@ class Floor(_Frozen):
     weight_bytes: int
     kv_bytes_per_token: int
 
-    def step_s(self, context: float, batch: int = 1) -> float:
-        """Least time of one decode step at a context of that many tokens per row, seconds."""
-        return (self.weight_bytes + batch * context * self.kv_bytes_per_token) / statistics.median(
-            self.bandwidth_samples
-        )
+    def step_bytes(self, case: Case) -> float:
+        """Bytes that a decode step of a case reads at its mean context: the weights, and the cache of every row."""
+        return self.weight_bytes + case.batch * case.mean_context * self.kv_bytes_per_token
 
 
 class Check(_Frozen):

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import bdtr
 
-from reports.record import Case, Round, RunRecord, Series
+from reports.record import Case, Floor, Round, RunRecord, Series
 
 Metric = Literal["ttft", "tpot", "total"]
 METRICS: tuple[Metric, ...] = ("ttft", "tpot", "total")
@@ -128,6 +128,18 @@ def paired_ratio(candidate: Sequence[float], other: Sequence[float], confidence:
     if min(min(pair) for pair in pairs) <= 0:
         raise ValueError("ratio needs positive samples")
     return median([a / b for a, b in pairs], confidence)
+
+
+def floor_multiples(floor: Floor, case: Case, tpots: Sequence[float]) -> list[float]:
+    """TPOT of each round as a multiple of the memory floor: tpot_i * bandwidth_i / bytes of a step.
+
+    A round is held against the bandwidth that was measured beside it, since both drift together. Where rounds and
+    bandwidth samples differ in number (a case without samples of its own), each is held against their median.
+    """
+    speeds = floor.bandwidth_samples
+    if len(speeds) != len(tpots):
+        speeds = [median(speeds).value] * len(tpots)
+    return [tpot * speed / floor.step_bytes(case) for tpot, speed in zip(tpots, speeds, strict=True)]
 
 
 def round_value(one: Round, metric: Metric) -> float | None:

@@ -21,7 +21,8 @@ from reports.summary import (
 )
 
 ParityAnswer = Literal["same", "different", "undecided", "not examined"]
-MINIMUM_ROUNDS = 5
+MINIMUM_ROUNDS = 6
+"""A median has its 95 % interval from so many rounds."""
 PARITY_WORDS: dict[ParityAnswer, str] = {
     "same": "Same model",
     "different": "Different model",

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from bench.data.loading import Dataset, load_dataset, load_shipped
@@ -44,7 +43,8 @@ from reports.record import (
     Series,
     Side,
 )
-from reports.stats import Metric, paired_ratio, samples
+from reports.stats import Metric, floor_multiples, median, paired_ratio, samples
+from reports.targets import FLOOR_LIMIT
 from runtime.session import Session
 
 SEED = 20_261_124
@@ -441,13 +441,8 @@ class Run:
         if OPTIMUM in found:
             rows.append(("decode against optimum", ratio("tpot", found[OPTIMUM]), 0.80))
         if self.floor:
-            context = case.prompt + case.new_tokens / 2
-            moved = self.floor.weight_bytes + case.batch * context * self.floor.kv_bytes_per_token
-            multiples = [
-                (r.tpot_s or 0.0) * bandwidth / moved
-                for r, bandwidth in zip(ours.rounds, self.floor.bandwidth_samples, strict=True)
-            ]
-            rows.append(("decode over the memory floor", median(multiples), 1.35))
+            multiple = median(floor_multiples(self.floor, case, samples(ours, "tpot"))).value
+            rows.append(("decode over the memory floor", multiple, FLOOR_LIMIT))
         rows.append(("prefill against PyTorch eager", ratio("ttft", theirs), 0.75))
         return [Figure(name=n, value=v, limit=limit, unit="x", better="lower") for n, v, limit in rows]
 

@@ -154,7 +154,7 @@ def _latency(record: RunRecord) -> list[str]:
     floor = floor_s(record, case) if case else None
     if case and floor:
         sides = ", ".join(
-            f"{escape(r.side.title, 60)} {words.fixed(r.multiple)}×" for r in floor_rows(record, case)[:ROWS]
+            f"{escape(r.side.title, 60)} {words.times(r.multiple)}" for r in floor_rows(record, case)[:ROWS]
         )
         found.append(f"Memory floor on {case.label}: {words.ms(floor)} per token; multiples of it: {sides}.")
     else:

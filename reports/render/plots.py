@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from reports.record import Case, RunRecord, Side
 from reports.render import svg
 from reports.render.svg import DOTS, Axis, Plot, StripRow
-from reports.render.words import bare_ms, fixed, ms
+from reports.render.words import bare_ms, ms, times
 from reports.stats import Metric, samples
 from reports.summary import (
     estimate,
@@ -22,7 +22,6 @@ from reports.summary import (
     floor_s,
     gaps,
     headline_case,
-    mean_context,
     measured_sides,
     ordered_sides,
 )
@@ -99,9 +98,9 @@ def gaps_plot(record: RunRecord, case: Case) -> Plot | None:
 def context_plot(record: RunRecord) -> Plot | None:
     """TPOT against context, smallest batch, with the memory floor; needs two lengths of prompt."""
     batch = min((c.batch for c in record.cases()), default=1)
-    cases = sorted((c for c in record.cases() if c.batch == batch), key=mean_context)
+    cases = sorted((c for c in record.cases() if c.batch == batch), key=lambda c: c.mean_context)
     lines = [
-        (side, [(mean_context(c), e) for c in cases if (e := estimate(record, c, side.label, "tpot"))])
+        (side, [(c.mean_context, e) for c in cases if (e := estimate(record, c, side.label, "tpot"))])
         for side in ordered_sides(record)
     ]
     lines = [(side, points) for side, points in lines if points]
@@ -117,9 +116,7 @@ def context_plot(record: RunRecord) -> Plot | None:
         svg.across(across, bottom, bottom + 3, "context, tokens per row"),
     ]
     body += [svg.level(f"{tick:,.10g}", up.rise(tick, top, bottom)) for tick in up.ticks]
-    floors = [
-        (across.place(mean_context(c)), up.rise(f * 1e3, top, bottom)) for c in cases if (f := floor_s(record, c))
-    ]
+    floors = [(across.place(c.mean_context), up.rise(f * 1e3, top, bottom)) for c in cases if (f := floor_s(record, c))]
     body.append(svg.polyline(floors, "floor"))
     for side, points in lines:
         style = styles[side.label]
@@ -151,7 +148,7 @@ def floor_plot(record: RunRecord, case: Case) -> Plot | None:
     styles = side_styles(record)
     bars = [("Memory floor", floor, "least", ms(floor))]
     bars += [
-        (r.side.title, r.tpot.value, f"bar {styles[r.side.label].klass}", f"{ms(r.tpot.value)}, {fixed(r.multiple)}×")
+        (r.side.title, r.tpot.value, f"bar {styles[r.side.label].klass}", f"{ms(r.tpot.value)}, {times(r.multiple)}")
         for r in rows
     ]
     axis = Axis(0, 1.04e3 * max(value for _, value, _, _ in bars))
@@ -170,7 +167,7 @@ def floor_plot(record: RunRecord, case: Case) -> Plot | None:
         title,
         svg.picture(bottom + 38, "".join(body), f"{title}, {case.label}. {said}."),
         f"{case.label[:1].upper()}{case.label[1:]}; × is the multiple of the floor, the time to read the "
-        "candidate's weights and cache once. A side with fewer bytes may lie below it.",
+        "candidate's weights and cache once, round by round. A side with fewer bytes may lie below it.",
     )
 
 

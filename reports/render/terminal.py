@@ -89,7 +89,7 @@ def floor_table(record: RunRecord) -> Table | None:
         return None
     table = plain_table(f"Distance to the memory floor, {case.label}", "Side", "TPOT", "x floor")
     for r in rows:
-        table.add_row(Text(words.shorten(r.side.title, 40)), words.ms(r.tpot.value), words.fixed(r.multiple))
+        table.add_row(Text(words.shorten(r.side.title, 40)), words.ms(r.tpot.value), words.fixed(r.multiple.value))
     return table
 
 

@@ -249,7 +249,7 @@ def make_record() -> MakeRecord:
         *,
         failing_check: bool = False,
         parity: bool = True,
-        floor: bool = True,
+        floor: bool | dict[str, Any] = True,
         single_side: bool = False,
         rounds: int = 12,
         noise: float = 0.012,
@@ -272,8 +272,8 @@ def make_record() -> MakeRecord:
             _rename(raw, hostile)
         if not parity:
             raw["parity"] = None
-        if not floor:
-            raw["floor"] = None
+        if floor is not True:
+            raw["floor"] = floor or None
         if bare:
             raw.update(parity=None, floor=None)
             raw.update({k: [] for k in ("sides", "series", "loads", "memory", "figures", "outcomes", "warnings")})

@@ -16,7 +16,7 @@ import reports.render.html as html_module
 from reports.render.html import EXAMPLES_SHOWN, render_html
 from reports.render.plots import SHAPES, all_plots
 from reports.render.svg import DOTS
-from reports.summary import floor_rows, headline_case
+from reports.summary import floor_rows, floor_s, headline_case
 
 HOSTILE = '<script>alert(1)</script>|`$x_{$ & id="q" url(#z) #010201 *b* @team'
 CONTEXT, FLOOR = "Time per output token against context", "Distance to the memory floor"
@@ -162,7 +162,7 @@ def test_deterministic_across_processes(make_record, tmp_path):
         ({"parity": False}, ["Parity was not examined", "Not examined no check was run"]),
         ({"floor": False}, ["The memory floor was not measured."]),
         ({"single_side": True}, ["Decode, one token – not measured"]),
-        ({"rounds": 1}, ["no interval from 1 round 2", "Fewer than 5 rounds"]),
+        ({"rounds": 1}, ["no interval from 1 round 2", "Fewer than 6 rounds"]),
         ({"rounds": 5}, ["no interval from 5 rounds 2"]),
         (
             {"bare": True},
@@ -251,8 +251,9 @@ def test_sides_differ_by_marker_and_by_place(make_record):
 def test_bars_are_as_long_as_their_times(make_record):
     record = make_record()
     widths = [float(a["width"].rstrip("%")) for a in Page(_plots(record)[0][FLOOR].svg).of("rect")]
-    rows = floor_rows(record, headline_case(record))
-    assert [w / widths[0] for w in widths[1:]] == pytest.approx([r.multiple for r in rows], rel=1e-3)
+    case = headline_case(record)
+    times = [r.tpot.value / floor_s(record, case) for r in floor_rows(record, case)]
+    assert [w / widths[0] for w in widths[1:]] == pytest.approx(times, rel=1e-3)
 
 
 def test_plots_without_floor_or_second_context(make_record):

@@ -134,9 +134,9 @@ def test_noise_few_rounds_and_random_weights_warn(make_record):
     quiet = judge(make_record())
     assert quiet.warnings == ("Turbo boost could not be read.",)
     assert any("above 2.5 %" in w for w in judge(make_record(noise=0.08)).warnings)
-    few = judge(make_record(rounds=4)).warnings
-    assert any("Fewer than 5 rounds" in w and "PyTorch eager (4)" in w for w in few)
-    assert not any("Fewer than 5" in w for w in judge(make_record(rounds=5)).warnings)
+    few = judge(make_record(rounds=5)).warnings
+    assert any("Fewer than 6 rounds" in w and "PyTorch eager (5)" in w for w in few)
+    assert not any("Fewer than 6" in w for w in judge(make_record(rounds=6)).warnings)
     random = judge(make_record(random_weights=True))
     assert random.headline.startswith("Random weights: same model")
     assert any("weights are random" in w for w in random.warnings)
@@ -177,6 +177,27 @@ def test_floor_is_bytes_over_median_bandwidth_at_the_mean_context(make_record):
     case = headline_case(record)
     expected = (538_000_000 + (128 + 24) * 46_080) / 28.2e9
     assert floor_s(record, case) == pytest.approx(expected)
+    # 12 rounds and 3 samples: held against the median.
     row = floor_rows(record, case)[0]
-    assert row.multiple == pytest.approx(row.tpot.value / expected)
+    assert row.multiple.value == pytest.approx(row.tpot.value / expected)
     assert floor_rows(make_record(floor=False), case) == []
+    four = Case(batch=4, prompt=128, new_tokens=48)
+    assert floor_s(record, four) - floor_s(record, case) == pytest.approx(3 * (128 + 24) * 46_080 / 28.2e9)
+
+
+def test_a_round_is_held_against_the_bandwidth_beside_it(make_record):
+    """Twice as slow a bus makes a step twice as slow: the multiple stays, whatever the medians say."""
+    record = make_record()
+    case = headline_case(record)
+    tpots = [r.tpot_s for r in record.find(case, "onnx").rounds]
+    # 1.2 times the floor in every round, on a bus that drifts.
+    speeds = [1.2 * record.floor.step_bytes(case) / t for t in tpots[:8]]
+    speeds += [1.2 * record.floor.step_bytes(case) / t * 0.3 for t in tpots[8:]]
+    slowed = [s.model_dump() for s in record.series]
+    for s in slowed:
+        if Case(**s["case"]) == case and s["side"] == "onnx":
+            for r in s["rounds"][8:]:
+                r["at_s"] = [t / 0.3 for t in r["at_s"]]
+    floor = record.floor.model_dump() | {"bandwidth_samples": speeds}
+    row = floor_rows(make_record(series=slowed, floor=floor), case)[0]
+    assert (row.multiple.low, row.multiple.value, row.multiple.high) == pytest.approx((1.2, 1.2, 1.2))
