@@ -235,21 +235,6 @@ class Parity(_Frozen):
     examples: list[Example]
 
 
-class Figure(_Frozen):
-    """A target of the project and what this run measured; ``better`` names the side on which it must lie."""
-
-    name: str
-    value: float
-    limit: float
-    unit: str
-    better: Literal["lower", "higher"]
-
-    @property
-    def met(self) -> bool:
-        """Whether the measured value lies on the right side of the limit."""
-        return self.value <= self.limit if self.better == "lower" else self.value >= self.limit
-
-
 class Outcome(_Frozen):
     """How one test of the run ended."""
 
@@ -279,7 +264,6 @@ class RunRecord(_Frozen):
     memory: list[Memory]
     floor: Floor | None
     parity: Parity | None
-    figures: list[Figure]
     outcomes: list[Outcome]
     warnings: list[str]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from reports.record import Case, Figure, RunRecord, Status
+from reports.record import Case, RunRecord, Status
 from reports.stats import METRICS, SPREAD_LIMIT, Comparison, Estimate, samples
 from reports.summary import (
     against_baseline,
@@ -19,6 +19,7 @@ from reports.summary import (
     ordered_sides,
     series_spread,
 )
+from reports.targets import Target, targets
 
 ParityAnswer = Literal["same", "different", "undecided", "not examined"]
 MINIMUM_ROUNDS = 6
@@ -46,8 +47,8 @@ class Speed:
 class Verdict:
     """What a reader and a pipeline need to know.
 
-    ``exit_code`` is 0 passed, 1 a parity check or a test failed, 3 inconclusive. Figures that miss a limit
-    are listed and do not change it: a limit on a time cries wolf on a noisy machine.
+    ``exit_code`` is 0 passed, 1 a parity check or a test failed, 3 inconclusive. Targets
+    that were missed do not change it.
     """
 
     parity: ParityAnswer
@@ -61,7 +62,7 @@ class Verdict:
     suspicious: tuple[str, ...]
     reported: tuple[str, ...]
     failed_tests: tuple[str, ...]
-    figures_missed: tuple[Figure, ...]
+    targets: tuple[Target, ...]
     warnings: tuple[str, ...]
     not_examined: tuple[str, ...]
     rounds: int
@@ -85,7 +86,7 @@ def judge(record: RunRecord) -> Verdict:
     parity = _parity(by, gated)
     speed = _speed(record)
     failed_tests = tuple(o.test for o in record.outcomes if o.outcome in ("failed", "error"))
-    missed = tuple(f for f in record.figures if not f.met)
+    aims = targets(record)
     code: Literal[0, 1, 3] = 0
     if parity == "different" or failed_tests:
         code = 1
@@ -95,7 +96,7 @@ def judge(record: RunRecord) -> Verdict:
     return Verdict(
         parity=parity,
         speed=speed,
-        headline=_headline(record, parity, speed, failed_tests, missed),
+        headline=_headline(record, parity, speed, failed_tests, aims),
         exit_code=code,
         gated=gated,
         passed=len(by["PASS"]) + len(by["SUSPICIOUS"]),
@@ -104,7 +105,7 @@ def judge(record: RunRecord) -> Verdict:
         suspicious=by["SUSPICIOUS"],
         reported=by["REPORTED"],
         failed_tests=failed_tests,
-        figures_missed=missed,
+        targets=aims,
         warnings=(*record.warnings, *derived_warnings(record)),
         not_examined=_not_examined(record),
         rounds=_rounds(record, case),
@@ -199,7 +200,7 @@ def _headline(
     parity: ParityAnswer,
     speed: Speed | None,
     failed_tests: tuple[str, ...],
-    missed: tuple[Figure, ...],
+    aims: tuple[Target, ...],
 ) -> str:
     parts = [PARITY_WORDS[parity]]
     pairs = (("decode", speed.decode), ("prefill", speed.prefill)) if speed else ()
@@ -208,8 +209,8 @@ def _headline(
     parts.append(" and ".join(first + [f"{value} in {name}" for name, value in gains[1:]]) or "speed not measured")
     if failed_tests:
         parts.append(f"{len(failed_tests)} test{'s' * (len(failed_tests) > 1)} failed")
-    if missed:
-        parts.append(f"{len(missed)} of {len(record.figures)} figures missed")
+    if missed := sum(not t.met for t in aims):
+        parts.append(f"{missed} of {len(aims)} targets missed")
     text = ", ".join(parts) + "."
     return f"Random weights: {text[0].lower()}{text[1:]}" if record.model.random_weights else text
 
@@ -267,7 +268,7 @@ def _count_warnings(record: RunRecord) -> list[str]:
             found.append(f"{side.title}: a time that is not positive; its clock is broken, run it again.")
     if few:
         found.append(
-            f"Fewer than {MINIMUM_ROUNDS} rounds on some case: {', '.join(few)}. No figure of these is sure; "
+            f"Fewer than {MINIMUM_ROUNDS} rounds on some case: {', '.join(few)}. Their times are not sure; "
             "raise the number of rounds."
         )
     for case in record.cases():

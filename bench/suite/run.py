@@ -32,7 +32,6 @@ from export.cache import cache_dir
 from export.manifest import Manifest
 from reports.record import (
     Case,
-    Figure,
     Floor,
     Load,
     Memory,
@@ -43,8 +42,6 @@ from reports.record import (
     Series,
     Side,
 )
-from reports.stats import Metric, floor_multiples, median, paired_ratio, samples
-from reports.targets import FLOOR_LIMIT
 from runtime.session import Session
 
 SEED = 20_261_124
@@ -257,7 +254,7 @@ class Run:
 
     @property
     def _is_headline(self) -> bool:
-        """Whether the project's own figures are about this run: the fused graph in fp32."""
+        """Whether the project's own targets are about this run: the fused graph in fp32."""
         return self.precision == "fp32" and self.manifest.attention == "GroupQueryAttention"
 
     def _plain(self) -> Path:
@@ -424,28 +421,6 @@ class Run:
 
     # -- the record -------------------------------------------------------------------------------------------------
 
-    def figures(self) -> list[Figure]:
-        """The project's figures on the headline case, as far as this run measured them (fp32, CPU)."""
-        if not self.series or self.device != "cpu" or not self._is_headline:
-            return []
-        case = self.profile.cases()[0]
-        found = {s.side: s for s in self.series if s.case == case}
-        ours, theirs = found.get(self.candidate), found.get(self.baseline)
-        if ours is None or theirs is None:
-            return []
-
-        def ratio(metric: Metric, other: Series) -> float:
-            return paired_ratio(samples(ours, metric), samples(other, metric)).value
-
-        rows = [("decode against PyTorch eager", ratio("tpot", theirs), 0.45)]
-        if OPTIMUM in found:
-            rows.append(("decode against optimum", ratio("tpot", found[OPTIMUM]), 0.80))
-        if self.floor:
-            multiple = median(floor_multiples(self.floor, case, samples(ours, "tpot"))).value
-            rows.append(("decode over the memory floor", multiple, FLOOR_LIMIT))
-        rows.append(("prefill against PyTorch eager", ratio("ttft", theirs), 0.75))
-        return [Figure(name=n, value=v, limit=limit, unit="x", better="lower") for n, v, limit in rows]
-
     def record(self) -> RunRecord:
         """Everything so far, as one record."""
         manifest = self.manifest
@@ -506,7 +481,6 @@ class Run:
             memory=self.memory,
             floor=self.floor,
             parity=self.parity,
-            figures=self.figures(),
             outcomes=self.outcomes,
             warnings=self.warnings,
         )

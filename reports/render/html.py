@@ -35,7 +35,7 @@ from reports.verdict import Verdict, judge
 EXAMPLES_SHOWN = 20
 SECTIONS = (
     ("latency", "Latency"),
-    ("figures", "Figures"),
+    ("targets", "Targets"),
     ("parity", "Parity"),
     ("memory", "Memory and load"),
     ("tests", "Tests"),

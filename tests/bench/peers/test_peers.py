@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 
 from bench.errors import BenchError
-from bench.peers import choice, genai
+from bench.peers import choice, genai, optimum_ort
 from bench.peers.genai import GenaiSide
 from bench.peers.parity import peer_parity, tokens_agree
 from bench.peers.table import PARITY, peer_rows, print_peers
 from reports.record import Case, Round, RunRecord, Series, Side
+from reports.targets import OPTIMUM
 from runtime.errors import SessionError
 from runtime.generate import generate
 from runtime.torch_session import TorchSession
@@ -139,3 +140,7 @@ def test_the_table_ties_ratios_to_parity() -> None:
     assert "some side 200.0 ms 2.50 20.00 ms 1.25 KLD 1e-12, top-1 100% of 32" in text
     assert "llama.cpp skipped: not installed" in text
     assert "not measured" not in text
+
+
+def test_the_target_names_optimums_side() -> None:
+    assert optimum_ort.LABEL == OPTIMUM
