@@ -60,7 +60,6 @@ class Verdict:
     failed: tuple[str, ...]
     inconclusive: tuple[str, ...]
     suspicious: tuple[str, ...]
-    reported: tuple[str, ...]
     failed_tests: tuple[str, ...]
     targets: tuple[Target, ...]
     warnings: tuple[str, ...]
@@ -103,7 +102,6 @@ def judge(record: RunRecord) -> Verdict:
         failed=by["FAIL"],
         inconclusive=by["INCONCLUSIVE"],
         suspicious=by["SUSPICIOUS"],
-        reported=by["REPORTED"],
         failed_tests=failed_tests,
         targets=aims,
         warnings=(*record.warnings, *derived_warnings(record)),

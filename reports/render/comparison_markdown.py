@@ -37,11 +37,11 @@ def render_comparison_markdown(comparison: Comparison) -> str:
     if c.advisory:
         blocks.append(f"> **Advisory, nothing gates:** {escape(c.advisory_reason or 'not measured in pairs', 400)}")
     blocks += [_counts(digest), _facts(digest), *_reasons(c), *_results(digest)]
-    if c.parity is None:
-        blocks.append("### Parity\n\nParity was not examined: this may or may not still be the same model.")
-    else:
-        blocks += parity_blocks(c.parity)
-    blocks += [*_history(c), "### Repeat\n\n" + fenced(words.shorten(shlex.join(c.command), 2000))]
+    blocks += [
+        *parity_blocks(c.parity),
+        *_history(c),
+        "### Repeat\n\n" + fenced(words.shorten(shlex.join(c.command), 2000)),
+    ]
     return within(blocks, LIMIT) + "\n"
 
 
@@ -58,7 +58,7 @@ def _facts(digest: Digest) -> str:
         f"- **Compared:** {escape(c.candidate.title)} against {escape(c.base.title)}",
         f"- **Same model:** {escape(parity)}{f' ({escape(check, 300)})' if check else ''}",
         f"- **How sure:** {escape(cw.sure_line(c), 400)}",
-        f"- **Machine:** {escape(cw.machine_line(c), 400)}",
+        f"- **Machine:** {escape(words.machine_line(c.machine), 400)}",
     ]
     if found := cw.differences(c):
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""

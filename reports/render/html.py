@@ -9,15 +9,14 @@ print(p.write_report(r.read_record(pathlib.Path('reports/out/record.json')), pat
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
 from reports.record import RunRecord
-from reports.render import plots, svg, words
-from reports.render.environment import environment
+from reports.render import plots, words
+from reports.render.environment import render
 from reports.stats import SPREAD_LIMIT, Estimate, median
 from reports.summary import (
     LatencyRow,
@@ -46,7 +45,7 @@ SECTIONS = (
 
 def render_html(record: RunRecord) -> str:
     """The whole page of a record; equal records give equal bytes."""
-    return environment(sure=sure, groupby_case=_by_case).get_template("index.html.j2").render(_context(record))
+    return render("index.html.j2", record, _context(record), {"sure": sure, "groupby_case": _by_case})
 
 
 def sure(speedup: Estimate) -> str:
@@ -91,9 +90,8 @@ def sure_line(record: RunRecord, verdict: Verdict) -> str:
 
 def facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Model, machine, versions, settings and sides as pairs of name and value."""
-    model, machine = record.model, record.machine
+    model = record.model
     fused = ", ".join(f"{name} × {count}" for name, count in model.fused_ops.items()) or "none"
-    load = words.DASH if machine.load_average_1m is None else f"{machine.load_average_1m:.2f}"
     found = [
         (
             "Model",
@@ -110,19 +108,7 @@ def facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("Spec digest", model.spec_digest),
             ],
         ),
-        (
-            "Machine",
-            [
-                ("CPU", machine.cpu),
-                ("Cores", str(machine.cores)),
-                ("GPU", machine.gpu or "none"),
-                ("Memory", words.size(machine.memory_bytes)),
-                ("System", machine.os),
-                ("Python", machine.python),
-                ("Load average, 1 min", load),
-                ("Fingerprint", machine.fingerprint),
-            ],
-        ),
+        ("Machine", words.machine_facts(record.machine)),
         (
             "Run",
             [
@@ -130,21 +116,15 @@ def facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("Took", words.duration(record.duration_s)),
                 ("Profile", record.profile),
                 ("Seed", str(record.seed)),
-                *((name, _plain(value)) for name, value in record.settings.items()),
+                *((name, words.plain(value)) for name, value in record.settings.items()),
             ],
         ),
-        ("Versions", [("llama-onnx-bench", record.tool_version), *record.versions.items()]),
+        ("Versions", list({"llama-onnx-bench": record.tool_version, **record.versions}.items())),
     ]
     for side in ordered_sides(record):
         if side.details:
-            found.append((side.title, [(name, _plain(value)) for name, value in side.details.items()]))
+            found.append((side.title, [(name, words.plain(value)) for name, value in side.details.items()]))
     return found
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
@@ -157,7 +137,6 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "case": case,
         "sections": SECTIONS,
         "model_line": words.model_line(record),
-        "machine_line": words.machine_line(record),
         "sure_line": sure_line(record, verdict),
         "parity_line": parity_line(record, verdict),
         "parity_word": {"same": "Yes", "different": "No", "undecided": "Undecided"}.get(verdict.parity, "Not examined"),
@@ -172,13 +151,11 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "loads": load_rows(record),
         "styles": plots.side_styles(record),
         "plots": plots.all_plots(record),
-        "shapes": svg.shapes(),
         "examples": record.parity.examples[:EXAMPLES_SHOWN] if record.parity else [],
         "outcome_counts": list(Counter(o.outcome for o in record.outcomes).items()),
         "outcomes_told": told,
-        "command": shlex.join(record.command),
         "facts": facts(record),
-        "hashes": ("Weights SHA-256", "Spec digest", "Fingerprint"),
+        "differences": [],
         "glossary": words.GLOSSARY,
         "ratio_note": words.RATIO_NOTE,
         "spread_limit": SPREAD_LIMIT,

@@ -96,7 +96,7 @@ def _answers(record: RunRecord, verdict: Verdict) -> list[str]:
         f"- **Model:** {escape(record.model.name)} ({escape(words.model_line(record))})",
         f"- **Speed:** {speed_sentence(verdict.speed)}",
         f"- **Parity:** {verdict.parity}; {verdict.passed} of {verdict.gated} checks pass",
-        f"- **Machine:** {escape(words.machine_line(record), 400)}",
+        f"- **Machine:** {escape(words.machine_line(record.machine), 400)}",
         f"- **How sure:** {verdict.rounds} rounds a side, {verdict.tokens_scored or 0:,} tokens scored",
         f"- **Not examined:** {escape(', '.join(verdict.not_examined), 600) or words.DASH}",
     ]

@@ -60,7 +60,6 @@ def test_the_lists_name_their_checks(make_record):
     verdict = judge(make_record(failing_check=True))
     assert verdict.failed == ("Mean KL divergence",)
     assert verdict.suspicious == ("99.9 % KL divergence",)
-    assert verdict.reported == ("Translation: BLEU",)
     assert (verdict.passed, verdict.gated) == (10, 11)
     assert verdict.headline.startswith("Different model, ")
 
