@@ -274,10 +274,6 @@ class Comparison(Frozen):
             found[r.status] = found.get(r.status, 0) + 1
         return found
 
-    def records_of(self, case: str) -> list[CaseRecord]:
-        """Raw records of one case in the order in which they ran (the clock trace, the distribution)."""
-        return [r for r in self.records if r.case == case]
-
     def to_json(self) -> str:
         """Indented JSON, newline at the end."""
         return self.model_dump_json(indent=1, exclude_defaults=False) + "\n"

@@ -7,7 +7,6 @@ The JSON Schema beside this file (``record.schema.json``) is written from these 
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -63,6 +62,11 @@ class Case(Frozen):
     def label(self) -> str:
         """Such as ``batch 1, prompt 128``."""
         return f"batch {self.batch}, prompt {self.prompt}"
+
+    @property
+    def mean_context(self) -> float:
+        """Mean context of the decode steps, tokens per row: step i of N - 1 attends to prompt + i tokens."""
+        return self.prompt + self.new_tokens / 2
 
 
 class Round(Frozen):
@@ -127,7 +131,7 @@ class Floor(Frozen):
     """The memory-bandwidth floor: a decode step cannot be faster than reading its bytes once.
 
     ``bandwidth_samples`` are bytes per second, one beside each round of the headline case (shared memory buses drift,
-    so the floor is measured where and when the decode step is); the floor uses their median.
+    so the floor is measured where and when the decode step is).
     """
 
     method: str
@@ -135,26 +139,9 @@ class Floor(Frozen):
     weight_bytes: int
     kv_bytes_per_token: int
 
-    def step_s(self, context: float, batch: int = 1) -> float:
-        """Least time of one decode step at a context of that many tokens per row, seconds."""
-        return (self.weight_bytes + batch * context * self.kv_bytes_per_token) / statistics.median(
-            self.bandwidth_samples
-        )
-
-
-class Figure(Frozen):
-    """A target of the project and what this run measured; ``better`` names the side on which it must lie."""
-
-    name: str
-    value: float
-    limit: float
-    unit: str
-    better: Literal["lower", "higher"]
-
-    @property
-    def met(self) -> bool:
-        """Whether the measured value lies on the right side of the limit."""
-        return self.value <= self.limit if self.better == "lower" else self.value >= self.limit
+    def step_bytes(self, case: Case) -> float:
+        """Bytes that a decode step of a case reads at its mean context: the weights, and the cache of every row."""
+        return self.weight_bytes + case.batch * case.mean_context * self.kv_bytes_per_token
 
 
 class Outcome(Frozen):
@@ -186,7 +173,6 @@ class RunRecord(Frozen):
     memory: list[Memory]
     floor: Floor | None
     validation: Validation | None
-    figures: list[Figure]
     outcomes: list[Outcome]
     warnings: list[str]
 

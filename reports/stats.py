@@ -8,15 +8,14 @@ Try: ``python -c "from reports.stats import median; print(median([24.8, 25.1, 24
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import bdtr, stdtrit
+from scipy.special import bdtr
 
-from reports.record import Case, Round, RunRecord, Series
+from reports.record import Case, Floor, Round, RunRecord, Series
 
 Metric = Literal["ttft", "tpot", "total"]
 METRICS: tuple[Metric, ...] = ("ttft", "tpot", "total")
@@ -114,41 +113,33 @@ def relative_spread(samples: Sequence[float]) -> float | None:
     return 1.4826 * float(np.median(np.abs(np.asarray(samples) - centre))) / centre if centre > 0 else None
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """exp(mean(ln x)): the only mean of ratios that does not depend on which side is the denominator.
-
-    (Fleming and Wallace 1986.)
-
-    Raises:
-        ValueError: no values, or one that is not positive.
-    """
-    if not values or min(values) <= 0:
-        raise ValueError("geometric mean needs positive values")
-    return math.exp(math.fsum(math.log(v) for v in values) / len(values))
-
-
 def paired_ratio(candidate: Sequence[float], other: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Ratio candidate / other of samples that were taken in pairs, with its t interval.
+    """Ratio candidate / other of samples that were taken in pairs: the median of the pairs' ratios, see ``median``.
 
-    D_i = ln(candidate_i / other_i); the ratio is exp(mean D), its ends exp(mean D -+ t * s / sqrt(n)) with t
-    of n - 1 degrees of freedom (Student 1908, on paired log differences). Drift that both share cancels out.
-    The pairs are the first min(len) samples of both; one pair gives a ratio without an interval.
+    Drift that both share cancels out within a pair, and one stray pair does not move the median. The pairs are the
+    first min(len) samples of both.
 
     Raises:
         ValueError: no pair, or a sample that is not positive.
     """
-    n = min(len(candidate), len(other))
-    if n == 0:
+    pairs = list(zip(candidate, other, strict=False))
+    if not pairs:
         raise ValueError("ratio of no pairs")
-    a, b = np.asarray(candidate[:n], dtype=float), np.asarray(other[:n], dtype=float)
-    if min(a.min(), b.min()) <= 0:
+    if min(min(pair) for pair in pairs) <= 0:
         raise ValueError("ratio needs positive samples")
-    d = np.log(a / b)
-    centre = float(d.mean())
-    if n == 1:
-        return Estimate(math.exp(centre), None, None, 1)
-    half = float(stdtrit(n - 1, 0.5 + confidence / 2)) * float(d.std(ddof=1)) / math.sqrt(n)
-    return Estimate(math.exp(centre), math.exp(centre - half), math.exp(centre + half), n)
+    return median([a / b for a, b in pairs], confidence)
+
+
+def floor_multiples(floor: Floor, case: Case, tpots: Sequence[float]) -> list[float]:
+    """TPOT of each round as a multiple of the memory floor: tpot_i * bandwidth_i / bytes of a step.
+
+    A round is held against the bandwidth that was measured beside it, since both drift together. Where rounds and
+    bandwidth samples differ in number (a case without samples of its own), each is held against their median.
+    """
+    speeds = floor.bandwidth_samples
+    if len(speeds) != len(tpots):
+        speeds = [median(speeds).value] * len(tpots)
+    return [tpot * speed / floor.step_bytes(case) for tpot, speed in zip(tpots, speeds, strict=True)]
 
 
 def round_value(one: Round, metric: Metric) -> float | None:

@@ -16,6 +16,7 @@ from reports.stats import (
     Estimate,
     Metric,
     compare,
+    floor_multiples,
     median,
     percentile,
     relative_spread,
@@ -59,7 +60,7 @@ class FloorRow:
 
     side: Side
     tpot: Estimate
-    multiple: float
+    multiple: Estimate
 
 
 @dataclass(frozen=True)
@@ -174,23 +175,21 @@ def gap_rows(record: RunRecord, case: Case) -> list[GapRow]:
     return rows
 
 
-def mean_context(case: Case) -> float:
-    """Mean context of the decode steps of a case: step i of N - 1 attends to prompt + i tokens."""
-    return case.prompt + case.new_tokens / 2
-
-
 def floor_s(record: RunRecord, case: Case) -> float | None:
-    """Least seconds per decode step of a case, from bytes and bandwidth; ``None`` without a floor."""
-    return record.floor.step_s(mean_context(case), case.batch) if record.floor else None
+    """Least seconds per decode step of a case at the median bandwidth; ``None`` without a floor."""
+    return record.floor.step_bytes(case) / median(record.floor.bandwidth_samples).value if record.floor else None
 
 
 def floor_rows(record: RunRecord, case: Case) -> list[FloorRow]:
     """Every side with a TPOT on that case, as a multiple of the floor; empty without a floor."""
-    floor = floor_s(record, case)
-    if not floor:
+    if record.floor is None:
         return []
-    found = ((s, estimate(record, case, s.label, "tpot")) for s in measured_sides(record, case))
-    return [FloorRow(side, tpot, tpot.value / floor) for side, tpot in found if tpot]
+    found = ((s, samples(record.find(case, s.label), "tpot")) for s in measured_sides(record, case))
+    return [
+        FloorRow(side, median(tpots), median(floor_multiples(record.floor, case, tpots)))
+        for side, tpots in found
+        if tpots
+    ]
 
 
 def memory_rows(record: RunRecord) -> list[MemoryRow]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from reports.record import Case, Figure, RunRecord
+from reports.record import Case, RunRecord
 from reports.stats import METRICS, SPREAD_LIMIT, Comparison, Estimate, samples
 from reports.summary import (
     against_baseline,
@@ -18,11 +18,13 @@ from reports.summary import (
     ordered_sides,
     series_spread,
 )
+from reports.targets import Target, targets
 from reports.validation import EXIT_CODES, Status, Validation, overall
 from reports.validation import Verdict as Word
 
 ParityAnswer = Literal["same", "different", "undecided", "not examined"]
-MINIMUM_ROUNDS = 5
+MINIMUM_ROUNDS = 6
+"""A median has its 95 % interval from so many rounds."""
 ANSWERS: dict[Word, ParityAnswer] = {"PASS": "same", "FAIL": "different", "INCONCLUSIVE": "undecided"}
 WORDS: dict[Word, str] = {"PASS": "PASSED", "FAIL": "FAILED", "INCONCLUSIVE": "INCONCLUSIVE"}
 GATE_TESTS = "test_check["
@@ -50,8 +52,7 @@ class Speed:
 class Verdict:
     """What a reader and a pipeline need to know.
 
-    ``outcome`` is FAIL where a check of the gate or another test failed. Targets that are missed
-    are listed and do not change it: a limit on a time cries wolf on a noisy machine.
+    ``outcome`` is FAIL where a check of the gate or another test failed. Targets that were missed do not change it.
     """
 
     parity: ParityAnswer
@@ -63,9 +64,8 @@ class Verdict:
     failed: tuple[str, ...]
     inconclusive: tuple[str, ...]
     suspicious: tuple[str, ...]
-    reported: tuple[str, ...]
     failed_tests: tuple[str, ...]
-    figures_missed: tuple[Figure, ...]
+    targets: tuple[Target, ...]
     warnings: tuple[str, ...]
     not_examined: tuple[str, ...]
     rounds: int
@@ -91,7 +91,7 @@ def judge(record: RunRecord) -> Verdict:
     failed_tests = tuple(
         o.test for o in record.outcomes if o.outcome in ("failed", "error") and not o.test.startswith(GATE_TESTS)
     )
-    missed = tuple(f for f in record.figures if not f.met)
+    aims = targets(record)
     outcome = overall([*([validation.verdict] if validation else []), *("FAIL" for _ in failed_tests)])
 
     def titles(*statuses: Status) -> tuple[str, ...]:
@@ -101,16 +101,15 @@ def judge(record: RunRecord) -> Verdict:
     return Verdict(
         parity=parity,
         speed=speed,
-        headline=_headline(record, parity, speed, failed_tests, missed),
+        headline=_headline(record, parity, speed, failed_tests, aims),
         outcome=outcome,
         gated=len(titles("PASS", "SUSPICIOUS", "FAIL", "INCONCLUSIVE")),
         passed=len(titles("PASS", "SUSPICIOUS")),
         failed=titles("FAIL"),
         inconclusive=titles("INCONCLUSIVE"),
         suspicious=titles("SUSPICIOUS"),
-        reported=titles("REPORTED", "SKIPPED"),
         failed_tests=failed_tests,
-        figures_missed=missed,
+        targets=aims,
         warnings=(*record.warnings, *derived_warnings(record)),
         not_examined=_not_examined(record),
         rounds=_rounds(record, case),
@@ -171,7 +170,7 @@ def _rounds(record: RunRecord, case: Case | None) -> int:
 def _times(speedup: Estimate) -> str:
     text = f"{speedup.value:.3g} times as fast"
     if speedup.low is None or speedup.high is None:
-        return f"{text} (no interval from {speedup.n} round)"
+        return f"{text} (no interval from {speedup.n} round{'s' * (speedup.n != 1)})"
     return f"{text} (95 % interval {speedup.low:.3g} to {speedup.high:.3g})"
 
 
@@ -180,7 +179,7 @@ def _headline(
     parity: ParityAnswer,
     speed: Speed | None,
     failed_tests: tuple[str, ...],
-    missed: tuple[Figure, ...],
+    aims: tuple[Target, ...],
 ) -> str:
     parts = [PARITY_WORDS[parity]]
     pairs = (("decode", speed.decode), ("prefill", speed.prefill)) if speed else ()
@@ -189,8 +188,8 @@ def _headline(
     parts.append(" and ".join(first + [f"{value} in {name}" for name, value in gains[1:]]) or "speed not measured")
     if failed_tests:
         parts.append(f"{len(failed_tests)} test{'s' * (len(failed_tests) > 1)} failed")
-    if missed:
-        parts.append(f"{len(missed)} of {len(record.figures)} figures missed")
+    if missed := sum(not t.met for t in aims):
+        parts.append(f"{missed} of {len(aims)} targets missed")
     text = ", ".join(parts) + "."
     return f"Random weights: {text[0].lower()}{text[1:]}" if record.model.random_weights else text
 
@@ -258,7 +257,7 @@ def _count_warnings(record: RunRecord) -> list[str]:
             found.append(f"{side.title}: a time that is not positive; its clock is broken, run it again.")
     if few:
         found.append(
-            f"Fewer than {MINIMUM_ROUNDS} rounds on some case: {', '.join(few)}. No figure of these is sure; "
+            f"Fewer than {MINIMUM_ROUNDS} rounds on some case: {', '.join(few)}. Their times are not sure; "
             "raise the number of rounds."
         )
     for case in record.cases():

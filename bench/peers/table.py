@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from rich.console import Console
 from rich.text import Text
 
-from reports.record import Round, RunRecord, Series
+from reports.record import RunRecord
 from reports.render.terminal import plain_table
+from reports.stats import Comparison, compare
 
 PARITY = "parity"
 """Key of a side's details that holds its parity line."""
@@ -18,13 +18,11 @@ PARITY = "parity"
 
 @dataclass(frozen=True)
 class PeerRow:
-    """Medians in seconds; ratios are medians of paired rounds, this side over the candidate (above 1: it is slower)."""
+    """One side against the side under test; a ratio above 1 says that this side is slower."""
 
     title: str
-    ttft_s: float
-    tpot_s: float
-    prefill_ratio: float
-    decode_ratio: float
+    prefill: Comparison
+    decode: Comparison
     parity: str
 
 
@@ -32,41 +30,17 @@ def peer_rows(record: RunRecord) -> list[PeerRow]:
     """One row a side of the headline case, in the record's order; empty without latency."""
     if not record.series:
         return []
-    case = record.series[0].case
-    found = {s.side: s for s in record.series if s.case == case}
-    candidate = next((found[s.label] for s in record.sides if s.role == "candidate" and s.label in found), None)
+    case, candidate = record.series[0].case, record.side("candidate")
     if candidate is None:
         return []
     rows = []
     for side in record.sides:
-        if side.label not in found:
-            continue
-        series = found[side.label]
-        parity = {"candidate": "see the gate", "baseline": "the baseline"}.get(side.role)
-        rows.append(
-            PeerRow(
-                side.title,
-                median(_ttft(r) for r in series.rounds),
-                median(_tpot(r) for r in series.rounds),
-                _ratio(series, candidate.rounds, "ttft_s"),
-                _ratio(series, candidate.rounds, "tpot_s"),
-                str(parity or side.details.get(PARITY, "not measured")),
-            )
-        )
+        prefill = compare(record, case, "ttft", side.label, candidate.label)
+        decode = compare(record, case, "tpot", side.label, candidate.label)
+        if prefill and decode:
+            parity = {"candidate": "see the gate", "baseline": "the baseline"}.get(side.role)
+            rows.append(PeerRow(side.title, prefill, decode, str(parity or side.details.get(PARITY, "not measured"))))
     return rows
-
-
-def _ttft(r: Round) -> float:
-    return r.ttft_s
-
-
-def _tpot(r: Round) -> float:
-    return r.tpot_s or 0.0
-
-
-def _ratio(series: Series, ours: Sequence[Round], metric: str) -> float:
-    pairs = zip(series.rounds, ours, strict=True)
-    return median(float(getattr(a, metric)) / float(getattr(b, metric)) for a, b in pairs)
 
 
 def print_peers(rows: Sequence[PeerRow], skipped: dict[str, str], console: Console) -> None:
@@ -75,8 +49,8 @@ def print_peers(rows: Sequence[PeerRow], skipped: dict[str, str], console: Conso
     table = plain_table(title, "side, and is it the same model?", "TTFT", "x ours", "TPOT", "x ours")
     for r in rows:
         said = Text.assemble(r.title, "\n", (f"  {r.parity}", "dim"))
-        ms = f"{r.ttft_s * 1e3:.1f} ms", f"{r.tpot_s * 1e3:.2f} ms"
-        table.add_row(said, ms[0], f"{r.prefill_ratio:.2f}", ms[1], f"{r.decode_ratio:.2f}")
+        ttft, tpot = (f"{c.candidate.value * 1e3:.{digits}f} ms" for c, digits in ((r.prefill, 1), (r.decode, 2)))
+        table.add_row(said, ttft, f"{r.prefill.ratio.value:.2f}", tpot, f"{r.decode.ratio.value:.2f}")
     console.print(table)
     for label, why in skipped.items():
         console.print(f"{label} skipped: {why}", highlight=False, markup=False)

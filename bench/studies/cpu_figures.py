@@ -25,7 +25,9 @@ from rich.table import Table
 from bench.latency.measure import CpuBandwidth, GemmFloor, median_time, peak_memory, timed_generation
 from bench.peers.llama_cpp import LABEL as LLAMA_CPP
 from bench.peers.llama_cpp import LlamaCppSide
-from reports.record import Case
+from reports.record import Case, Floor
+from reports.stats import floor_multiples
+from reports.targets import FLOOR_LIMIT
 from runtime.generate import Generation
 from runtime.ort_session import OrtSession
 from runtime.session import Session
@@ -46,6 +48,7 @@ one before it as llama.cpp's Q4_1 is (a smallest value for each block)."""
 FP32, INT4, INT4_Q4_1, INT4_ALIKE = OURS
 GENAI = {"genai fp32": "fp32", "genai int4": "int4"}
 PROMPT, NEW, LONG, BATCH = 128, 32, 2000, 4
+CASE = Case(batch=1, prompt=PROMPT, new_tokens=NEW)
 VOCAB = 30_000
 """Prompts are drawn from the first so many tokens."""
 SEED = 20260101
@@ -228,12 +231,14 @@ def interleaved(sides: dict[str, Session], figures: Figures, config: dict[str, A
     figures.ttft_s = {name: statistics.median(map(_ttft, runs[name])) for name in sides}
     figures.tpot_s = {name: statistics.median(map(_tpot, runs[name])) for name in sides}
     manifest = sides[FP32].manifest  # type: ignore[attr-defined]
-    moved = manifest.decode_weight_bytes + (PROMPT + NEW / 2) * manifest.kv.bytes_per_token()
-    figures.add(
-        "fp32 decode, times the memory floor",
-        [_tpot(g) * s / moved for g, s in zip(runs[FP32], speeds, strict=True)],
-        1.20,
+    floor = Floor(
+        method=bandwidth.method,
+        bandwidth_samples=speeds,
+        weight_bytes=manifest.decode_weight_bytes,
+        kv_bytes_per_token=manifest.kv.bytes_per_token(),
     )
+    multiples = floor_multiples(floor, CASE, [_tpot(g) for g in runs[FP32]])
+    figures.add("fp32 decode, times the memory floor", multiples, FLOOR_LIMIT)
     figures.add(
         "prefill 128, times the matrix-product floor",
         [_ttft(g) / s for g, s in zip(runs[FP32], products, strict=True)],
@@ -299,10 +304,9 @@ def measure(checkpoint: Path, work: Path, rounds: int, genai: Path | None, gguf:
     finally:
         for side in sides.values():
             side.close()
-    case = Case(batch=1, prompt=PROMPT, new_tokens=NEW)
     memory = peak_memory(
         FP32,
-        case,
+        CASE,
         {"kind": "onnxruntime", "path": str(folders[FP32]), "precision": "fp32", "provider": "cpu", "threads": threads},
     )
     held = sum(f.stat().st_size for f in folders[FP32].glob("*.data"))

@@ -174,7 +174,6 @@ class Run:
             memory=m.memory,
             floor=m.floor,
             validation=validation,
-            figures=[],
             outcomes=self.outcomes,
             warnings=skipped,
         )

@@ -10,7 +10,7 @@ print(len(h.render_comparison(c.Comparison.model_validate_json(pathlib.Path('rep
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from reports.comparison_summary import STATUS_ORDER, CaseGroup, Digest, MetricGr
 from reports.render import comparison_plots as plots
 from reports.render import comparison_words as cw
 from reports.render import parity, svg, words
-from reports.render.environment import environment
+from reports.render.environment import render
 
 ROWS_SHOWN, FOREST_SHOWN, CASES_SHOWN, OPENED = 200, 60, 40, 3
 TROUBLES_SHOWN, HISTORY_SHOWN, WARNINGS_SHOWN = 12, 60, 40
@@ -32,8 +32,6 @@ class Row:
     result: Result
     anchor: str
     metric: str
-    glyph: str
-    tone: str
     note: str
     base: str
     candidate: str
@@ -54,31 +52,30 @@ class CaseView:
 
     group: CaseGroup
     opened: bool
-    metrics: tuple[tuple[Result, tuple[plots.Figure, ...]], ...]
-    trace: plots.Figure | None
+    metrics: tuple[tuple[Result, tuple[svg.Plot, ...]], ...]
+    trace: svg.Plot | None
 
 
 def render_comparison(comparison: Comparison, source: str = "report.json") -> str:
     """The whole page of a comparison; equal comparisons give equal bytes. ``source`` names the JSON beside the page."""
-    env = environment(
-        value=cw.value,
-        tidy=cw.tidy,
-        signed=cw.signed,
-        signed_interval=cw.signed_interval,
-        ratio=cw.ratio_text,
-        ratio_interval=cw.ratio_interval,
-        p=cw.p_text,
-        change=cw.change,
-        case_text=cw.case_text,
-        metric_name=cw.metric_name,
-        metric_title=cw.metric_title,
-        status_tone=lambda r: _tone(r, parity_fails),
-        glyph=lambda status: cw.GLYPHS[status],
-        spark=plots.sparkline,
-    )
     digest = Digest(comparison)
-    parity_fails = digest.parity_fails
-    return env.get_template("comparison.html.j2").render(_context(digest) | {"source": source})
+    filters: dict[str, Callable[..., Any]] = {
+        "value": cw.value,
+        "tidy": cw.tidy,
+        "signed": cw.signed,
+        "signed_interval": cw.signed_interval,
+        "ratio": cw.ratio_text,
+        "ratio_interval": cw.ratio_interval,
+        "p": cw.p_text,
+        "change": cw.change,
+        "case_text": cw.case_text,
+        "metric_name": cw.metric_name,
+        "metric_title": cw.metric_title,
+        "status_tone": lambda r: _tone(r, digest.parity_fails),
+        "glyph": lambda status: cw.GLYPHS[status],
+        "spark": plots.sparkline,
+    }
+    return render("comparison.html.j2", comparison, _context(digest) | {"source": source}, filters)
 
 
 def _tone(result: Result, parity_fails: bool) -> str:
@@ -94,16 +91,22 @@ def _context(digest: Digest) -> dict[str, Any]:
     first, second = cw.verdict_sentences(digest)
     return {
         "c": c,
+        "sections": [
+            ("forest", "Changes"),
+            ("results", "All results"),
+            *([("cases", "Cases")] if views else []),
+            ("parity", "Parity"),
+            *([("history", "History")] if c.history else []),
+            ("reproduce", "Reproduce"),
+        ],
         "digest": digest,
         "word": cw.OUTCOMES[c.verdict.outcome],
         "first": first,
         "second": second,
         **parity.context(c.validation),
         "answers": [(g, g.leading) for g in digest.metrics if g.leading is not None][:2],
-        "machine_line": cw.machine_line(c),
         "sure_line": cw.sure_line(c),
         "differences": cw.differences(c),
-        "meanings": cw.STATUS_MEANINGS,
         "tones": cw.TONES,
         "statuses": STATUS_ORDER,
         "forests": _forests(digest),
@@ -117,11 +120,8 @@ def _context(digest: Digest) -> dict[str, Any]:
         "warnings": c.warnings[:WARNINGS_SHOWN],
         "warnings_cut": max(len(c.warnings) - WARNINGS_SHOWN, 0),
         "troubles_shown": TROUBLES_SHOWN,
-        "shapes": svg.shapes(),
-        "command": shlex.join(c.command),
         "facts": _facts(digest),
         "glossary": cw.GLOSSARY,
-        "hashes": ("Weights SHA-256", "Spec digest", "Fingerprint"),
     }
 
 
@@ -131,8 +131,6 @@ def _row(r: Result, digest: Digest, shown: set[str]) -> Row:
         result=r,
         anchor=f"case-{digest.case_index[r.case]}" if r.case in shown else "",
         metric=cw.metric_name(r.metric),
-        glyph=cw.GLYPHS[r.status],
-        tone=_tone(r, digest.parity_fails),
         note=note,
         base=cw.value(r.base_median, r.unit),
         candidate=cw.value(r.candidate_median, r.unit),
@@ -216,19 +214,7 @@ def _facts(digest: Digest) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
     found = [("Statistics", statistics), ("Run", run), ("Base", _side(c.base)), ("Candidate", _side(c.candidate))]
     if c.machine is not None:
-        m = c.machine
-        load = words.DASH if m.load_average_1m is None else f"{m.load_average_1m:.2f}"
-        machine = [
-            ("CPU", m.cpu),
-            ("Cores", str(m.cores)),
-            ("GPU", m.gpu or "none"),
-            ("Memory", words.size(m.memory_bytes)),
-            ("System", m.os),
-            ("Python", m.python),
-            ("Load average, 1 min", load),
-            ("Fingerprint", m.fingerprint),
-        ]
-        found.append(("Machine", machine))
+        found.append(("Machine", words.machine_facts(c.machine)))
     found.append(("Versions", list({"llama-onnx-bench": c.tool_version, **c.versions}.items())))
     return found
 
@@ -247,4 +233,4 @@ def _side(side: ComparedSide) -> list[tuple[str, str]]:
         ("Spec digest", side.spec_digest),
     ]
     extra = {**side.options, **side.details, **side.versions}
-    return [(name, value) for name, value in told if value] + [(k, str(v)) for k, v in extra.items()]
+    return [(name, value) for name, value in told if value] + [(k, words.plain(v)) for k, v in extra.items()]

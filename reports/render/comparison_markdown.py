@@ -58,7 +58,7 @@ def _facts(digest: Digest) -> str:
         f"- **Compared:** {escape(c.candidate.title)} against {escape(c.base.title)}",
         f"- **Same model:** {escape(answer)}{f' ({escape(check, 300)})' if check else ''}",
         f"- **How sure:** {escape(cw.sure_line(c), 400)}",
-        f"- **Machine:** {escape(cw.machine_line(c), 400)}",
+        f"- **Machine:** {escape(words.machine_line(c.machine), 400)}",
     ]
     if found := cw.differences(c):
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""

@@ -8,15 +8,17 @@ Try: ``python -c "import reports.render.comparison_plots as p; help(p.forest)"``
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from reports.comparison import CaseRecord, ChangeStatus, History, Result
 from reports.comparison_summary import samples_by_side
 from reports.render import comparison_words as cw
 from reports.render import svg, words
-from reports.render.plots import choose, quantile
-from reports.render.svg import Axis
+from reports.render.svg import Axis, Plot, StripRow
 
 SHAPES: dict[ChangeStatus, str] = {
     "REGRESSION": "right",
@@ -28,6 +30,9 @@ SHAPES: dict[ChangeStatus, str] = {
     "MISSING": "cross",
 }
 PAIRS_HEIGHT = 190
+_SIDES = {"candidate": ("circle", "k0"), "base": ("square", "k1")}
+_DISPLAYED = {"s": ("ms", 1e3), "seconds": ("ms", 1e3), "B": ("MB", 1e-6), "bytes": ("MB", 1e-6)}
+"""Unit of a result -> the unit of its axis and the factor between them."""
 _FURTHEST = math.log(1.6)
 """The forest's axis never spans more than 60 % to either side; what lies beyond is drawn as an arrow at the edge."""
 
@@ -50,15 +55,6 @@ class Forest:
     """Results that are not shown."""
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A picture with its title and what it shows, in words."""
-
-    title: str
-    svg: str
-    caption: str
-
-
 def forest(results: Sequence[Result], axis: Axis, cut: int = 0) -> Forest:
     """One row for every result, on one logarithmic axis of the ratio candidate / base."""
     return Forest(tuple(ForestRow(r, _forest_row(r, axis)) for r in results), _forest_ticks(axis), cut)
@@ -73,7 +69,7 @@ def forest_axis(results: Sequence[Result]) -> Axis:
     return Axis(low, high, 2.5)
 
 
-def pairs_plot(result: Result) -> Figure | None:
+def pairs_plot(result: Result) -> Plot | None:
     """The ratio of every pair in the order in which they were measured, with estimate, interval and margin."""
     drawn = [(i, p) for i, p in enumerate(result.pairs) if p.ratio]
     if not drawn:
@@ -82,25 +78,22 @@ def pairs_plot(result: Result) -> Figure | None:
     known = [math.log(p.ratio) for _, p in drawn if p.ratio] + [-margin * 1.2, margin * 1.2]
     known += [math.log(x) for x in (result.low, result.high) if x]
     axis = Axis.around(known)
-    height, top, bottom = PAIRS_HEIGHT, 10, 26
+    height = PAIRS_HEIGHT
 
     def y(log_ratio: float) -> float:
-        share = (log_ratio - axis.low) / (axis.high - axis.low)
-        return top + (1 - share) * (height - top - bottom)
+        return axis.rise(log_ratio, 10, height - 26)
 
     def x(i: int) -> float:
         return 14 + (i + 0.5) * 84 / max(len(result.pairs), 1)
 
-    body = [svg.band(12, 100, y(margin), y(-margin) - y(margin), "margin")]
+    left = svg.LABELLED
+    body = [svg.band(left, 100, y(margin), y(-margin) - y(margin), "margin")]
     for tick in svg.ticks(math.expm1(axis.low), math.expm1(axis.high), 6):
-        body += [
-            svg.line(12, y(math.log1p(tick)), 100, y(math.log1p(tick)), "zero" if tick == 0 else "grid"),
-            svg.text(_tick(tick), 0, y(math.log1p(tick)) + 4, klass="t"),
-        ]
+        body.append(svg.level(_tick(tick), y(math.log1p(tick)), "zero" if tick == 0 else "grid"))
     if result.low and result.high and result.ratio:
         low, high = math.log(result.low), math.log(result.high)
-        body.append(svg.band(12, 100, y(high), y(low) - y(high), "interval"))
-        body.append(svg.line(12, y(math.log(result.ratio)), 100, y(math.log(result.ratio)), "estimate"))
+        body.append(svg.band(left, 100, y(high), y(low) - y(high), "interval"))
+        body.append(svg.line(left, y(math.log(result.ratio)), 100, y(math.log(result.ratio)), "estimate"))
     for i, p in drawn:
         shape = "cross" if not p.valid else "square" if p.base_first is False else "circle"
         body.append(svg.mark(shape, x(i), y(math.log(p.ratio or 1)), "lost" if not p.valid else "k0"))
@@ -112,57 +105,39 @@ def pairs_plot(result: Result) -> Figure | None:
     said = f"{valid} valid pairs of {len(result.pairs)}; estimate {cw.signed(result.ratio)}"
     interval = cw.signed_interval(result)
     said += f", 95 % interval {interval}" if interval else ""
-    return Figure(
+    return Plot(
         "Each pair, candidate against base",
         svg.picture(height, "".join(body), f"Ratio of each pair in order. {said}."),
         _pairs_caption(result),
     )
 
 
-def distribution(result: Result, records: Sequence[CaseRecord]) -> Figure | None:
+def distribution(result: Result, records: Sequence[CaseRecord]) -> Plot | None:
     """Every raw sample of both sides in a row of its own, on one axis that need not begin at zero."""
     sides = samples_by_side(records, result.metric)
     if not sides:
         return None
-    every = sorted(v for values in sides.values() for v in values)
-    end = min(every[-1], 1.6 * quantile(every, 0.9))
-    axis = Axis.around([every[0], end], 0.04)
-    body, said, beyond = [], [], 0
-    height = 20 + 62 * len(sides) + 24
-    for tick in axis.ticks:
-        body.append(svg.line(axis.place(tick), 4, axis.place(tick), height - 22, "grid"))
-        body.append(svg.text(_bare(tick, result.unit), axis.place(tick), height - 6, "middle", "t"))
-    for row, (side, values) in enumerate(sorted(sides.items())):
-        ordered, top = sorted(values), 8 + 68 * row
-        middle, klass = quantile(ordered, 0.5), "k0" if side == "candidate" else "k1"
-        shape = "dot" if side == "candidate" else "block"
-        outside = sum(v > axis.high for v in ordered)
-        beyond += outside
-        more = f", {outside} beyond ▸" if outside else ""
-        told = f"median {cw.value(middle, result.unit)}, n {len(ordered)}{more}"
-        body += [svg.text(side, 0, top + 12), svg.text(told, 100, top + 12, "end", "t")]
-        low, high = axis.place(quantile(ordered, 0.25)), axis.place(quantile(ordered, 0.75))
-        body.append(svg.band(low, high, top + 20, 32, f"quart {klass}"))
-        # Golden-ratio jitter: spread out, and the same on every run.
-        places = [
-            (axis.place(v), top + 36 + 24 * ((j * 0.618034) % 1 - 0.5))
-            for j, v in enumerate(choose(ordered))
-            if v <= axis.high
-        ]
-        body.append(svg.marks(shape, places, klass))
-        body.append(svg.line(axis.place(middle), top + 18, axis.place(middle), top + 54, "median"))
-        said.append(f"{side} median {cw.value(middle, result.unit)}, {len(ordered)} samples")
-    unit = "ms" if result.unit in ("s", "seconds") else "MB" if result.unit in ("B", "bytes") else result.unit
-    cut = " ▸ counts samples right of the axis." if beyond else ""
-    return Figure(
-        f"Distribution of all samples{', ' + words.shorten(unit, 16) if unit else ''}",
-        svg.picture(height, "".join(body), f"Distribution: {'; '.join(said)}."),
+    unit, scale = _DISPLAYED.get(result.unit, (result.unit, 1.0))
+    every = [v * scale for values in sides.values() for v in values]
+    axis = Axis.around([min(every), min(max(every), 1.6 * float(np.quantile(every, 0.9)))], 0.04)
+    rows, said = [], []
+    for side, values in sorted(sides.items()):
+        middle = cw.value(statistics.median(values), result.unit)
+        shape, klass = _SIDES[side]
+        rows.append(StripRow(side, f"median {middle}, n {len(values)}", [v * scale for v in values], shape, klass))
+        said.append(f"{side} median {middle}, {len(values)} samples")
+    return svg.strip(
+        "Distribution of all samples",
+        rows,
+        axis,
+        words.shorten(unit, 16),
+        f"Distribution: {'; '.join(said)}.",
         "One mark per round of every process that counts; the bar is the median, the band the middle half. "
-        f"The axis does not begin at zero.{cut}",
+        "The axis does not begin at zero.",
     )
 
 
-def machine_trace(records: Sequence[CaseRecord]) -> Figure | None:
+def machine_trace(records: Sequence[CaseRecord]) -> Plot | None:
     """What the machine did while a case ran: clock, load, time taken by others, GPU clock and temperature."""
     ordered = sorted(
         (r for r in records if r.side is not None),
@@ -181,27 +156,24 @@ def machine_trace(records: Sequence[CaseRecord]) -> Figure | None:
         low, high = min(known), max(known)
         # A flat line is drawn flat: a change below 2 % of the level is not blown up to the panel's height.
         air = max((high - low) * 0.1, abs(high) * 0.02, 1e-9)
-        top, tall = k * row + 22, row - 34
+        axis, bottom = Axis(low - air, high + air), (k + 1) * row - 12
         span = f"{low:,.{digits}f} to {high:,.{digits}f}" if low != high else f"{low:,.{digits}f} throughout"
         body += [svg.text(title, 0, k * row + 13), svg.text(span, 100, k * row + 13, "end", "t")]
+        body.append(svg.line(0, bottom + 3, 100, bottom + 3, "grid"))
         places = [
-            (
-                2 + (i + 0.5) * 96 / len(values),
-                top + tall - (v - low + air) / (high - low + 2 * air) * tall,
-                ordered[i],
-            )
+            (2 + (i + 0.5) * 96 / len(values), axis.rise(v, k * row + 22, bottom), ordered[i])
             for i, v in enumerate(values)
             if v is not None
         ]
-        body.append(svg.line(0, top + tall + 3, 100, top + tall + 3, "grid"))
         body.append(svg.polyline([(px, py) for px, py, _ in places], "trace"))
         for px, py, r in places:
-            shape = "cross" if r.outcome != "ok" else "dot" if r.side == "candidate" else "block"
-            body.append(
-                svg.mark(shape, px, py, "lost" if r.outcome != "ok" else "k0" if r.side == "candidate" else "k1")
-            )
+            if r.outcome != "ok":
+                body.append(svg.mark("cross", px, py, "lost"))
+            else:
+                shape, klass = _SIDES[r.side or "base"]
+                body.append(svg.mark(shape, px, py, klass, small=True))
         said.append(f"{title} {span}")
-    return Figure(
+    return Plot(
         "The machine meanwhile",
         svg.picture(len(panels) * row, "".join(body), f"Machine state: {'; '.join(said)}."),
         f"{len(ordered)} processes in the order in which they ran. Circle: candidate, square: base, "
@@ -218,7 +190,7 @@ def sparkline(history: History) -> str:
     height = 40
 
     def y(v: float) -> float:
-        return 5 + (axis.high - v) / (axis.high - axis.low) * (height - 10)
+        return axis.rise(v, 5, height - 5)
 
     def x(i: float) -> float:
         return 2 + i * 96 / max(len(values) - 1, 1)
@@ -276,11 +248,6 @@ def _tick(fraction: float) -> str:
     if fraction == 0:
         return "0"
     return f"{'+' if fraction > 0 else '−'}{abs(fraction) * 100:.3g}\u00a0%"
-
-
-def _bare(number: float, unit: str) -> str:
-    scaled = number * 1e3 if unit in ("s", "seconds") else number / 1e6 if unit in ("B", "bytes") else number
-    return f"{scaled:,.6g}"
 
 
 def _pairs_caption(result: Result) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from reports.comparison import ChangeStatus, Comparison, Result
 from reports.comparison_summary import Digest, MetricGroup
 from reports.render import parity, words
+from reports.render.words import NULL_CONTROL, Term
 
 METRIC_NAMES = {
     "tpot": "decode",
@@ -58,17 +59,23 @@ GLYPHS: dict[ChangeStatus, str] = {
 """Shapes, so that a status needs no colour: the triangles point where the marks of the forest plot lie."""
 
 GLOSSARY = (
-    ("Ratio", "The candidate against the base, the geometric mean over pairs. 1.041 is 4.1\u00a0% slower."),
-    ("Pair", "Base and candidate measured back to back, each in a fresh process; the order alternates."),
-    ("Margin", "A change smaller than this does not matter, fixed before measuring. It is the grey band."),
-    ("Interval", "Where the true ratio lies with 95\u00a0% confidence, by a t-test on the logarithms of the pairs."),
-    (
+    *(
+        Term(status.capitalize(), f"{told.capitalize()}.", mark=GLYPHS[status], tone=TONES[status])
+        for status, told in STATUS_MEANINGS.items()
+    ),
+    Term("Ratio", "The candidate against the base, the geometric mean over pairs. 1.041 is 4.1\u00a0% slower."),
+    Term("Pair", "Base and candidate measured back to back, each in a fresh process; the order alternates."),
+    Term("Margin", "A change smaller than this does not matter, fixed before measuring. It is the grey band."),
+    Term(
+        "Interval", "Where the true ratio lies with 95\u00a0% confidence, by a t-test on the logarithms of the pairs."
+    ),
+    Term(
         "p, Holm",
         "How likely so large a difference is if nothing changed, raised for the number of results that gate together. "
         "It is held against alpha.",
     ),
-    ("Gating", "Only these results decide the exit code. The others are measured beside them for reading."),
-    ("Null control", "A parity figure of PyTorch against itself: what no change looks like."),
+    Term("Gating", "Only these results decide the exit code. The others are measured beside them for reading."),
+    NULL_CONTROL,
 )
 
 OUTCOMES = {"PASS": "PASSED", "FAIL": "FAILED", "INCONCLUSIVE": "INCONCLUSIVE"}
@@ -189,7 +196,7 @@ def verdict_sentences(digest: Digest) -> tuple[str, str]:
     first = _parity_part(digest)
     moved, rest = _moved(digest, gating=True), _rest(digest)
     if moved:
-        sure = "as far as unpaired figures tell" if c.advisory else "we are sure"
+        sure = "as far as unpaired samples tell" if c.advisory else "we are sure"
         told = f"This change made {_joined(moved)}; {sure}."
         # Another model stands large alone: how fast it is comes second.
         if digest.parity_fails:
@@ -213,15 +220,6 @@ def case_text(result: Result) -> str:
     if "batch" in p and "prompt" in p:
         return f"batch {p['batch']}, prompt {p['prompt']}"
     return words.shorten(result.case, 80)
-
-
-def machine_line(comparison: Comparison) -> str:
-    """The machine in one line."""
-    m = comparison.machine
-    if m is None:
-        return "not recorded"
-    parts = [m.cpu, f"{m.cores} core{'s' * (m.cores != 1)}", words.size(m.memory_bytes), m.os]
-    return " · ".join([m.gpu, *parts] if m.gpu else parts)
 
 
 def sure_line(comparison: Comparison) -> str:

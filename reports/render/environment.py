@@ -1,18 +1,21 @@
-"""The template environment that both pages share: autoescape, strict names, the filters for figures and statuses.
+"""What all pages share: the template environment, filters for numbers and statuses, machine and command.
 
 Try: ``python -c "from reports.render.environment import tone; print(tone('PASS'))"``.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from reports.render import words
-from reports.validation import Measurement
+from reports.comparison import Comparison
+from reports.record import RunRecord
+from reports.render import svg, words
+from reports.validation import Measurement, Validation
 
 _TONES = {
     "pass": ("PASS", "PASSED", "MET"),
@@ -27,8 +30,13 @@ def tone(word: str) -> str:
     return next((name for name, members in _TONES.items() if word in members), "plain")
 
 
-def environment(**filters: Callable[..., Any]) -> Environment:
-    """A jinja2 environment over the package's templates; ``filters`` are a page's own.
+def render(
+    template: str,
+    subject: RunRecord | Comparison | Validation,
+    context: dict[str, Any],
+    filters: dict[str, Callable[..., Any]],
+) -> str:
+    """A page; ``context`` and ``filters`` are its own, beside what all pages share.
 
     Everything is escaped; only the plots of this package pass through ``svg`` as markup.
     """
@@ -39,7 +47,6 @@ def environment(**filters: Callable[..., Any]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.globals["dash"] = words.DASH
     env.filters.update(
         ms=words.ms,
         bare_ms=words.bare_ms,
@@ -62,7 +69,16 @@ def environment(**filters: Callable[..., Any]) -> Environment:
         svg=Markup,
     )
     env.filters.update(filters)
-    return env
+    shared = {
+        "dash": words.DASH,
+        "shapes": svg.shapes(),
+        "tool_version": subject.tool_version,
+        "machine": subject.machine,
+        "machine_line": words.machine_line(subject.machine),
+        "command": shlex.join(subject.command),
+    }
+    env.globals.update(shared)
+    return env.get_template(template).render(context)
 
 
 def _measured(m: Measurement, name: str) -> str:

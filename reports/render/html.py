@@ -9,7 +9,6 @@ print(p.write_report(r.read_record(pathlib.Path('reports/out/record.json')), pat
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
@@ -17,7 +16,7 @@ from typing import Any
 
 from reports.record import RunRecord
 from reports.render import parity, plots, words
-from reports.render.environment import environment
+from reports.render.environment import render
 from reports.stats import SPREAD_LIMIT, Estimate, median
 from reports.summary import (
     LatencyRow,
@@ -34,7 +33,7 @@ from reports.verdict import Verdict, judge
 
 SECTIONS = (
     ("latency", "Latency"),
-    ("figures", "Figures"),
+    ("targets", "Targets"),
     ("parity", "Parity"),
     ("memory", "Memory and load"),
     ("tests", "Tests"),
@@ -45,13 +44,13 @@ SECTIONS = (
 
 def render_html(record: RunRecord) -> str:
     """The whole page of a record; equal records give equal bytes."""
-    return environment(sure=sure, groupby_case=_by_case).get_template("index.html.j2").render(_context(record))
+    return render("index.html.j2", record, _context(record), {"sure": sure, "groupby_case": _by_case})
 
 
 def sure(speedup: Estimate) -> str:
     """The interval of a speed-up in words, with what it allows to claim."""
     if speedup.low is None or speedup.high is None:
-        return "one pair of rounds, no interval"
+        return f"no interval from {speedup.n} round{'s' * (speedup.n != 1)}"
     text = f"95\u00a0% interval {words.fixed(speedup.low)}\u00a0to\u00a0{words.fixed(speedup.high)}"
     if speedup.low <= 1 <= speedup.high:
         return f"{text}, no difference shown"
@@ -74,9 +73,8 @@ def sure_line(record: RunRecord, verdict: Verdict) -> str:
 
 def facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Model, machine, versions, settings and sides as pairs of name and value."""
-    model, machine = record.model, record.machine
+    model = record.model
     fused = ", ".join(f"{name} × {count}" for name, count in model.fused_ops.items()) or "none"
-    load = words.DASH if machine.load_average_1m is None else f"{machine.load_average_1m:.2f}"
     found = [
         (
             "Model",
@@ -93,19 +91,7 @@ def facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("Spec digest", model.spec_digest),
             ],
         ),
-        (
-            "Machine",
-            [
-                ("CPU", machine.cpu),
-                ("Cores", str(machine.cores)),
-                ("GPU", machine.gpu or "none"),
-                ("Memory", words.size(machine.memory_bytes)),
-                ("System", machine.os),
-                ("Python", machine.python),
-                ("Load average, 1 min", load),
-                ("Fingerprint", machine.fingerprint),
-            ],
-        ),
+        ("Machine", words.machine_facts(record.machine)),
         (
             "Run",
             [
@@ -113,23 +99,17 @@ def facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("Took", words.duration(record.duration_s)),
                 ("Profile", record.profile),
                 ("Seed", str(record.seed)),
-                *((name, _plain(value)) for name, value in record.settings.items()),
+                *((name, words.plain(value)) for name, value in record.settings.items()),
             ],
         ),
-        ("Versions", [("llama-onnx-bench", record.tool_version), *record.versions.items()]),
+        ("Versions", list({"llama-onnx-bench": record.tool_version, **record.versions}.items())),
     ]
     if record.validation is not None:
         found += parity.facts(record.validation)
     for side in ordered_sides(record):
         if side.details:
-            found.append((side.title, [(name, _plain(value)) for name, value in side.details.items()]))
+            found.append((side.title, [(name, words.plain(value)) for name, value in side.details.items()]))
     return found
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
@@ -142,7 +122,6 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "case": case,
         "sections": SECTIONS,
         "model_line": words.model_line(record),
-        "machine_line": words.machine_line(record.machine),
         "sure_line": sure_line(record, verdict),
         "latency": latency_rows(record),
         "warmups": ", ".join(str(n) for n in sorted({s.warmup_rounds for s in record.series})),
@@ -156,9 +135,8 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "plots": plots.all_plots(record),
         "outcome_counts": list(Counter(o.outcome for o in record.outcomes).items()),
         "outcomes_told": told,
-        "command": shlex.join(record.command),
         "facts": facts(record),
-        "fingerprint": record.machine.fingerprint,
+        "differences": [],
         "glossary": words.GLOSSARY,
         "ratio_note": words.RATIO_NOTE,
         "spread_limit": SPREAD_LIMIT,

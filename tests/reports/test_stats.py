@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 
 import numpy as np
@@ -14,7 +13,6 @@ from scipy import stats as scipy_stats
 from reports.stats import (
     Estimate,
     compare,
-    geometric_mean,
     median,
     paired_ratio,
     percentile,
@@ -89,21 +87,17 @@ def test_relative_spread_ignores_one_stray_round_and_needs_three():
     assert relative_spread([0.0, 0.0, 0.0]) is None
 
 
-def test_geometric_mean_against_scipy_and_its_errors():
-    assert geometric_mean([0.5, 2.0, 3.0]) == pytest.approx(scipy_stats.gmean([0.5, 2.0, 3.0]))
-    for bad in ([], [1.0, 0.0]):
-        with pytest.raises(ValueError, match="positive"):
-            geometric_mean(bad)
-
-
-def test_paired_ratio_is_scipys_t_interval_of_log_ratios():
+def test_paired_ratio_is_the_median_of_the_pairs_with_its_interval():
     rng = np.random.default_rng(3)
-    a, b = rng.lognormal(0, 0.1, 9), rng.lognormal(1, 0.1, 9)
-    expected = scipy_stats.ttest_rel(np.log(a), np.log(b)).confidence_interval(0.95)
-    found = paired_ratio(a.tolist(), b.tolist())
-    assert (found.low, found.high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
-    assert found.value == pytest.approx(geometric_mean((a / b).tolist()))
-    assert found.n == 9
+    a, b = rng.lognormal(0, 0.1, 9).tolist(), rng.lognormal(1, 0.1, 9).tolist()
+    found, ratios = paired_ratio(a, b), sorted(x / y for x, y in zip(a, b, strict=True))
+    # n = 9: x(2) and x(8), coverage 96.1 %.
+    assert found == Estimate(ratios[4], ratios[1], ratios[7], 9)
+
+
+def test_paired_ratio_ignores_one_stray_round():
+    quiet, stray = [1.0] * 9, [1.0] * 8 + [40.0]
+    assert paired_ratio([0.5] * 9, stray) == paired_ratio([0.5] * 9, quiet) == Estimate(0.5, 0.5, 0.5, 9)
 
 
 def test_paired_ratio_cancels_shared_drift():
@@ -118,15 +112,16 @@ def test_paired_ratio_interval_covers_in_simulation():
     a, b = rng.lognormal(0, 0.05, (2000, 10)), rng.lognormal(0, 0.05, (2000, 10))
     found = [paired_ratio(x.tolist(), y.tolist()) for x, y in zip(a, b, strict=True)]
     covered = np.mean([e.low <= 1 <= e.high for e in found])
-    assert 0.935 <= covered <= 0.965
+    # n = 10: x(2) and x(9) cover 97.9 %.
+    assert 0.965 <= covered <= 0.99
 
 
-@given(st.lists(st.tuples(TIMES, TIMES), min_size=2, max_size=30))
-def test_paired_ratio_is_reciprocal(pairs):
+@given(st.lists(st.tuples(TIMES, TIMES), min_size=1, max_size=15).map(lambda x: [*x, *x[1:]]))
+def test_paired_ratio_of_an_odd_number_is_reciprocal(pairs):
     a, b = [x for x, _ in pairs], [y for _, y in pairs]
     there, back = paired_ratio(a, b), paired_ratio(b, a).inverse()
     assert there.value == pytest.approx(back.value)
-    if max(there.high, back.high) < 1e300 and min(there.low, back.low) > 1e-300:
+    if there.low is not None:
         assert (there.low, there.high) == pytest.approx((back.low, back.high))
 
 
@@ -142,8 +137,8 @@ def test_compare_pairs_rounds_by_index(make_record):
     case = record.cases()[1]
     found = compare(record, case, "tpot", "onnx", "pytorch")
     first, second = record.find(case, "onnx").rounds, record.find(case, "pytorch").rounds
-    logs = [math.log(a.tpot_s / b.tpot_s) for a, b in zip(first, second, strict=True)]
-    assert found.ratio.value == pytest.approx(math.exp(sum(logs) / 8))
+    ratios = [a.tpot_s / b.tpot_s for a, b in zip(first, second, strict=True)]
+    assert found.ratio.value == pytest.approx(statistics.median(ratios))
     assert found.candidate.value == pytest.approx(statistics.median(r.tpot_s for r in first))
     assert found.n == 8
     assert found.speedup.value == pytest.approx(1 / found.ratio.value)

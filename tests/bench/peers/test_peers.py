@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import pytest
 from rich.console import Console
 
 from bench.errors import BenchError
-from bench.peers import choice, genai
+from bench.peers import choice, genai, optimum_ort
 from bench.peers.genai import GenaiSide
 from bench.peers.parity import peer_parity, tokens_agree
-from bench.peers.table import PeerRow, print_peers
+from bench.peers.table import PARITY, peer_rows, print_peers
+from reports.record import Case, Round, RunRecord, Series, Side
+from reports.targets import OPTIMUM
 from runtime.errors import SessionError
 from runtime.generate import generate
 from runtime.torch_session import TorchSession
@@ -116,16 +118,29 @@ def test_parity_notices_another_model(session: Any, checkpoints: Get) -> None:
 
 
 def test_the_table_ties_ratios_to_parity() -> None:
+    case = Case(batch=1, prompt=8, new_tokens=3)
+
+    def series(side: str, firsts: Sequence[float], step: float) -> Series:
+        rounds = [Round(order=i, at_s=[t, t + step, t + 2 * step]) for i, t in enumerate(firsts)]
+        return Series(case=case, side=side, warmup_rounds=1, rounds=rounds)
+
+    drift = [0.08, 0.08, 0.4]  # a neighbour slows the last round of both sides down
+    record = RunRecord.model_construct(
+        sides=[
+            Side(label="a", role="candidate", title="our side", details={}),
+            Side(label="b", role="peer", title="some side", details={PARITY: "KLD 1e-12, top-1 100% of 32"}),
+            Side(label="c", role="peer", title="not measured", details={}),
+        ],
+        series=[series("a", drift, 0.016), series("b", [2.5 * t for t in drift], 0.02)],
+    )
     out = io.StringIO()
-    rows = [PeerRow("some side", 0.2, 0.02, 2.5, 1.25, "KLD 1e-12, top-1 100% of 32")]
-    print_peers(rows, {"llama.cpp": "not installed"}, Console(file=out, width=140))
-    for words in (
-        "some side",
-        "200.0 ms",
-        "20.00 ms",
-        "2.50",
-        "1.25",
-        "top-1 100%",
-        "llama.cpp skipped: not installed",
-    ):
-        assert words in out.getvalue()
+    print_peers(peer_rows(record), {"llama.cpp": "not installed"}, Console(file=out, width=140))
+    text = " ".join(out.getvalue().split())
+    assert "our side 80.0 ms 1.00 16.00 ms 1.00 see the gate" in text
+    assert "some side 200.0 ms 2.50 20.00 ms 1.25 KLD 1e-12, top-1 100% of 32" in text
+    assert "llama.cpp skipped: not installed" in text
+    assert "not measured" not in text
+
+
+def test_the_target_names_optimums_side() -> None:
+    assert optimum_ort.LABEL == OPTIMUM
