@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from export import TELEMETRY_OFF
 from runtime.doctor import Report, diagnose
 
 
@@ -37,7 +38,7 @@ def measure_bandwidth(report: Report) -> dict[str, float | str]:
 
 def run(args: argparse.Namespace) -> int:
     """Diagnose and print; always 0: what does not load is a finding, not a failure."""
-    report = diagnose()
+    report = replace(diagnose(), telemetry={name: os.environ.get(name, "") for name in TELEMETRY_OFF})
     if not args.no_bandwidth:
         report = replace(report, bandwidth=measure_bandwidth(report))
     if args.json:
@@ -70,6 +71,8 @@ def render(report: Report, console: Console) -> None:
         facts.add_row(title, Text(", ".join(found) or "no package of it installed"))
     others = [f"{n} {v}" for n, v in report.packages.items() if n.startswith(("onnxruntime", "torch"))]
     facts.add_row("runtimes", Text(", ".join(others)))
+    yours = [f"{name}={value}" for name, value in report.telemetry.items() if value != TELEMETRY_OFF[name]]
+    facts.add_row("telemetry", Text(f"as you set it: {', '.join(yours)}" if yours else "off in every library"))
     console.print(facts)
     table = Table(title="Execution providers", title_justify="left")
     for column in ("provider", "loads", "what was seen"):
