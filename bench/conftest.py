@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from bench.errors import BenchError
+from bench.errors import user_error
 from bench.gate.gate_names import CHECKS, metric_names
 from bench.latency.workload import PROFILES, choose_profile
 from bench.machine.lock import machine_lock
@@ -99,15 +99,6 @@ def refuse_workers(config: pytest.Config) -> None:
         raise pytest.UsageError("pytest bench/ measures: workers (-n) would measure each other; leave -n out")
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Errors that are the user's to mend: one line and the exit code of their class, no traceback."""
-    from export.errors import ExportError
-    from export.manifest import ManifestError
-    from runtime.errors import SessionError
-
-    return (BenchError, ExportError, ManifestError, SessionError)
-
-
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Resolve the model, the folder and the data; an error of the user's ends the run with its own exit code."""
     config = session.config
@@ -118,12 +109,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     try:
         held.enter_context(machine_lock("pytest bench/", config.option.lock_wait))
         config.add_cleanup(held.close)
-    except BenchError as e:
-        pytest.exit(f"error: {e}", returncode=e.exit_code)
-    try:
         _ = run.dataset, run.provider, run.folder, run.profile
-    except _user_errors() as e:
-        pytest.exit(f"error: {e}", returncode=getattr(e, "exit_code", 2))
+    except Exception as error:
+        told = user_error(error)
+        if told is None:
+            raise
+        pytest.exit(f"error: {told[0]}", returncode=told[1])
 
 
 @contextmanager

@@ -15,11 +15,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from reports.comparison import CASE_SCHEMA_VERSION, CaseRecord, SideName
+from reports.errors import ReportError
 from reports.record import RecordError, RunRecord, read_record
 from reports.stats import METRICS, samples
 
 
-class StorageError(Exception):
+class StorageError(ReportError):
     """A record could not be stored; names the file and how to go on."""
 
     exit_code = 4

@@ -13,15 +13,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from reports.errors import ReportError
+
 SCHEMA_VERSION = 1
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "REPORTED", "SUSPICIOUS"]
 Seconds = Annotated[float, Field(ge=0)]
 
 
-class RecordError(Exception):
+class RecordError(ReportError):
     """A file that is not a record, or not of this schema; names the place."""
-
-    exit_code = 2
 
 
 class _Frozen(BaseModel):

@@ -26,6 +26,7 @@ import platformdirs
 from numpy.typing import NDArray
 
 from reports.comparison import CaseRecord, History, HistoryPoint, HistoryStep
+from reports.errors import ReportError
 from reports.record import RecordError
 
 STORE_ENV = "LLAMA_ONNX_HISTORY"
@@ -46,10 +47,8 @@ CREATE TABLE IF NOT EXISTS points (
 _COLUMNS = ("fingerprint", "model", "case_name", "metric", "unit", "at_utc", "value", "label", "run")
 
 
-class StoreError(Exception):
+class StoreError(ReportError):
     """The history cannot be used as asked; names the file and the remedy."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,18 @@ def test_heavy_libraries_have_one_owner() -> None:
     assert wrong == []
 
 
+def test_errors_have_one_root_on_each_side() -> None:
+    bases = {
+        node.name: ast.unparse(node.bases[0])
+        for path in files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
+    }
+    assert len(bases) > 20
+    roots = [name for name, base in bases.items() if base not in bases]
+    assert sorted(roots) == ["ReportError", "UserError"]
+
+
 @pytest.mark.parametrize("module", ["export", "runtime", "bench", "reports", "bench.cli.main"])
 def test_starts_light(module: str) -> None:
     heavy = ("torch", "optimum", "transformers", "onnxruntime", "onnx")

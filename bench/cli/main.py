@@ -36,6 +36,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.cli.generate import add_generate_options
+from bench.errors import user_error
 
 ERR = Console(stderr=True)
 
@@ -356,30 +357,6 @@ def _doctor(args: argparse.Namespace) -> int:
     return run(args)
 
 
-def _ours(error: BaseException) -> bool:
-    """Whether an error is one of ours (it knows its exit code), meant for the user and not a defect."""
-    return isinstance(getattr(type(error), "exit_code", None), int)
-
-
-def _outside(error: Exception) -> str | None:
-    """One line for what the machine or the input is at fault for; None for a defect of ours, whose place is needed."""
-    import sqlite3
-
-    if isinstance(error, OSError):
-        return (
-            f"{error.filename or 'input or output'}: {error.strerror or error}; name another place, or make room there"
-        )
-    if isinstance(error, RecursionError):
-        return "the input is nested too deeply to be what it should be; write it again"
-    if isinstance(error, UnicodeError):
-        return f"text that is not UTF-8 ({getattr(error, 'reason', error)}); write it in that encoding"
-    if isinstance(error, sqlite3.Error):
-        return f"the history database cannot be used ({error}); set LLAMA_ONNX_HISTORY to another file"
-    if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return "a path begins with ~ and a name that has no home directory here; write the whole path"
-    return None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     for output in (sys.stdout, sys.stderr):
@@ -406,11 +383,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        said = str(error) if _ours(error) else _outside(error)
-        if said is None:
+        told = user_error(error)
+        if told is None:
             raise
-        ERR.print(f"error: {said}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return int(getattr(error, "exit_code", 2))
+        ERR.print(f"error: {told[0]}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return told[1]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.errors import run_child
 
-def main(a: dict[str, Any]) -> int:
-    """``a``: model, exported, provider, threads, profile, dataset, out. Errors of ours are one line each."""
+
+def main(a: dict[str, Any]) -> None:
+    """``a``: model, exported, provider, threads, profile, dataset, out."""
     from bench.suite.run import Options, Run
     from reports.publish import write_atomically
 
@@ -27,16 +29,9 @@ def main(a: dict[str, Any]) -> int:
     run = Run(options)
     try:
         write_atomically(Path(a["out"]), run.gate().model_dump_json(indent=1) + "\n")
-    except Exception as error:
-        code = getattr(type(error), "exit_code", None)
-        if not isinstance(code, int):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return code
     finally:
         run.close()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
+    sys.exit(run_child(lambda: main(json.loads(sys.argv[1]))))
