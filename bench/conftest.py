@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,16 +9,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
 
+from bench.cli.progress import progress
 from bench.errors import user_error
 from bench.gate.gate_names import CHECKS, metric_names
 from bench.latency.workload import PROFILES, choose_profile
@@ -119,27 +110,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @contextmanager
 def _progress(config: pytest.Config, title: str, total: int) -> Iterator[Ticker]:
-    """A rich progress bar on the real terminal; silent when there is none."""
+    """A progress bar on the real terminal."""
     capture = config.pluginmanager.getplugin("capturemanager")
-    with _uncaptured(capture):
-        if not sys.stderr.isatty():
-            yield lambda _message: None
-            return
-        columns = (
-            TextColumn("[bold]{task.fields[title]}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-        )
-        with Progress(*columns, console=Console(file=sys.stderr), transient=True, expand=True) as bar:
-            task = bar.add_task("", total=total, title=title)
-
-            def tick(message: str) -> None:
-                bar.update(task, advance=1, description=message)
-
-            yield tick
+    with _uncaptured(capture), progress(title, total) as bar:
+        yield bar.tick
 
 
 @contextmanager
