@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from reports.record import Machine, Parity, _Frozen
+from reports.record import Machine, Parity, RecordError, _Frozen
 
 CASE_SCHEMA_VERSION = 1
 Scalar = str | int | float | bool
@@ -55,6 +55,7 @@ class CaseRecord(_Frozen):
     """
 
     schema_version: Literal[1]
+    kind: Literal["case"] = "case"
     case: str
     metrics: dict[str, list[Positive]]
     """Metric -> raw samples, one a round, warm-up left out: ``ttft``, ``tpot``, ``total``, ``load`` in seconds,
@@ -276,6 +277,22 @@ class Comparison(_Frozen):
     def to_json(self) -> str:
         """Indented JSON, newline at the end."""
         return self.model_dump_json(indent=1, exclude_defaults=False) + "\n"
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read and validate a ``comparison.json``.
+
+    Raises:
+        RecordError: cannot be read, or a field of the wrong form (its place is named).
+    """
+    try:
+        return Comparison.model_validate_json(path.read_bytes())
+    except OSError as e:
+        raise RecordError(f"cannot read {path}: {e}") from None
+    except ValidationError as e:
+        first = e.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise RecordError(f"{path}: not a comparison of this version: {place}: {first['msg']}") from None
 
 
 def case_schema() -> str:

@@ -261,6 +261,7 @@ class RunRecord(_Frozen):
     """One run, raw. See the classes of its parts."""
 
     schema_version: Literal[1]
+    kind: Literal["record"] = "record"
     tool_version: str
     created_utc: str
     duration_s: Seconds

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from reports.comparison import CaseRecord, History, HistoryPoint, HistoryStep
 from reports.errors import ReportError
-from reports.record import RecordError
 
 STORE_ENV = "LLAMA_ONNX_HISTORY"
 VERSION = 1
@@ -251,22 +250,3 @@ def find_steps(values: Sequence[float], alpha: float = ALPHA, seed: int = 0) -> 
         )
         for before, cut, after in zip(edges, edges[1:], edges[2:], strict=False)
     ]
-
-
-def read_comparison_records(path: Path) -> tuple[list[CaseRecord], str, str]:
-    """The records of a ``comparison.json`` with its time and a name of the run, for :func:`points_of`.
-
-    Raises:
-        RecordError: no comparison.
-    """
-    from pydantic import ValidationError
-
-    from reports.comparison import Comparison
-
-    try:
-        made = Comparison.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as e:
-        said = str(e).splitlines()[0]
-        raise RecordError(f"{path} is no comparison.json ({said}); `llama-onnx compare` writes one") from None
-    candidates = [r for r in made.records if r.side == "candidate"]
-    return candidates, made.created_utc, next((r.run for r in candidates if r.run), made.created_utc)

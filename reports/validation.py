@@ -65,6 +65,7 @@ class Validation(_Frozen):
     """
 
     schema_version: Literal[1] = 1
+    kind: Literal["validation"] = "validation"
     created_utc: str = ""
     folder: str
     folder_sha256: str

@@ -58,15 +58,15 @@ def _add(args: argparse.Namespace, store: Any) -> int:
     import hashlib
 
     from reports.case_files import read_any
-    from reports.store import points_of, read_comparison_records
+    from reports.documents import first_document, kind_of
+    from reports.store import points_of
 
-    text = args.file.read_bytes() if args.file.is_file() else b""
-    if b'"kind": "comparison"' in text[:400] or args.file.name == "comparison.json":
-        records, at, name = read_comparison_records(args.file)
-    else:
-        records = read_any(args.file, "candidate")
-        at = datetime.datetime.fromtimestamp(args.file.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
-        name = hashlib.sha256(text).hexdigest()[:16]
+    records, document = read_any(args.file, "candidate"), first_document(args.file)
+    ours = kind_of(document) in ("record", "comparison")
+    changed = datetime.datetime.fromtimestamp(args.file.stat().st_mtime, datetime.UTC)
+    at = document["created_utc"] if ours else changed.isoformat(timespec="seconds")
+    name = next((r.run for r in records if r.run), None) if kind_of(document) == "comparison" else None
+    name = name or hashlib.sha256(args.file.read_bytes()).hexdigest()[:16]
     points = points_of(records, at, args.run_name or name, args.label)
     added = store.add(points)
     show(args, {"points": len(points), "added": added}, f"{added} of {len(points)} points were new in {store.path}")
@@ -87,7 +87,7 @@ def _list(args: argparse.Namespace, store: Any) -> int:
         f"last {r['last']:.4g} {r['unit']}"
         for r in rows
     ]
-    show(args, rows, "\n".join(lines) or f"nothing in {store.path}; add with: llama-onnx history add OUT/report.json")
+    show(args, rows, "\n".join(lines) or f"nothing in {store.path}; llama-onnx history add OUT/comparison.json adds")
     return 0
 
 

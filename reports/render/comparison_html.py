@@ -5,7 +5,7 @@ the page, the rest wait in an inert ``<template>`` for the script; the forest pl
 the page says by how much.
 
 Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_html as h;
-print(len(h.render_comparison(c.Comparison.model_validate_json(pathlib.Path('report.json').read_text()))))"``.
+print(len(h.render_comparison(c.Comparison.model_validate_json(pathlib.Path('comparison.json').read_text()))))"``.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class CaseView:
     trace: plots.Figure | None
 
 
-def render_comparison(comparison: Comparison, source: str = "report.json") -> str:
-    """The whole page of a comparison; equal comparisons give equal bytes. ``source`` names the JSON beside the page."""
+def render_comparison(comparison: Comparison) -> str:
+    """The whole page of a comparison; equal comparisons give equal bytes."""
     env = environment(
         value=cw.value,
         tidy=cw.tidy,
@@ -79,7 +79,7 @@ def render_comparison(comparison: Comparison, source: str = "report.json") -> st
     )
     digest = Digest(comparison)
     parity_fails = digest.parity_fails
-    return env.get_template("comparison.html.j2").render(_context(digest) | {"source": source})
+    return env.get_template("comparison.html.j2").render(_context(digest) | {"source": "comparison.json"})
 
 
 def _tone(result: Result, parity_fails: bool) -> str:
