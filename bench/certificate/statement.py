@@ -28,6 +28,7 @@ from bench.data.loading import Dataset
 from bench.errors import BenchError
 from bench.machine.environment import machine, versions
 from export.manifest import MANIFEST_NAME, read_manifest, sha256_of
+from reports.documents import kind_of
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://in-toto.io/attestation/test-result/v0.1"
@@ -165,7 +166,8 @@ def read_result(document: Mapping[str, Any]) -> Result:
     """
     failed_tests: list[str] = []
     parity: Any = document
-    if "schema_version" in document and "parity" in document:
+    kind = kind_of(document)
+    if kind == "record":
         from reports.record import RunRecord
 
         try:
@@ -175,7 +177,7 @@ def read_result(document: Mapping[str, Any]) -> Result:
             raise _no_result(f"{place}: {e.errors()[0]['msg']}") from None
         parity = document["parity"] or {}
         failed_tests = [o.test for o in record.outcomes if o.outcome in ("failed", "error")]
-    if "results" in document and "mode" in document:  # reports.validation.Validation
+    if kind == "validation":
         parity = {**document, "checks": document["results"]}
         _require_whole(document)
     checks, tasks = parity.get("checks"), parity.get("tasks", [])
@@ -342,7 +344,7 @@ def _binding(result: Result, folder: Path, files: Mapping[str, str], dataset: Da
     document = result.document
     model = document.get("model")
     measured = _stated(document, "folder_sha256")
-    if "results" not in document and "schema_version" not in document:
+    if kind_of(document) is None:
         notes.append("a bare list of checks: whether the whole gate ran is not known")
     if measured:
         if measured != folder_digest(files):

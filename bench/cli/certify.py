@@ -1,58 +1,34 @@
-"""Bodies of ``llama-onnx keygen | certify | verify``; libraries are imported by the command that needs them.
+"""``llama-onnx certify``: what was measured of a folder becomes a statement that can be signed and checked later.
 
-Try: ``llama-onnx keygen release && llama-onnx verify cert.json FOLDER --key release.pub.pem``.
+Try: ``llama-onnx certify record.json FOLDER --baseline demo --certificate cert.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""Opens a progress bar over bytes: called with (done, total)."""
+from bench.cli.output import show
+from bench.progress import hashing
+
+HELP = "write a certificate that this folder got this result: an in-toto statement in a DSSE envelope"
 
 
-def add_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Options of the three commands; ``add(name, help)`` makes a sub-parser."""
-    key = add("keygen", "make an Ed25519 key pair for certificates: NAME.pem and NAME.pub.pem")
-    key.add_argument("name", type=Path, help="path without ending")
-
-    certify = add("certify", "certify a folder by a result: in-toto statement in a DSSE envelope")
-    certify.add_argument("result", type=Path, help="record.json of `pytest bench/`, or the gate's JSON")
-    certify.add_argument("folder", type=Path, help="the exported folder that was measured")
-    certify.add_argument("--baseline", required=True, help="'demo', a checkpoint folder, a .gguf file or a hub id")
-    certify.add_argument("--dataset", help="the data measured on, as for the gate (default: the project's own)")
-    certify.add_argument("--certificate", type=Path, required=True, help="the file to write")
-    certify.add_argument("--key", type=Path, help="sign with this private key (PEM, see keygen)")
-    certify.add_argument("--valid-days", type=float, default=180.0, help="days until it expires (default 180)")
-
-    verify = add("verify", "check offline that a certificate covers a folder: every byte, key, verdict, dates")
-    verify.add_argument("certificate", type=Path)
-    verify.add_argument("folder", type=Path)
-    verify.add_argument("--key", type=Path, help="the public key that must have signed it (PEM)")
-    verify.add_argument("--require-signature", action="store_true", help="refuse to go on without --key")
-    verify.add_argument("--max-age", type=float, metavar="DAYS", help="refuse certificates older than this")
-    verify.add_argument("--baseline", help="also re-hash this checkpoint's weights and tokenizer")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
-
-
-def run_keygen(args: argparse.Namespace, _bar: Bar) -> int:
-    """``llama-onnx keygen NAME``."""
-    from bench.certificate.envelope import keygen
-
-    private, public = keygen(args.name)
-    if args.json:
-        _print_json({"private": str(private), "public": str(public)})
-    else:
-        print(f"private key (not encrypted, keep it secret): {private}\npublic key: {public}")
-    return 0
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The result, the folder, what it rests on, and the certificate."""
+    parser.add_argument("result", type=Path, help="record.json of `bench`, or validation.json of `validate`")
+    parser.add_argument("folder", type=Path, help="the exported folder that was measured")
+    parser.add_argument(
+        "--baseline", metavar="MODEL", required=True, help="'demo', a checkpoint folder, a .gguf file or a hub id"
+    )
+    parser.add_argument("--dataset", help="the data that was measured on (default: the project's own)")
+    parser.add_argument("--certificate", type=Path, metavar="FILE", required=True, help="the file to write")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="sign with this private key (PEM, see keygen)")
+    parser.add_argument(
+        "--valid-days", type=float, default=180.0, metavar="DAYS", help="days until it expires (default 180)"
+    )
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -67,102 +43,34 @@ def _result(path: Path) -> dict[str, Any]:
     return raw
 
 
-def run_certify(args: argparse.Namespace, bar: Bar) -> int:
-    """``llama-onnx certify RESULT FOLDER --baseline MODEL --certificate FILE``; exit code 1 or 3 for a non-PASS."""
-    from bench.certificate.envelope import seal
+def run(args: argparse.Namespace) -> int:
+    """Certify; exit code 1 or 3 where the result is no PASS."""
+    from bench.certificate.envelope import seal, write_envelope
     from bench.certificate.statement import CertificateError, make_certificate
     from bench.data.loading import load_dataset
     from export.source import resolve
 
-    if args.certificate.absolute().resolve().is_relative_to(args.folder.expanduser().resolve()):
+    folder = args.folder.expanduser()
+    if args.certificate.absolute().resolve().is_relative_to(folder.resolve()):
         raise CertificateError(
             "inside", f"{args.certificate} would be one more file of the folder that it certifies; put it beside", 2
         )
     checkpoint = resolve(args.baseline).folder
-    with bar("hashing") as progress:
+    with hashing(folder, checkpoint) as on_chunk:
         statement = make_certificate(
             _result(args.result),
-            args.folder.expanduser(),
+            folder,
             checkpoint,
             load_dataset(args.dataset),
             valid_days=args.valid_days,
-            progress=counter(progress, args.folder, checkpoint),
+            progress=on_chunk,
         )
-    envelope = seal(statement, args.key)
-    write_certificate(args.certificate, envelope)
+    write_envelope(args.certificate, seal(statement, args.key))
     predicate = statement["predicate"]
     signed = "signed" if args.key else "NOT signed (no --key)"
-    if args.json:
-        _print_json({"certificate": str(args.certificate), "signed": bool(args.key), "statement": statement})
-    else:
-        print(f"{args.certificate}: {predicate['result']}, {len(statement['subject'])} files, {signed}")
+    show(
+        args,
+        {"certificate": str(args.certificate), "signed": bool(args.key), "statement": statement},
+        f"{args.certificate}: {predicate['result']}, {len(statement['subject'])} files, {signed}",
+    )
     return {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}[predicate["llamaOnnxBench"]["verdict"]]
-
-
-def write_certificate(path: Path, envelope: dict[str, Any]) -> None:
-    """Write an envelope; CertificateError where that is not possible."""
-    from bench.certificate.statement import CertificateError
-
-    try:
-        path.write_text(json.dumps(envelope, indent=1) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise CertificateError("unwritable", f"cannot write {path}: {e.strerror}; name another place", 2) from None
-
-
-def counter(progress: Callable[[int, int], None], *folders: Path) -> Callable[[int], None]:
-    """Bytes of each chunk -> (done, total) over all files of the folders."""
-    total = sum(p.stat().st_size for f in folders if f.is_dir() for p in f.rglob("*") if p.is_file())
-    done = 0
-
-    def on_chunk(n: int) -> None:
-        nonlocal done
-        done += n
-        progress(done, total)
-
-    return on_chunk
-
-
-def run_verify(args: argparse.Namespace, bar: Bar) -> int:
-    """``llama-onnx verify CERT FOLDER``; a refusal is printed with its reason and returns its exit code."""
-    from bench.certificate.envelope import read_public_key
-    from bench.certificate.statement import CertificateError
-    from bench.certificate.verify import verify_certificate
-
-    baseline = None
-    if args.baseline:
-        from export.source import resolve
-
-        baseline = resolve(args.baseline).folder
-    try:
-        with bar("hashing") as progress:
-            found = verify_certificate(
-                args.certificate,
-                args.folder.expanduser(),
-                key=read_public_key(args.key) if args.key else None,
-                require_signature=args.require_signature,
-                max_age_days=args.max_age,
-                baseline=baseline,
-                progress=counter(progress, args.folder, *([baseline] if baseline else [])),
-            )
-    except CertificateError as e:
-        if args.json:
-            _print_json({"valid": False, "reason": e.reason, "message": str(e)})
-            return e.exit_code
-        raise CertificateError(e.reason, f"refused ({e.reason}): {e}", e.exit_code) from None
-    evidence = found.evidence
-    if args.json:
-        _print_json(
-            {
-                "valid": True,
-                "signature": found.signature,
-                "files": found.files,
-                "baseline_checked": found.baseline_checked,
-                **evidence.model_dump(mode="json", include={"verdict", "tier", "created_utc", "expires_utc", "notes"}),
-            }
-        )
-    else:
-        print(
-            f"valid: {evidence.verdict} in tier {evidence.tier}, {found.files} files as certified, {found.signature}, "
-            f"until {evidence.expires_utc:%Y-%m-%d}" + "".join(f"\nnote: {n}" for n in evidence.notes)
-        )
-    return 0

@@ -121,7 +121,7 @@ def peak_memory(label: str, case: Case, arguments: dict[str, str | int | None]) 
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BenchError(f"measuring the memory of {label} failed: {last}")
+        raise BenchError(f"measuring the memory of {label} failed: {last.removeprefix('error: ')}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return Memory(side=label, peak_bytes=found["peak_bytes"], baseline_bytes=found["baseline_bytes"], case=case)
 

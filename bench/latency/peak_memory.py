@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from bench.errors import run_child
+
 
 def main(arguments: dict[str, Any]) -> dict[str, int]:
     """``arguments``: kind, path, precision, provider, threads, batch, prompt, new_tokens."""
@@ -55,4 +57,4 @@ def peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    sys.exit(run_child(lambda: print(json.dumps(main(json.loads(sys.argv[1]))))))

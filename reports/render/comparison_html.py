@@ -5,7 +5,7 @@ the page, the rest wait in an inert ``<template>`` for the script; the forest pl
 the page says by how much.
 
 Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_html as h;
-print(len(h.render_comparison(c.Comparison.model_validate_json(pathlib.Path('report.json').read_text()))))"``.
+print(len(h.render_comparison(c.Comparison.model_validate_json(pathlib.Path('comparison.json').read_text()))))"``.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class CaseView:
     trace: svg.Plot | None
 
 
-def render_comparison(comparison: Comparison, source: str = "report.json") -> str:
-    """The whole page of a comparison; equal comparisons give equal bytes. ``source`` names the JSON beside the page."""
+def render_comparison(comparison: Comparison) -> str:
+    """The whole page of a comparison; equal comparisons give equal bytes."""
     digest = Digest(comparison)
     filters: dict[str, Callable[..., Any]] = {
         "value": cw.value,
@@ -75,7 +75,7 @@ def render_comparison(comparison: Comparison, source: str = "report.json") -> st
         "glyph": lambda status: cw.GLYPHS[status],
         "spark": plots.sparkline,
     }
-    return render("comparison.html.j2", comparison, _context(digest) | {"source": source}, filters)
+    return render("comparison.html.j2", comparison, _context(digest) | {"source": "comparison.json"}, filters)
 
 
 def _tone(result: Result, parity_fails: bool) -> str:

@@ -60,6 +60,13 @@ def print_verdict(found: Validation, console: Console) -> None:
         console.print(Text(f"  note: {note}", style="dim"), soft_wrap=True)
 
 
+def print_validation(found: Validation, console: Console) -> None:
+    """Every check, then the verdict."""
+    for result in found.results:
+        print_check(result, console)
+    print_verdict(found, console)
+
+
 def headline(v: Validation) -> str:
     """The answer in one sentence."""
     first = v.reasons[0] if v.verdict != "PASS" and v.reasons else parity.line(v)

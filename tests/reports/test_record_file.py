@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 
 import reports.record as record_module
-from reports.record import RecordError, json_schema, read_record
+from reports.errors import RecordError
+from reports.record import json_schema, read_record
 
 SCHEMA = Path(record_module.__file__).with_name("record.schema.json")
 

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from bench.cli.main import main
-from bench.cli.validate import _watched
 from bench.defects.in_files import DEFECTS
 from bench.defects.workshop import Workshop
 from bench.deployment import Deployment
@@ -173,24 +172,6 @@ def test_progress_counts_what_an_earlier_run_had_finished(exports: Exports, open
     again.progress = subject.progress
     validate(again, [BY_NAME["mean_kld"]])
     assert seen == [(6, 6), (0, 0), (2, 2), (0, 0)]
-
-
-def test_a_terminal_shows_bar_and_time(
-    exports: Exports, opened: Callable[..., Subject], capsys: pytest.CaptureFixture[str]
-) -> None:
-    from rich.console import Console
-
-    subject = opened(exports())
-    with _watched(subject, Console(force_terminal=True, width=100)):
-        subject.tick("scoring window 1 of 6 [bold]")
-        subject.progress(1, 6)
-        subject.progress(3, 6)
-    shown = capsys.readouterr().out
-    assert "scoring window 1 of 6 [bold]" in shown
-    assert "0:00:0" in shown
-    with _watched(subject, Console(width=100)):
-        subject.tick("not a terminal")
-    assert capsys.readouterr().out == ""
 
 
 def interrupted(subject: Subject) -> None:

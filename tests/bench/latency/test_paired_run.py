@@ -409,7 +409,7 @@ def test_a_candidate_that_is_another_model_fails_however_fast(
     assert made.verdict.reasons[0].startswith("parity")
     assert "REGRESSION" not in made.counts()
     assert "--seed" in made.command
-    for name in ("index.html", "report.md", "report.json", "junit.xml"):
+    for name in ("index.html", "report.md", "comparison.json", "junit.xml"):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
         for part in made.command:  # the command to repeat it is the one place for paths
             text = text.replace(part, "")
