@@ -125,8 +125,10 @@ class CheckResult(Frozen):
 
     @property
     def title(self) -> str:
-        """The name as words."""
-        return self.name.replace("_", " ").capitalize().replace("kld", "KLD")
+        """What was measured, else the name as words."""
+        if self.measurements:
+            return self.measurements[0].title
+        return self.name.replace("_", " ").capitalize()
 
     @property
     def reason(self) -> str:
