@@ -1,4 +1,4 @@
-"""Numbers and names as a reader meets them: units, digits, and the plain words for each parity figure.
+"""Numbers and names as a reader meets them: units, digits, and the plain words for each parity metric.
 
 One rule for ratios everywhere: ``2.79×`` is *times as fast as the baseline*, the
 baseline's time divided by the side's.
@@ -75,7 +75,7 @@ GLOSSARY = (
 
 # First match wins: every word of the key must stand in the check's name or title.
 _EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("first", "diverge"), "How many tokens the two write alike before they part."),
+    (("first", "diverge"), "How many tokens the two write alike before they diverge."),
     (("kl", "max"), "The single token on which the two disagree most: catches a defect at one place."),
     (("kl", "99.9"), "Only one token in a thousand strays further from PyTorch's odds: the rare bad token."),
     (("kl", "tail"), "Only one token in a thousand strays further from PyTorch's odds: the rare bad token."),
@@ -180,7 +180,7 @@ def when(stamp: str) -> str:
 
 
 def number(value: float | None, unit: str = "", limit: float | None = None) -> str:
-    """A parity figure with just more digits than its limit has, so that the two can be told apart."""
+    """A parity metric with just more digits than its limit has, so that the two can be told apart."""
     if value is None:
         return DASH
     suffix = UNITS.get(unit, unit)
@@ -208,7 +208,7 @@ def difference(value: float | None) -> str:
 
 
 def limit_text(limit: float | None, better: str, unit: str = "") -> str:
-    """Such as ``≤ 1e-8``: the side on which the figure must lie and the limit itself, all its digits."""
+    """Such as ``≤ 1e-8``: the side on which the value must lie and the limit itself, all its digits."""
     if limit is None:
         return DASH
     sign = {"lower": "≤", "higher": "≥", "equal": "≈"}[better]
