@@ -19,7 +19,7 @@ from reports.summary import (
     ordered_sides,
     series_spread,
 )
-from reports.targets import Target, targets
+from reports.targets import Target, targets_of
 
 ParityAnswer = Literal["same", "different", "undecided", "not examined"]
 MINIMUM_ROUNDS = 6
@@ -85,7 +85,7 @@ def judge(record: RunRecord) -> Verdict:
     parity = _parity(by, gated)
     speed = _speed(record)
     failed_tests = tuple(o.test for o in record.outcomes if o.outcome in ("failed", "error"))
-    aims = targets(record)
+    targets = targets_of(record)
     code: Literal[0, 1, 3] = 0
     if parity == "different" or failed_tests:
         code = 1
@@ -95,7 +95,7 @@ def judge(record: RunRecord) -> Verdict:
     return Verdict(
         parity=parity,
         speed=speed,
-        headline=_headline(record, parity, speed, failed_tests, aims),
+        headline=_headline(record, parity, speed, failed_tests, targets),
         exit_code=code,
         gated=gated,
         passed=len(by["PASS"]) + len(by["SUSPICIOUS"]),
@@ -103,7 +103,7 @@ def judge(record: RunRecord) -> Verdict:
         inconclusive=by["INCONCLUSIVE"],
         suspicious=by["SUSPICIOUS"],
         failed_tests=failed_tests,
-        targets=aims,
+        targets=targets,
         warnings=(*record.warnings, *derived_warnings(record)),
         not_examined=_not_examined(record),
         rounds=_rounds(record, case),
@@ -198,7 +198,7 @@ def _headline(
     parity: ParityAnswer,
     speed: Speed | None,
     failed_tests: tuple[str, ...],
-    aims: tuple[Target, ...],
+    targets: tuple[Target, ...],
 ) -> str:
     parts = [PARITY_WORDS[parity]]
     pairs = (("decode", speed.decode), ("prefill", speed.prefill)) if speed else ()
@@ -207,8 +207,8 @@ def _headline(
     parts.append(" and ".join(first + [f"{value} in {name}" for name, value in gains[1:]]) or "speed not measured")
     if failed_tests:
         parts.append(f"{len(failed_tests)} test{'s' * (len(failed_tests) > 1)} failed")
-    if missed := sum(not t.met for t in aims):
-        parts.append(f"{missed} of {len(aims)} targets missed")
+    if missed := sum(not t.met for t in targets):
+        parts.append(f"{missed} of {len(targets)} targets missed")
     text = ", ".join(parts) + "."
     return f"Random weights: {text[0].lower()}{text[1:]}" if record.model.random_weights else text
 
