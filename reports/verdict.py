@@ -18,7 +18,7 @@ from reports.summary import (
     ordered_sides,
     series_spread,
 )
-from reports.targets import Target, targets
+from reports.targets import Target, targets_of
 from reports.validation import EXIT_CODES, Status, Validation, overall
 from reports.validation import Verdict as Word
 
@@ -91,7 +91,7 @@ def judge(record: RunRecord) -> Verdict:
     failed_tests = tuple(
         o.test for o in record.outcomes if o.outcome in ("failed", "error") and not o.test.startswith(GATE_TESTS)
     )
-    aims = targets(record)
+    aims = targets_of(record)
     outcome = overall([*([validation.verdict] if validation else []), *("FAIL" for _ in failed_tests)])
 
     def titles(*statuses: Status) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ def judge(record: RunRecord) -> Verdict:
         inconclusive=titles("INCONCLUSIVE"),
         suspicious=titles("SUSPICIOUS"),
         failed_tests=failed_tests,
-        targets=aims,
+        targets=targets,
         warnings=(*record.warnings, *derived_warnings(record)),
         not_examined=_not_examined(record),
         rounds=_rounds(record, case),
@@ -179,7 +179,7 @@ def _headline(
     parity: ParityAnswer,
     speed: Speed | None,
     failed_tests: tuple[str, ...],
-    aims: tuple[Target, ...],
+    targets: tuple[Target, ...],
 ) -> str:
     parts = [PARITY_WORDS[parity]]
     pairs = (("decode", speed.decode), ("prefill", speed.prefill)) if speed else ()
@@ -188,8 +188,8 @@ def _headline(
     parts.append(" and ".join(first + [f"{value} in {name}" for name, value in gains[1:]]) or "speed not measured")
     if failed_tests:
         parts.append(f"{len(failed_tests)} test{'s' * (len(failed_tests) > 1)} failed")
-    if missed := sum(not t.met for t in aims):
-        parts.append(f"{missed} of {len(aims)} targets missed")
+    if missed := sum(not t.met for t in targets):
+        parts.append(f"{missed} of {len(targets)} targets missed")
     text = ", ".join(parts) + "."
     return f"Random weights: {text[0].lower()}{text[1:]}" if record.model.random_weights else text
 

@@ -1,7 +1,7 @@
 """The page of a comparison: one self-contained ``index.html`` with the verdict on its first screen.
 
 Everything from a comparison is data: jinja2 escapes it. A large family stays light: the first rows of the table are in
-the page, the rest wait in an inert ``<template>`` for the script; the forest plot and the cases' pictures are cut, and
+the page, the rest wait in an inert ``<template>`` for the script; the forest plot and the cases' plots are cut, and
 the page says by how much.
 
 Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_html as h;
@@ -48,7 +48,7 @@ class ForestGroup:
 
 @dataclass(frozen=True)
 class CaseView:
-    """One case with its pictures."""
+    """One case with its plots."""
 
     group: CaseGroup
     opened: bool

@@ -152,7 +152,7 @@ def when(stamp: str) -> str:
 
 
 def number(value: float | None, unit: str = "", limit: float | None = None) -> str:
-    """A parity figure with just more digits than its limit has, so that the two can be told apart."""
+    """A parity metric with just more digits than its limit has, so that the two can be told apart."""
     if value is None:
         return DASH
     suffix = UNITS.get(unit, unit)
@@ -180,7 +180,7 @@ def difference(value: float | None) -> str:
 
 
 def limit_text(limit: float | None, better: str, unit: str = "") -> str:
-    """Such as ``≤ 1e-8``: the side on which the figure must lie and the limit itself, all its digits."""
+    """Such as ``≤ 1e-8``: the side on which the value must lie and the limit itself, all its digits."""
     if limit is None:
         return DASH
     sign = {"lower": "≤", "higher": "≥", "equal": "≈"}[better]
