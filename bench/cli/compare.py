@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     side = "FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE][,venv=PATH][,rev=GITREV]"
     parser.add_argument(
-        "files", nargs="*", type=Path, help="BASE CANDIDATE: compare two files of records instead of measuring"
+        "files",
+        nargs="*",
+        type=Path,
+        help="BASE CANDIDATE: two files instead of measuring (JSON Lines of cases, comparison.json, record.json, or "
+        "pytest-benchmark's JSON)",
     )
     parser.add_argument("--base", metavar="SIDE", help=f"the reference: {side}")
     parser.add_argument("--candidate", metavar="SIDE", help="the side under test, in the same form")

@@ -87,7 +87,7 @@ def _list(args: argparse.Namespace, store: Any) -> int:
         f"last {r['last']:.4g} {r['unit']}"
         for r in rows
     ]
-    show(args, rows, "\n".join(lines) or f"nothing in {store.path}; llama-onnx history add OUT/comparison.json adds")
+    show(args, rows, "\n".join(lines) or f"{store.path} is empty; fill it with: llama-onnx history add FILE")
     return 0
 
 

@@ -32,11 +32,23 @@ def run(arguments: Sequence[object], home: Path, **env: str) -> tuple[str, list[
 
 
 @pytest.mark.parametrize(
-    "name", ["generate", "validate", "doctor", "measure_case", "peak_memory", "import runtime", "pytest bench/"]
+    "name",
+    [
+        "generate",
+        "validate",
+        pytest.param("workers", marks=pytest.mark.slow),
+        "doctor",
+        "measure_case",
+        "peak_memory",
+        "import runtime",
+        "pytest bench/",
+    ],
 )
 def test_no_process_reports_its_use(
     name: str, exports: Get, checkpoints: Get, tiny_dataset_file: Path, tmp_path: Path
 ) -> None:
+    if name == "workers":
+        pytest.importorskip("ray")
     folder, model = exports(), checkpoints()
     case = {"folder": str(folder), "batch": 1, "prompt": 4, "new_tokens": 2, "rounds": 1, "threads": 1}
     side = {"kind": "onnxruntime", "path": str(folder), "provider": "cpu"} | case
@@ -57,6 +69,10 @@ def test_no_process_reports_its_use(
     arguments, said = {
         "generate": ((*cli, "generate", folder, "the cat", "--json"), '"end_reason"'),
         "validate": ((*cli, *validate), "prefill_logits"),
+        "workers": (
+            (*cli, "perplexity", folder, "--dataset", tiny_dataset_file, "--workers", 2, "--threads", 1),
+            "words",
+        ),
         "doctor": ((*cli, "doctor", "--no-bandwidth"), "off in every library"),
         "measure_case": (("-P", "bench/latency/measure_case.py", json.dumps(case)), '"ttft"'),
         "peak_memory": (("-m", "bench.latency.peak_memory", json.dumps(side)), "peak_bytes"),
