@@ -109,7 +109,7 @@ def judge(record: RunRecord) -> Verdict:
         inconclusive=titles("INCONCLUSIVE"),
         suspicious=titles("SUSPICIOUS"),
         failed_tests=failed_tests,
-        targets=targets,
+        targets=aims,
         warnings=(*record.warnings, *derived_warnings(record)),
         not_examined=_not_examined(record),
         rounds=_rounds(record, case),
