@@ -72,7 +72,7 @@ class Row:
 
 def export_once(job: dict[str, Any]) -> dict[str, Any]:
     """One export in this process. ``job``: kind (ours, plain, O2), checkpoint, out, spec."""
-    from bench.latency.peak_memory import peak_bytes
+    from bench.process.peak import peak_bytes
 
     started = time.perf_counter()
     out = Path(job["out"])
