@@ -301,7 +301,7 @@ def test_a_dead_worker_costs_its_window_a_retry(
     monkeypatch.setattr(units, "window_figures", dying)
     two = validate(shared, spec)
     assert figures(two) == figures(one)
-    assert sum("a worker died on unit" in line for line in said) == 1
+    assert sum("is given to another worker" in line for line in said) == 1
 
 
 def test_an_error_in_a_worker_is_the_finding_that_one_process_has(

@@ -29,8 +29,9 @@ from bench.latency.sweep_measure import processes
 from bench.machine.lock import BusyError
 from bench.process import workers
 from bench.process.child import TIED
-from bench.process.machines import MachineError, Queue, spread
-from bench.process.workers import WorkerError, cluster, run_units
+from bench.process.machines import MachineError, spread
+from bench.process.pool import Queue, WorkerError
+from bench.process.workers import cluster, run_units
 from reports.case_files import read_records
 from reports.comparison import CaseRecord
 
@@ -379,7 +380,7 @@ def test_the_gate_over_two_machines_one_of_which_dies(
     nodes.add()
     done = {n: len(list((notes / n).iterdir())) for n in (survivor, doomed)}
     assert done == {doomed: 1, survivor: 5 + 2}  # with the null control's two, which came later
-    assert sum("a worker died on unit" in line for line in said) == 1
+    assert sum("is given to another worker" in line for line in said) == 1
 
 
 @pytest.mark.slow
