@@ -131,7 +131,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, merge, print a table; 0, or 1 when a process failed."""
-    from bench.latency.sweep_measure import Records, measure_here, measure_on_machines
+    from bench.latency.case_log import RECORDS, CaseLog
+    from bench.latency.sweep_measure import measure_here, measure_on_machines
     from bench.machine.lock import machine_lock
     from reports.case_files import read_records
     from reports.publish import write_atomically
@@ -142,13 +143,13 @@ def run(args: argparse.Namespace) -> int:
         raise SweepError(f"cannot read {args.file}: {e}") from None
     sweep = parse_sweep(text, str(args.file))
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    own = Records(args.out, args.resume)
+    log = CaseLog(args.out, args.resume)
     if args.ray:
-        measure_on_machines(sweep, own, args.wait, say)
+        measure_on_machines(sweep, log, args.wait, say)
     else:
         with machine_lock("llama-onnx sweep", args.wait, say):
-            measure_here(sweep, own, say)
-    records = merge([own.all, *(read_records(p) for p in args.merge)])
+            measure_here(sweep, log, say)
+    records = merge([log.records, *(read_records(p) for p in args.merge)])
     if args.merge:
         write_atomically(args.out / "merged.jsonl", "".join(r.model_dump_json() + "\n" for r in records))
     failed = [r for r in records if r.outcome not in ("ok", "invalid")]
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps([r.model_dump() for r in records], indent=1) + "\n")
     else:
         _print(records)
-        print(f"records: {(args.out / ('merged.jsonl' if args.merge else 'cases.jsonl')).resolve()}")
+        print(f"records: {(args.out / ('merged.jsonl' if args.merge else RECORDS)).resolve()}")
     return 1 if failed else 0
 
 

@@ -24,6 +24,7 @@ from bench.gate.registry import BY_NAME
 from bench.gate.subject import Mode
 from bench.gate.validate import make_subject, validate
 from bench.latency import sweep_measure
+from bench.latency.case_log import CaseLog
 from bench.latency.sweep import Sweep
 from bench.latency.sweep_measure import processes
 from bench.machine.lock import BusyError
@@ -279,15 +280,16 @@ def test_a_sweep_over_two_machines_one_of_which_dies(
     points = [(b, p) for b in (1, 2) for p in range(4)]
     first, second = nodes.ids
     twin = nodes.add("lock1").node_id  # another Ray node on the first machine
-    add, seen = sweep_measure.Records.add, list[str]()
+    append, seen = CaseLog.append, list[str]()
 
-    def add_and_kill(self: Any, record: CaseRecord, **more: str) -> None:
-        add(self, record, **more)
-        seen.append(more["ray_node"])
+    def append_and_kill(self: CaseLog, records: Sequence[CaseRecord]) -> list[CaseRecord]:
+        made = append(self, records)
+        seen.append(str(made[0].details["ray_node"]))
         if len(set(seen)) == 2 and seen[-1] != second and second in nodes.ids:  # it is measuring its second one
             nodes.kill(second)
+        return made
 
-    monkeypatch.setattr(sweep_measure.Records, "add", add_and_kill)
+    monkeypatch.setattr(CaseLog, "append", append_and_kill)
     assert main(["sweep", str(file), "--out", str(out), "--ray", "--json"]) == 0
     told = capsys.readouterr()
     records = read_records(out / "cases.jsonl")
