@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bench.gate.baseline import Baseline
     from bench.gate.canonical import Pairing
     from bench.gate.statistics import Tier, TokenFigures
-    from bench.gate.store import BaselineCache
+    from bench.gate.store import ResultStore
     from export.convert import Conversion
     from export.spec import ExportSpec
     from runtime.ort_session import OrtSession
@@ -250,9 +250,9 @@ class Subject:
     # -- what a run that is stopped leaves to the next one -----------------------------------------------------------
 
     @cached_property
-    def unfinished(self) -> BaselineCache | None:
+    def unfinished(self) -> ResultStore | None:
         """Finished windows and batches of this folder, against this baseline, in these settings; None: not kept."""
-        from bench.gate.store import BaselineCache
+        from bench.gate.store import ResultStore
         from bench.machine.environment import versions
         from export.cache import cache_dir
 
@@ -260,7 +260,7 @@ class Subject:
             return None
         facts = [self.digest, self.baseline.key, self.provider, self.threads, sorted(versions().items())]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-        return BaselineCache(name, cache_dir() / "unfinished", UNFINISHED_BYTES, self.say, "unfinished validation")
+        return ResultStore(name, cache_dir() / "unfinished", UNFINISHED_BYTES, self.say, "unfinished validation")
 
     def finish(self) -> None:
         """Forget what was kept for the case that this run is stopped: a new run is a new measurement."""

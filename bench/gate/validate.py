@@ -21,7 +21,6 @@ from runtime.trim import trim
 
 if TYPE_CHECKING:
     from bench.data.loading import Dataset
-    from bench.gate.baseline import Baseline
 
 OnResult = Callable[[CheckResult], None]
 
@@ -235,7 +234,6 @@ def make_subject(
 
     from bench.data.loading import load_shipped
     from bench.gate.baseline import Baseline
-    from bench.gate.cached_baseline import CachedBaseline
     from export.manifest import ManifestError
     from export.source import resolve
 
@@ -244,10 +242,7 @@ def make_subject(
         raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
     threads = threads or len(os.sched_getaffinity(0))
     source = resolve(model, status=status)
-    if keep:
-        baseline: Baseline = CachedBaseline(source, threads, memo_bytes, say=status)
-    else:
-        baseline = Baseline(source, threads, memo_bytes)
+    baseline = Baseline(source, threads, memo_bytes, keep=keep, say=status)
     data = dataset or load_shipped()
     wanted = expected(expect)
     return Subject(folder, baseline, mode, data, threads=threads, workers=workers, say=status, expect=wanted)

@@ -84,7 +84,7 @@ def run_units(
         gpus_per_worker: GPUs that Ray sets aside for each.
         retries: how often a unit may lose its worker and be given to a new one.
         say: told in a line when Ray is missing and when a worker died.
-        done: called here with (place, answer) as answers come in, in any order; for journals and progress bars.
+        done: called here with (place, answer) as answers come in, in any order; for what is kept and progress bars.
 
     Raises:
         WorkerError: a unit lost its worker more than ``retries`` times, or no worker can start.

@@ -206,7 +206,7 @@ def test_a_run_stopped_in_a_window_goes_on_there_on_both_sides(
         interrupted(opened(exports()))
         assert len(ours) == 4
     with monkeypatch.context() as patch:
-        ours, theirs = Counted(patch, OrtSession, "score"), Counted(patch, Baseline, "_memo_score")
+        ours, theirs = Counted(patch, OrtSession, "score"), Counted(patch, Baseline, "_compute_score")
         subject = opened(exports())
         found = validate(subject, SPECS)
         assert [tuple(c) for c in ours.calls] == [tuple(w) for w in subject.windows[3:6]]
