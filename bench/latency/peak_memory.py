@@ -1,6 +1,6 @@
 """Child process: load one side, generate once, print the peak resident memory as JSON.
 
-Run by :func:`bench.latency.measure.peak_memory`; memory of several models in one process cannot be told apart.
+Run by :func:`bench.latency.interleave.peak_memory`; memory of several models in one process cannot be told apart.
 """
 
 from __future__ import annotations

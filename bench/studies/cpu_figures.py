@@ -22,7 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency.measure import CpuBandwidth, GemmFloor, median_time, peak_memory, timed_generation
+from bench.latency.interleave import peak_memory, timed_generation
+from bench.machine.bandwidth import CpuBandwidth, GemmFloor, median_time
 from bench.peers.llama_cpp import LABEL as LLAMA_CPP
 from bench.peers.llama_cpp import LlamaCppSide
 from reports.record import Case

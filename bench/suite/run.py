@@ -21,8 +21,9 @@ from typing import Any
 from bench.data.loading import Dataset, load_dataset, load_shipped
 from bench.gate.old_gate import GateInputs, run_gate, text_windows, ticks_of
 from bench.gate.statistics import TIERS
-from bench.latency.measure import CpuBandwidth, CudaBandwidth, interleave, load_times, peak_memory
+from bench.latency.interleave import interleave, load_times, peak_memory
 from bench.latency.workload import PROFILES, Profile, choose_profile, latency_prompts
+from bench.machine.bandwidth import CpuBandwidth, CudaBandwidth
 from bench.machine.environment import machine, versions
 from bench.peers.choice import LLAMA_CPP, TITLES, Peers, choose
 from bench.peers.choice import opener as peer_opener
