@@ -130,6 +130,19 @@ print("end", flush=True)
 """
 
 
+def test_an_entry_is_there_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ResultStore("k", tmp_path).keep_value(REQUEST, 1)
+    said: list[str] = []
+    assert ResultStore("k", tmp_path, say=said.append).value(REQUEST) is None
+    assert said == []
+
+
 def test_kill_9_loses_and_repeats_nothing(tmp_path: Path) -> None:
     root, computed = tmp_path / "root", tmp_path / "computed"
     command = [sys.executable, "-c", WRITER, str(root), str(computed)]
