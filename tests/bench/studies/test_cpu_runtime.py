@@ -1,4 +1,4 @@
-"""The runtime's figures: what is counted as Python's, what the profile adds up, which limits are kept."""
+"""The runtime on the CPU: what is counted as Python's, what the profile adds up, which limits are kept."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 import pytest
 
-from bench.studies import cpu_figures
-from bench.studies.cpu_figures import Figures, long_and_wide, profile, python_share
+from bench.studies import cpu_runtime
+from bench.studies.cpu_runtime import Measurements, long_and_wide, profile, python_share
 from runtime.ort_session import OrtSession
 
 
 def test_a_limit_is_held_from_its_own_side() -> None:
-    figures = Figures()
-    figures.add("at most, kept", [1.0, 1.1, 9.0], 1.1)
-    figures.add("at most, missed", [1.2], 1.1)
-    figures.add("at least, kept", [3.4], 3.3, at_most=False)
-    figures.add("at least, missed", [3.2], 3.3, at_most=False)
-    figures.add("at least, just kept", [3.3], 3.3, at_most=False)
-    figures.add("no limit", [5.0])
-    assert [f.status for f in figures.figures] == ["MET", "MISSED", "MET", "MISSED", "MET", "shown"]
-    assert figures.figures[0].value == 1.1
+    measured = Measurements()
+    measured.add("at most, kept", [1.0, 1.1, 9.0], 1.1)
+    measured.add("at most, missed", [1.2], 1.1)
+    measured.add("at least, kept", [3.4], 3.3, at_most=False)
+    measured.add("at least, missed", [3.2], 3.3, at_most=False)
+    measured.add("at least, just kept", [3.3], 3.3, at_most=False)
+    measured.add("no limit", [5.0])
+    assert [f.status for f in measured.metrics] == ["MET", "MISSED", "MET", "MISSED", "MET", "shown"]
+    assert measured.metrics[0].value == 1.1
 
 
 def test_pythons_share_is_what_lies_outside_run(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = session._decode
     before = graph.session
-    monkeypatch.setattr(cpu_figures, "PROMPT", 8)
+    monkeypatch.setattr(cpu_runtime, "PROMPT", 8)
     step = session.step
 
     def slow(ids: list[int]) -> Any:
@@ -78,14 +78,14 @@ def test_a_prefill_is_profiled_by_its_own_runs(exports: Callable[..., Path], mon
 
 
 def test_long_and_wide_prefill_and_step(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_figures, "PROMPT", 8)
-    monkeypatch.setattr(cpu_figures, "LONG", 32)
-    monkeypatch.setattr(cpu_figures, "VOCAB", 60)
-    figures = Figures()
-    long_and_wide(session, figures, 2)
-    assert [f.name.split(",")[0] for f in figures.figures] == [
+    monkeypatch.setattr(cpu_runtime, "PROMPT", 8)
+    monkeypatch.setattr(cpu_runtime, "LONG", 32)
+    monkeypatch.setattr(cpu_runtime, "VOCAB", 60)
+    measured = Measurements()
+    long_and_wide(session, measured, 2)
+    assert [f.name.split(",")[0] for f in measured.metrics] == [
         "time per token at context 2",
         "batch 4 decode",
         "batch 4 prefill",
     ]
-    assert all(f.value > 0 for f in figures.figures)
+    assert all(f.value > 0 for f in measured.metrics)
