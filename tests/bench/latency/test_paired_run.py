@@ -175,7 +175,9 @@ def test_resume_neither_loses_nor_repeats(stub: Stub, monkeypatch: pytest.Monkey
     resumed = PairedRun(plan(tmp_path), out, resume=True).measure()
     keys = [(r.case, r.pair, r.attempt, r.side) for r in resumed]
     assert keys == [(r.case, r.pair, r.attempt, r.side) for r in whole]
-    assert [(r.case, r.pair, r.attempt, r.side) for r in read_records(out / "cases.jsonl")] == keys
+    kept = read_records(out / "cases.jsonl")
+    assert [(r.case, r.pair, r.attempt, r.side) for r in kept] == keys
+    assert [r.sequence for r in kept] == list(range(len(keys)))
     assert len(stub.calls) == 20 + 20
 
 
