@@ -27,11 +27,6 @@ class StorageError(ReportError):
     exit_code = 4
 
 
-def append_record(path: Path, record: CaseRecord) -> None:
-    """Append one line; see :func:`append_records`."""
-    append_records(path, [record])
-
-
 def append_records(path: Path, records: Sequence[CaseRecord]) -> None:
     """Append one line each, all in one write; they are on the disk when this returns, or the file is as it was.
 

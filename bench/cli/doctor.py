@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure_bandwidth(report: Report) -> dict[str, float | str]:
     """Bytes per second of the CPU's memory, and of the GPU's where PyTorch reaches one."""
-    from bench.latency.measure import CpuBandwidth, CudaBandwidth
+    from bench.machine.bandwidth import CpuBandwidth, CudaBandwidth
 
     probe = CpuBandwidth(len(os.sched_getaffinity(0)))
     found: dict[str, float | str] = {"cpu_bytes_per_s": probe(), "cpu_method": probe.method}

@@ -1,15 +1,13 @@
 """``llama-onnx perplexity``: word perplexity of a folder, beside its baseline where one is named.
 
-Long runs go on after a kill (:mod:`bench.gate.journal`), the baseline is read from the cache where it was computed
-before (:mod:`bench.gate.store`), and ``--workers`` shards the windows (:mod:`bench.process.workers`).
+Each window's result is kept by content (:mod:`bench.gate.store`): a run that was killed goes on, a baseline is scored
+once for all its folders. ``--workers`` shares the windows (:mod:`bench.process.workers`).
 Try: ``llama-onnx perplexity FOLDER --dataset hf:wikitext --baseline demo``.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -58,47 +56,48 @@ def open_candidate(folder: Path, provider: str, threads: int) -> Session:
 
 
 def open_baseline(checkpoint: Path, device: str, threads: int) -> Session:
-    """The checkpoint on PyTorch in fp32, behind the cache."""
-    from bench.gate.store import cached_baseline
+    """The checkpoint on PyTorch in fp32."""
+    from runtime.torch_session import TorchSession
 
-    return cached_baseline(checkpoint, "fp32", device, threads=threads, say=status)
+    return TorchSession(checkpoint, "fp32", device, threads=threads)
 
 
 def scored(
     opener: Callable[[], Session],
     windows: Sequence[Window],
-    journal_key: Sequence[Any],
+    key: Sequence[Any],
     workers: int,
     say: Say,
     tick: Callable[[], None],
     gpus: float = 0,
 ) -> list[float]:
-    """Nats of every window; those that an earlier, killed run finished are read from its journal.
+    """Nats of every window; those that an earlier run finished are taken from the disk.
 
-    ``journal_key`` holds what decides the result besides the windows: the digest of the files, provider, threads.
+    ``key`` holds what decides them besides the windows: the digest of the files, provider, threads.
     """
-    from bench.gate.journal import Journal
+    from bench.gate.store import ResultStore, key_of
     from bench.gate.word_perplexity import window_nats
     from bench.process.workers import run_units
     from export.cache import cache_dir
 
-    name = hashlib.sha256(json.dumps(list(journal_key)).encode()).hexdigest()[:24]
-    units = [hashlib.sha256(json.dumps([w.inputs, w.targets]).encode()).hexdigest()[:24] for w in windows]
-    with Journal(cache_dir() / "journals" / f"{name}.jsonl", say) as journal:
-        todo = [k for k, unit in enumerate(units) if unit not in journal]
-        if len(todo) < len(windows):
-            say(f"{len(windows) - len(todo)} of {len(windows)} windows were scored before")
-        for _ in range(len(windows) - len(todo)):
-            tick()
+    store = ResultStore(key_of(list(key)), cache_dir() / "perplexity", say=say, title="perplexity cache")
+    requests = [["nats", w.inputs, w.targets] for w in windows]
+    nats: list[Any] = [store.value(request) for request in requests]
+    todo = [k for k, known in enumerate(nats) if known is None]
+    if len(todo) < len(windows):
+        say(f"{len(windows) - len(todo)} of {len(windows)} windows were scored before")
+    for _ in range(len(windows) - len(todo)):
+        tick()
 
-        def done(place: int, nats: float) -> None:
-            journal.put(units[todo[place]], nats)
-            tick()
+    def done(place: int, found: float) -> None:
+        nats[todo[place]] = found
+        store.keep_value(requests[todo[place]], found)
+        tick()
 
-        run_units(
-            opener, window_nats, [windows[k] for k in todo], workers=workers, gpus_per_worker=gpus, say=say, done=done
-        )
-        return [journal.get(unit) for unit in units]
+    run_units(
+        opener, window_nats, [windows[k] for k in todo], workers=workers, gpus_per_worker=gpus, say=say, done=done
+    )
+    return nats
 
 
 def limited(dataset: Dataset, documents: int | None) -> Dataset:
@@ -152,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         from bench.gate.store import baseline_key
 
         checkpoint = resolve(args.baseline, status=status).folder
-        key = ["baseline", baseline_key(checkpoint, device=device, threads=threads).digest]
+        key = ["baseline", baseline_key(checkpoint, device, threads)]
         with progress("baseline", len(windows)) as bar:
             opener = partial(open_baseline, checkpoint, device, threads)
             nats = scored(opener, windows, key, args.workers, status, bar.tick, gpus)

@@ -49,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, merge, print a table; 0, or 1 when a process failed."""
+    from bench.latency.case_log import RECORDS, CaseLog
     from bench.latency.sweep import SweepError, merge, parse_sweep
-    from bench.latency.sweep_measure import Records, measure_here, measure_on_machines
+    from bench.latency.sweep_measure import measure_here, measure_on_machines
     from bench.machine.lock import machine_lock
     from reports.case_files import read_records
     from reports.publish import write_atomically
@@ -60,19 +61,19 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, UnicodeDecodeError) as e:
         raise SweepError(f"cannot read {args.file}: {e}") from None
     sweep = parse_sweep(text, str(args.file))
-    own = Records(args.out, args.resume)
+    log = CaseLog(args.out, args.resume)
     if args.ray:
-        measure_on_machines(sweep, own, args.wait, status)
+        measure_on_machines(sweep, log, args.wait, status)
     else:
         with machine_lock("llama-onnx sweep", args.wait, status):
-            measure_here(sweep, own, status)
-    records = merge([own.all, *(read_records(p) for p in args.merge)])
+            measure_here(sweep, log, status)
+    records = merge([log.records, *(read_records(p) for p in args.merge)])
     if args.merge:
         write_atomically(args.out / "merged.jsonl", "".join(r.model_dump_json() + "\n" for r in records))
 
     def printed(console: Console) -> None:
         console.print(_table(records))
-        print(f"records: {(args.out / ('merged.jsonl' if args.merge else 'cases.jsonl')).resolve()}")
+        print(f"records: {(args.out / ('merged.jsonl' if args.merge else RECORDS)).resolve()}")
 
     show(args, [r.model_dump() for r in records], printed)
     return 1 if any(r.outcome not in ("ok", "invalid") for r in records) else 0

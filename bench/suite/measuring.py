@@ -13,8 +13,9 @@ from pathlib import Path
 
 from bench.data.loading import load_shipped
 from bench.gate.subject import Subject
-from bench.latency.measure import CpuBandwidth, CudaBandwidth, interleave, load_times, peak_memory
+from bench.latency.interleave import interleave, load_times, peak_memory
 from bench.latency.workload import Profile, latency_prompts
+from bench.machine.bandwidth import CpuBandwidth, CudaBandwidth
 from bench.peers.choice import LLAMA_CPP, TITLES, Peers, choose
 from bench.peers.choice import opener as peer_opener
 from bench.peers.optimum_ort import LABEL as OPTIMUM

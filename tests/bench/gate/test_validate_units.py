@@ -189,7 +189,7 @@ def test_a_run_stopped_in_a_window_goes_on_there_on_both_sides(
         interrupted(opened(exports()))
         assert len(ours) == 4
     with monkeypatch.context() as patch:
-        ours, theirs = Counted(patch, OrtSession, "score"), Counted(patch, Baseline, "_memo_score")
+        ours, theirs = Counted(patch, OrtSession, "score"), Counted(patch, Baseline, "_compute_score")
         subject = opened(exports())
         found = validate(subject, SPECS)
         assert [tuple(c) for c in ours.calls] == [tuple(w) for w in subject.windows[3:6]]
@@ -284,7 +284,7 @@ def test_a_dead_worker_costs_its_window_a_retry(
     monkeypatch.setattr(units, "window_scores", dying)
     two = validate(shared, spec)
     assert measured(two) == measured(one)
-    assert sum("a worker died on unit" in line for line in said) == 1
+    assert sum("is given to another worker" in line for line in said) == 1
 
 
 def test_an_error_in_a_worker_is_the_finding_that_one_process_has(

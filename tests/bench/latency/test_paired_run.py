@@ -31,7 +31,7 @@ from bench.machine import state as machine_state
 from bench.machine.state import CpuTimes, Limits, cpu_times, disturbance, sample
 from bench.process import child
 from bench.process.child import Ended, can_take_turns, run_child
-from reports.case_files import StorageError, append_record, read_records, repair
+from reports.case_files import StorageError, read_records, repair
 from reports.compare import Rules
 from reports.comparison import Comparison, GpuState
 from reports.record import Case
@@ -175,7 +175,9 @@ def test_resume_neither_loses_nor_repeats(stub: Stub, monkeypatch: pytest.Monkey
     resumed = PairedRun(plan(tmp_path), out, resume=True).measure()
     keys = [(r.case, r.pair, r.attempt, r.side) for r in resumed]
     assert keys == [(r.case, r.pair, r.attempt, r.side) for r in whole]
-    assert [(r.case, r.pair, r.attempt, r.side) for r in read_records(out / "cases.jsonl")] == keys
+    kept = read_records(out / "cases.jsonl")
+    assert [(r.case, r.pair, r.attempt, r.side) for r in kept] == keys
+    assert [r.sequence for r in kept] == list(range(len(keys)))
     assert len(stub.calls) == 20 + 20
 
 
@@ -344,15 +346,16 @@ def test_learned_takes_facts_of_the_own_side(stub: Stub, tmp_path: Path):
 def test_a_full_disk_leaves_the_file_as_it_was(stub: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     run = PairedRun(plan(tmp_path), tmp_path / "out")
     records = run.measure()
-    kept = run.file.read_bytes()
+    kept = run.log.file.read_bytes()
 
     def full(_fd: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match=r"No space left.*--resume"):
-        append_record(run.file, records[0])
-    assert run.file.read_bytes() == kept
+        run.log.append(records[:1])
+    assert run.log.file.read_bytes() == kept
+    assert len(run.records) == kept.count(b"\n")
 
 
 def test_repair_cuts_only_a_torn_line(tmp_path: Path):
