@@ -98,7 +98,7 @@ def _judged(case: ET.Element, status: Status, message: str) -> ET.Element:
 
 def _check(r: CheckResult) -> ET.Element:
     case = case_of("parity.checks", r.name, r.seconds)
-    more = "".join(f"\n{f.where}: {f.what}" for f in r.findings[1:])
+    more = "".join(f"\n{words.finding(f)}" for f in r.findings)
     if r.status == "SKIPPED":
         add(case, "skipped", "skipped", r.summary)
         return case

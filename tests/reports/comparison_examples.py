@@ -267,5 +267,6 @@ def example_comparison(
             "results": [r.model_copy(update={"case": hostile}) if r.case == first else r for r in made.results],
             "records": [r.model_copy(update={"case": hostile}) if r.case == first else r for r in made.records],
             "candidate": made.candidate.model_copy(update={"label": hostile}),
+            "validation": made.validation and example_validation(hostile=hostile),
         }
     )
