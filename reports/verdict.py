@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from reports.record import Case, RunRecord
+from reports.record import Case, Outcome, RunRecord
 from reports.stats import METRICS, SPREAD_LIMIT, Comparison, Estimate, samples
 from reports.summary import (
     against_baseline,
@@ -27,8 +27,6 @@ MINIMUM_ROUNDS = 6
 """A median has its 95 % interval from so many rounds."""
 ANSWERS: dict[Word, ParityAnswer] = {"PASS": "same", "FAIL": "different", "INCONCLUSIVE": "undecided"}
 WORDS: dict[Word, str] = {"PASS": "PASSED", "FAIL": "FAILED", "INCONCLUSIVE": "INCONCLUSIVE"}
-GATE_TESTS = "test_check["
-"""Tests of a run that stand for a check each; what they find is the validation's to say."""
 PARITY_WORDS: dict[ParityAnswer, str] = {
     "same": "Same model",
     "different": "Different model",
@@ -88,9 +86,7 @@ def judge(record: RunRecord) -> Verdict:
     validation = record.validation
     parity = parity_answer(validation)
     speed = _speed(record)
-    failed_tests = tuple(
-        o.test for o in record.outcomes if o.outcome in ("failed", "error") and not o.test.startswith(GATE_TESTS)
-    )
+    failed_tests = tuple(o.test for o in other_outcomes(record) if o.outcome in ("failed", "error"))
     aims = targets_of(record)
     outcome = overall([*([validation.verdict] if validation else []), *("FAIL" for _ in failed_tests)])
 
@@ -121,6 +117,12 @@ def judge(record: RunRecord) -> Verdict:
 def parity_answer(validation: Validation | None) -> ParityAnswer:
     """The gate's verdict as an answer to "is it the same model?"."""
     return ANSWERS[validation.verdict] if validation else "not examined"
+
+
+def other_outcomes(record: RunRecord) -> list[Outcome]:
+    """Tests of a run but those of a check whose result is in the validation, which tells of it."""
+    checks = {f"test_check[{r.name}]" for r in record.validation.results} if record.validation else set()
+    return [o for o in record.outcomes if o.test not in checks]
 
 
 def speed_sentence(speed: Speed | None) -> str:

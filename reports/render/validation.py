@@ -40,7 +40,7 @@ def print_check(result: CheckResult, console: Console) -> None:
     line.append(result.summary)
     console.print(line, soft_wrap=True)
     for finding in result.findings[1:4]:
-        console.print(Text(f"{'':<{_NAME}} also {finding.where}: {finding.what}", style="dim"), soft_wrap=True)
+        console.print(Text(f"{'':<{_NAME}} also {words.finding(finding)}", style="dim"), soft_wrap=True)
 
 
 def print_verdict(found: Validation, console: Console) -> None:
@@ -93,6 +93,7 @@ def render_validation(v: Validation) -> str:
         "word": WORDS[v.verdict],
         "sections": SECTIONS,
         "headline": headline(v),
+        "counts": parity.counts(v),
         "ran_on": _ran_on(v),
         "sure_line": _sure(v),
         "not_examined": unexamined(v),

@@ -17,6 +17,7 @@ from decimal import Decimal
 from reports.base import Machine
 from reports.record import RunRecord
 from reports.stats import Estimate
+from reports.validation import Finding
 
 DASH = "–"
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -201,6 +202,18 @@ def _decimals(value: float) -> int:
 def shorten(text: str, limit: int) -> str:
     """At most ``limit`` characters, with an ellipsis where something was cut."""
     return text if len(text) <= limit else text[: max(limit - 1, 0)].rstrip() + "…"
+
+
+def finding(found: Finding) -> str:
+    """Where, what, and the decoder layer if it is known."""
+    layer = "" if found.layer is None else f" (layer {found.layer})"
+    return f"{found.where}: {found.what}{layer}"
+
+
+def capitalised(text: str) -> str:
+    """With a capital first letter, unless it begins with the name of a file or a key."""
+    first = text.partition(" ")[0].rstrip(",;:.")
+    return text[:1].upper() + text[1:] if first.isalpha() else text
 
 
 def plain(value: object) -> str:

@@ -42,9 +42,8 @@ def test_the_field_decides(make_record: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"schema_version": 1, "kind": "validation"}', "is of kind 'validation'"),
         ('{"schema_version": 1, "kind": "case"}', "is of kind 'case'"),
-        ('{"schema_version": 1, "series": [], "parity": null}', "does not name its kind"),
+        ('{"schema_version": 1, "series": [], "validation": null}', "does not name its kind"),
         ("[1]", "does not name its kind"),
         ("no JSON", "does not name its kind"),
         ("", "does not name its kind"),
