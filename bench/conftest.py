@@ -129,7 +129,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the page when anything was measured; the gate's verdict is the exit code (3: undecided)."""
+    """Write the page when anything was measured; the verdict is the exit code (3: undecided, as without checks)."""
     run = session.config.stash.get(RUN, None)
     if run is None or session.config.option.collectonly or exitstatus not in (0, 1) or not run.anything:
         return
@@ -139,9 +139,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     record = run.record()
     session.config.stash[PAGE] = (write_report(record, run.options.report_dir), record)
     run.close()
-    # Where no check was asked for, nothing is undecided; else the verdict is what the run ends with.
-    if record.validation is not None:
-        session.exitstatus = judge(record).exit_code
+    session.exitstatus = judge(record).exit_code
 
 
 @pytest.hookimpl(trylast=True)

@@ -403,12 +403,12 @@ def test_a_candidate_that_is_another_model_fails_however_fast(
     texts = [" ".join(words[(k * i) % 16] for i in range(150)) for k in range(1, 9)]
     data.write_text("\n".join(json.dumps({"task": "perplexity", "text": text}) for text in texts))
     arguments = ["compare", "--base", f"{exports()},threads=1", "--candidate", f"{exports(seed=1)},threads=1"]
-    arguments += ["--model", str(checkpoints()), "--parity-profile", "smoke", "--dataset", str(data), "--pairs", "5"]
+    arguments += ["--model", str(checkpoints()), "--mode", "quick", "--dataset", str(data), "--pairs", "5"]
     arguments += ["--cases", "b1-p8-n4", "--rounds", "1", "--margin", "0.9", "--max-steal", "9", "--max-others", "9"]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--json"]) == 1
     made = Comparison.model_validate_json(capsys.readouterr().out)
-    assert made.parity_outcome == "FAIL"
-    assert made.parity is not None
+    assert made.validation is not None
+    assert made.validation.verdict == "FAIL"
     assert made.verdict.reasons[0].startswith("parity")
     assert "REGRESSION" not in made.counts()
     assert "--seed" in made.command
