@@ -159,10 +159,13 @@ class Baseline:
 
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits at every position, ``[length, vocab]`` fp32."""
-        return self.null_score("fp32", ids)
+        return self._score("fp32", ids)
 
     def null_score(self, kind: str, ids: Sequence[int]) -> Logits:
         """As :meth:`score`, by a null control: ``eager`` (fp32, another kernel), ``fp16`` or ``bf16``."""
+        return self._score(kind, ids)
+
+    def _score(self, kind: str, ids: Sequence[int]) -> Logits:
         key = (kind, tuple(ids))
         if key in self._scores:
             return self._scores[key]
