@@ -213,7 +213,7 @@ def finding(found: Finding) -> str:
 def capitalised(text: str) -> str:
     """With a capital first letter, unless it begins with the name of a file or a key."""
     first = text.partition(" ")[0].rstrip(",;:.")
-    return text[:1].upper() + text[1:] if first.isalpha() else text
+    return text[:1].upper() + text[1:] if first.replace("-", "").isalpha() else text
 
 
 def plain(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Pages of comparisons and validations in Chromium: sort, filter, keyboard, dark mode, phone, print, axe, errors."""
+"""Pages of comparisons and validations in real Chromium: sort, filter, keyboard, themes, phone, print, axe, errors."""
 
 from __future__ import annotations
 

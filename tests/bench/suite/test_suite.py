@@ -61,7 +61,7 @@ def test_a_run_leaves_page_record_and_junit(checkpoints: Paths, dataset: Path, t
     data = next((tmp_path / "cache" / "exports").glob("*/model.onnx.data"))
     made = data.stat().st_mtime_ns
     again = bench(*arguments, "--new-tokens", 4, "-k", "load", cache=tmp_path / "cache")
-    assert again.returncode == 0, again.stdout[-3000:]
+    assert again.returncode == 3, again.stdout[-3000:]  # loading alone says nothing about parity
     assert data.stat().st_mtime_ns == made
 
 
