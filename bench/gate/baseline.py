@@ -51,6 +51,7 @@ class Baseline:
         keep: whether results are kept on the disk.
         root: where; None takes the user's cache.
         say: told in one line about damaged entries and a bound that is too small.
+        device: ``cpu`` or ``cuda``, where PyTorch computes (:attr:`bench.deployment.Deployment.device`).
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class Baseline:
         keep: bool = False,
         root: Path | None = None,
         say: Say = lambda _: None,
+        device: str = "cpu",
     ) -> None:
-        self.source, self.threads = source, threads
+        self.source, self.threads, self.device = source, threads, device
         self._room, self._keep, self._root, self._say = memo_bytes, keep, root, say
         self._scores: dict[tuple[str, tuple[int, ...]], Logits] = {}
         self._tokens: dict[Any, Tokens] = {}
@@ -76,7 +78,7 @@ class Baseline:
         """Its results on the disk; None: not kept."""
         if not self._keep:
             return None
-        key = baseline_key(self.checkpoint, threads=self.threads, hashes=self.hashes)
+        key = baseline_key(self.checkpoint, self.device, self.threads, self.hashes)
         return ResultStore(key, self._root, say=self._say)
 
     @property
@@ -87,7 +89,9 @@ class Baseline:
     def recipe(self) -> Callable[[], Baseline]:
         """What opens such a baseline, with the same results, in another process."""
         root = self._root or (cache_dir() / "baseline" if os.environ.get(CACHE_ENV) else None)
-        return partial(Baseline, self.source, self.threads, keep=self._keep, root=root, say=print_error)
+        return partial(
+            Baseline, self.source, self.threads, keep=self._keep, root=root, say=print_error, device=self.device
+        )
 
     def _stored(self, request: Any, compute: Callable[[], Logits]) -> Logits:
         """An fp32 matrix from the store, or computed now and kept."""
@@ -149,7 +153,7 @@ class Baseline:
 
     def _session(self, precision: str) -> TorchSession:
         if precision not in self._sessions:
-            self._sessions[precision] = TorchSession(self.checkpoint, precision, threads=self.threads)
+            self._sessions[precision] = TorchSession(self.checkpoint, precision, self.device, threads=self.threads)
         return self._sessions[precision]
 
     @property
@@ -231,6 +235,9 @@ class Baseline:
             self._continued[key] = (first, self._stored(request, lambda: self._behind(first, length, ids)))
         return self._continued[key]
 
+    def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([list(ids)], device=self.device)
+
     def _past_of(self, text: Sequence[int]) -> NDArray[np.float32]:
         """The cache of one text, a row for each layer's key and for its value."""
         from transformers import DynamicCache
@@ -238,8 +245,8 @@ class Baseline:
         model = self.session.model
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(input_ids=torch.tensor([list(text)]), past_key_values=cache, use_cache=True)
-        return np.stack([t.float().numpy().ravel() for layer in cache.layers for t in (layer.keys, layer.values)])
+            model(input_ids=self._tensor(text), past_key_values=cache, use_cache=True)
+        return np.stack([t.float().cpu().numpy().ravel() for layer in cache.layers for t in (layer.keys, layer.values)])
 
     def _behind(self, first: Past, length: int, ids: Sequence[int]) -> Logits:
         """Logits ``[len(ids), vocab]`` of ``ids`` after ``length`` tokens of ``first``, the cache of a text."""
@@ -249,12 +256,13 @@ class Baseline:
         cache = DynamicCache(config=model.config)
         with torch.inference_mode(), blocks_apart(1 << 20):  # a layer's cache grows by a copy
             for i, (k, v) in enumerate(first):  # laid layer by layer: the cache makes a copy of its own
-                cache.update(torch.from_numpy(laid(k, length)), torch.from_numpy(laid(v, length)), i)
-            positions = torch.arange(length, length + len(ids))[None]
+                key, value = (torch.from_numpy(laid(x, length)).to(self.device) for x in (k, v))
+                cache.update(key, value, i)
+            positions = torch.arange(length, length + len(ids), device=self.device)[None]
             logits = model(
-                input_ids=torch.tensor([list(ids)]), position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=self._tensor(ids), position_ids=positions, past_key_values=cache, use_cache=True
             ).logits[0]
-        found: Logits = logits.float().numpy()
+        found: Logits = logits.float().cpu().numpy()
         return found
 
     def residuals(self, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
@@ -269,7 +277,7 @@ class Baseline:
         key = (kind, tuple(ids))
         if key not in self._residuals:
             with self._as(kind) as session:
-                self._residuals[key] = _residuals(session.model, ids)
+                self._residuals[key] = _residuals(session.model, self._tensor(ids))
         return self._residuals[key]
 
     def rope_rows(self, kind: str, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -295,14 +303,14 @@ def print_error(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _residuals(model: Any, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
+def _residuals(model: Any, ids: torch.Tensor) -> list[dict[str, NDArray[np.float32]]]:
     found: list[dict[str, Any]] = [{} for _ in model.model.layers]
 
     def keep(k: int, name: str, of_input: bool = False) -> Any:
         def hook(_module: Any, inputs: Any, output: Any) -> None:
             value = inputs[0] if of_input else output
             value = value[0] if isinstance(value, tuple) else value
-            found[k][name] = value[0].float().numpy().copy()
+            found[k][name] = value[0].float().cpu().numpy().copy()
 
         return hook
 
@@ -320,7 +328,7 @@ def _residuals(model: Any, ids: Sequence[int]) -> list[dict[str, NDArray[np.floa
         ]
     try:
         with torch.inference_mode():
-            model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+            model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

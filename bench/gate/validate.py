@@ -285,6 +285,6 @@ def make_subject(
         raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
     deployment = deployment or Deployment()
     source = resolve(model, status=status) if isinstance(model, str) else model
-    baseline = Baseline(source, deployment.threads, memo_bytes, keep=keep, say=status)
+    baseline = Baseline(source, deployment.threads, memo_bytes, keep=keep, say=status, device=deployment.device)
     data = dataset or load_shipped()
     return Subject(folder, baseline, mode, data, deployment, workers=workers, say=status, expect=expect or {})

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
-from bench.errors import BenchError
+from bench.errors import BenchError, user_error
 from bench.machine.lock import machine_lock
 from bench.process.pool import RETRIES, Pool, Queue
 
@@ -32,7 +32,8 @@ class MachineError(BenchError):
 
     def __init__(self, machine: str, error: BaseException) -> None:
         super().__init__(f"on {machine}: {error}")
-        self.exit_code = int(getattr(error, "exit_code", 4))
+        told = user_error(error)
+        self.exit_code = told[1] if told else 4
 
 
 class _Station:
