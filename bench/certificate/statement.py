@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bench.data.loading import Dataset
+from bench.data.items import Dataset
 from bench.errors import BenchError
 from bench.machine.environment import machine, versions
 from export.manifest import MANIFEST_NAME, read_manifest, sha256_of

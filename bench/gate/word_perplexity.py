@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.data.loading import Dataset
+from bench.data.items import Dataset
 from bench.errors import DatasetError
 from runtime.session import Session
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.data.loading import DATA, DatasetError, load_file, load_shipped, prompt_ids
+from bench.data.items import prompt_ids
+from bench.data.loading import DATA, DatasetError, load_file, load_shipped
 
 GOOD = {"id": "a", "task": "qa", "context": "It rained.", "question": "What did it do?", "references": ["rained"]}
 
