@@ -2,7 +2,7 @@
 
 The demo model was read from a 4-bit file, which flatters quantisers that find those blocks again (HQQ); on weights that
 only ever were fp32 the int4 methods can be compared. The text is the project's own (``bench/data``), little enough that
-the model learns words and phrases, no facts: its figures say how methods compare, not what LLaMA 2 would lose.
+the model learns words and phrases, no facts: its metrics say how methods compare, not what LLaMA 2 would lose.
 
 Held out: all of ``prose.jsonl`` (``bench.studies.export_table`` scores windows of any of its texts; which ones depends
 on the tokenizer and on ``--windows``), and for validation every tenth source text of the other four files with all

@@ -27,7 +27,7 @@ def _item(path: Path, number: int, raw: Any) -> Item:
         raise fail("not a JSON object")
     task = raw.get("task")
     if task not in FIELDS:
-        raise fail(f"task {task!r} is none of {', '.join(FIELDS)}")
+        raise fail(f"task {task!r} must be one of {', '.join(FIELDS)}")
     wanted = FIELDS[task]
     for key in wanted:
         if not isinstance(raw.get(key), str) or not raw[key].strip():
@@ -91,7 +91,7 @@ OWN = "own"
 
 
 def joined(parts: Sequence[Dataset]) -> Dataset:
-    """Several sets as one, in their order: more text where the first ones leave a figure undecided."""
+    """Several sets as one, in their order: more text where the first ones leave a metric undecided."""
     if len(parts) == 1:
         return parts[0]
     digest = hashlib.sha256("".join(p.sha256 for p in parts).encode()).hexdigest()

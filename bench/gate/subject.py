@@ -84,7 +84,7 @@ class Subject:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The folder's manifest, or the one made up for a folder from elsewhere; hashes are another check's."""
+        """The folder's manifest, or the one derived for a third-party export; hashes are another check's."""
         from runtime.loading import read_folder
 
         return read_folder(self.folder, verify=False)

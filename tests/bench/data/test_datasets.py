@@ -60,7 +60,7 @@ def test_own_file_with_and_without_header(tmp_path: Path) -> None:
     [
         ([GOOD, "{not json"], "line 2: not valid JSON"),
         ([GOOD, "", '["a"]'], "line 3: not a JSON object"),
-        ([GOOD | {"task": "poetry"}], "line 1: task 'poetry' is none of"),
+        ([GOOD | {"task": "poetry"}], "line 1: task 'poetry' must be one of"),
         ([{k: v for k, v in GOOD.items() if k != "question"}], "line 1: 'question' is missing"),
         ([GOOD | {"references": []}], "line 1: 'references'"),
         ([GOOD | {"context": 3}], "line 1: 'context'"),

@@ -1,4 +1,4 @@
-"""What a check decides once it has its figures, and text checks where only one thing differs: no model is run."""
+"""What a check decides once it has its metrics, and text checks where only one thing differs: no model is run."""
 
 from __future__ import annotations
 
