@@ -16,7 +16,7 @@ import datetime
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,9 +25,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bench.data.loading import Dataset
+from bench.digests import Progress, baseline_digest, folder_digest, hash_baseline, hash_folder
 from bench.errors import BenchError
 from bench.machine.environment import machine, versions
-from export.manifest import MANIFEST_NAME, read_manifest, sha256_of
+from export.manifest import MANIFEST_NAME, read_manifest
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://in-toto.io/attestation/test-result/v0.1"
@@ -36,10 +37,7 @@ EXTENSION = "llamaOnnxBench"
 """Key of the predicate under which everything stands that test-result v0.1 has no field for."""
 VALID_DAYS = 180
 CLOCK_SKEW = datetime.timedelta(minutes=5)
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
-TOKENIZER_NAMES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 Answer = Literal["PASS", "FAIL", "INCONCLUSIVE"]
-Progress = Callable[[int], None]
 
 
 class CertificateError(BenchError):
@@ -99,59 +97,6 @@ def require() -> Iterator[None]:
             f"certificates need {e.name}; pip install securesystemslib cryptography in-toto-attestation",
             4,
         ) from None
-
-
-# -- the folder -----------------------------------------------------------------------------------------------------
-
-
-def hash_folder(folder: Path, progress: Progress | None = None) -> dict[str, str]:
-    """SHA-256 (hex) of every file below ``folder`` by its relative POSIX path, sorted.
-
-    Raises:
-        CertificateError: no such folder, an empty one, a link or something that is no plain file in it.
-    """
-    if not folder.is_dir():
-        raise CertificateError("no-folder", f"no folder at {folder}; pass the exported folder", 2)
-    found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise CertificateError(
-                "not-a-file", f"{folder}: {name} is a link or no plain file; a certificate covers plain files only", 2
-            )
-        if path.is_file():
-            found[name] = sha256_of(path, progress)
-    if not found:
-        raise CertificateError("no-folder", f"{folder} holds no file; pass the exported folder", 2)
-    return found
-
-
-def folder_digest(files: Mapping[str, str]) -> str:
-    """One SHA-256 (hex) over names and digests of a folder's files, as JSON: no name can look like two."""
-    return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()
-
-
-def hash_baseline(checkpoint: Path, progress: Progress | None = None) -> dict[str, dict[str, str]]:
-    """SHA-256 of a checkpoint's files: ``{"baseline": {name: hex}, "tokenizer": {name: hex}}``.
-
-    Raises:
-        CertificateError: no weights in it.
-    """
-    roles: dict[str, dict[str, str]] = {"baseline": {}, "tokenizer": {}}
-    for path in sorted(p for p in checkpoint.iterdir() if p.is_file()):
-        if path.name.startswith(TOKENIZER_NAMES):
-            roles["tokenizer"][path.name] = sha256_of(path, progress)
-        elif path.suffix in WEIGHT_SUFFIXES or path.name.endswith(("config.json", ".index.json")):
-            roles["baseline"][path.name] = sha256_of(path, progress)
-    if not any(Path(name).suffix in WEIGHT_SUFFIXES for name in roles["baseline"]):
-        raise CertificateError("no-baseline", f"{checkpoint} holds no weights; pass the baseline's checkpoint", 2)
-    return roles
-
-
-def baseline_digest(roles: Mapping[str, Mapping[str, str]]) -> str:
-    """One SHA-256 (hex) over what :func:`hash_baseline` found."""
-    parts = ("baseline", "tokenizer")
-    return folder_digest({f"{role}/{name}": digest for role in parts for name, digest in roles[role].items()})
 
 
 # -- the result -----------------------------------------------------------------------------------------------------

@@ -20,13 +20,10 @@ from bench.certificate.statement import (
     EXTENSION,
     CertificateError,
     Evidence,
-    Progress,
     check_form,
     derived_verdict,
-    folder_digest,
-    hash_baseline,
-    hash_folder,
 )
+from bench.digests import Progress, folder_digest, hash_baseline, hash_folder
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Key

@@ -127,6 +127,7 @@ def run_verify(args: argparse.Namespace, bar: Bar) -> int:
     from bench.certificate.envelope import read_public_key
     from bench.certificate.statement import CertificateError
     from bench.certificate.verify import verify_certificate
+    from bench.digests import DigestError
 
     baseline = None
     if args.baseline:
@@ -144,7 +145,7 @@ def run_verify(args: argparse.Namespace, bar: Bar) -> int:
                 baseline=baseline,
                 progress=counter(progress, args.folder, *([baseline] if baseline else [])),
             )
-    except CertificateError as e:
+    except (CertificateError, DigestError) as e:
         if args.json:
             _print_json({"valid": False, "reason": e.reason, "message": str(e)})
             return e.exit_code
