@@ -22,12 +22,15 @@ def add_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     key.add_argument("name", type=Path, help="path without ending")
 
     certify = add("certify", "certify a folder by a result: in-toto statement in a DSSE envelope")
-    certify.add_argument("result", type=Path, help="record.json of `pytest bench/`, or the gate's JSON")
+    certify.add_argument("result", type=Path, help="validation.json, or a record or comparison that holds one")
     certify.add_argument("folder", type=Path, help="the exported folder that was measured")
     certify.add_argument("--baseline", required=True, help="'demo', a checkpoint folder, a .gguf file or a hub id")
     certify.add_argument("--dataset", help="the data measured on, as for the gate (default: the project's own)")
     certify.add_argument("--certificate", type=Path, required=True, help="the file to write")
     certify.add_argument("--key", type=Path, help="sign with this private key (PEM, see keygen)")
+    certify.add_argument(
+        "--allow-quick", action="store_true", help="accept a run in mode quick; the certificate says so"
+    )
     certify.add_argument("--valid-days", type=float, default=180.0, help="days until it expires (default 180)")
 
     verify = add("verify", "check offline that a certificate covers a folder: every byte, key, verdict, dates")
@@ -35,7 +38,8 @@ def add_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     verify.add_argument("folder", type=Path)
     verify.add_argument("--key", type=Path, help="the public key that must have signed it (PEM)")
     verify.add_argument("--require-signature", action="store_true", help="refuse to go on without --key")
-    verify.add_argument("--max-age", type=float, metavar="DAYS", help="refuse certificates older than this")
+    verify.add_argument("--max-age", type=float, metavar="DAYS", help="refuse results older than this")
+    verify.add_argument("--policy", type=Path, metavar="FILE", help="your own demands, YAML or JSON (docs/trust.md)")
     verify.add_argument("--baseline", help="also re-hash this checkpoint's weights and tokenizer")
 
 
@@ -59,7 +63,7 @@ def _result(path: Path) -> dict[str, Any]:
     from bench.certificate.statement import CertificateError
 
     try:
-        raw = json.loads(path.read_bytes())  # a record may hold NaN and Infinity; in the certificate they are text
+        raw = json.loads(path.read_bytes())
     except (OSError, ValueError) as e:
         raise CertificateError("no-result", f"cannot read {path} ({e}); pass a result document", 2) from None
     if not isinstance(raw, dict):
@@ -68,9 +72,9 @@ def _result(path: Path) -> dict[str, Any]:
 
 
 def run_certify(args: argparse.Namespace, bar: Bar) -> int:
-    """``llama-onnx certify RESULT FOLDER --baseline MODEL --certificate FILE``; exit code 1 or 3 for a non-PASS."""
+    """``llama-onnx certify RESULT FOLDER --baseline MODEL --certificate FILE``; exit code 1 for a FAIL."""
     from bench.certificate.envelope import seal
-    from bench.certificate.statement import CertificateError, make_certificate
+    from bench.certificate.statement import CertificateError, make_certificate, read_validation
     from bench.data.loading import load_dataset
     from export.source import resolve
 
@@ -81,10 +85,11 @@ def run_certify(args: argparse.Namespace, bar: Bar) -> int:
     checkpoint = resolve(args.baseline).folder
     with bar("hashing") as progress:
         statement = make_certificate(
-            _result(args.result),
+            read_validation(_result(args.result)),
             args.folder.expanduser(),
             checkpoint,
             load_dataset(args.dataset),
+            allow_quick=args.allow_quick,
             valid_days=args.valid_days,
             progress=counter(progress, args.folder, checkpoint),
         )
@@ -95,8 +100,9 @@ def run_certify(args: argparse.Namespace, bar: Bar) -> int:
     if args.json:
         _print_json({"certificate": str(args.certificate), "signed": bool(args.key), "statement": statement})
     else:
-        print(f"{args.certificate}: {predicate['result']}, {len(statement['subject'])} files, {signed}")
-    return {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}[predicate["llamaOnnxBench"]["verdict"]]
+        mode = f"mode {predicate['llamaOnnxBench']['mode']}"
+        print(f"{args.certificate}: {predicate['result']}, {mode}, {len(statement['subject'])} files, {signed}")
+    return int(predicate["result"] == "FAILED")
 
 
 def write_certificate(path: Path, envelope: dict[str, Any]) -> None:
@@ -125,6 +131,7 @@ def counter(progress: Callable[[int, int], None], *folders: Path) -> Callable[[i
 def run_verify(args: argparse.Namespace, bar: Bar) -> int:
     """``llama-onnx verify CERT FOLDER``; a refusal is printed with its reason and returns its exit code."""
     from bench.certificate.envelope import read_public_key
+    from bench.certificate.policy import read_policy
     from bench.certificate.statement import CertificateError
     from bench.certificate.verify import verify_certificate
     from bench.digests import DigestError
@@ -142,6 +149,7 @@ def run_verify(args: argparse.Namespace, bar: Bar) -> int:
                 key=read_public_key(args.key) if args.key else None,
                 require_signature=args.require_signature,
                 max_age_days=args.max_age,
+                policy=read_policy(args.policy) if args.policy else None,
                 baseline=baseline,
                 progress=counter(progress, args.folder, *([baseline] if baseline else [])),
             )
@@ -150,7 +158,7 @@ def run_verify(args: argparse.Namespace, bar: Bar) -> int:
             _print_json({"valid": False, "reason": e.reason, "message": str(e)})
             return e.exit_code
         raise CertificateError(e.reason, f"refused ({e.reason}): {e}", e.exit_code) from None
-    evidence = found.evidence
+    v, expires = found.validation, found.extension.expires_utc
     if args.json:
         _print_json(
             {
@@ -158,12 +166,14 @@ def run_verify(args: argparse.Namespace, bar: Bar) -> int:
                 "signature": found.signature,
                 "files": found.files,
                 "baseline_checked": found.baseline_checked,
-                **evidence.model_dump(mode="json", include={"verdict", "tier", "created_utc", "expires_utc", "notes"}),
+                **v.model_dump(mode="json", include={"verdict", "tier", "mode", "session", "notes"}),
+                "measured_utc": v.created_utc,
+                **found.extension.model_dump(mode="json", include={"created_utc", "expires_utc"}),
             }
         )
     else:
         print(
-            f"valid: {evidence.verdict} in tier {evidence.tier}, {found.files} files as certified, {found.signature}, "
-            f"until {evidence.expires_utc:%Y-%m-%d}" + "".join(f"\nnote: {n}" for n in evidence.notes)
+            f"valid: {v.verdict} in tier {v.tier}, mode {v.mode}, {found.files} files as certified, {found.signature}, "
+            f"until {expires:%Y-%m-%d}" + "".join(f"\nnote: {n}" for n in v.notes)
         )
     return 0

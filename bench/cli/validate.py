@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--certificate", type=Path, metavar="FILE", help="write an in-toto statement of the result there"
     )
+    parser.add_argument(
+        "--allow-quick", action="store_true", help="certify a run in mode quick; the certificate says so"
+    )
     parser.add_argument("--key", type=Path, help="sign the certificate with this private key (PEM, see keygen)")
 
 
@@ -77,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
         return _list(args.json)
     if args.folder is None or not args.baseline:
         raise BenchError("give the exported folder and --baseline MODEL (a checkpoint folder, or 'demo')")
-    if args.certificate and (args.only or args.mode != "standard"):
-        raise BenchError("a certificate stands for every check in mode standard; leave out --only and --mode")
+    if args.certificate and (args.only or (args.mode == "quick" and not args.allow_quick)):
+        raise BenchError("a certificate stands for every check in mode standard or full; --allow-quick takes quick too")
     from bench.data.loading import load_dataset
     from bench.deployment import Deployment
     from bench.gate.validate import chosen_checks, expected, make_subject, mode_of, validate
@@ -113,17 +116,20 @@ def run(args: argparse.Namespace) -> int:
     print_verdict(found, out)
     page = write_validation(found, args.out)
     out.print(f"page: {page.resolve()}", markup=False, highlight=False, soft_wrap=True)
+    subject.finish()
+    if args.json:
+        sys.stdout.write(found.to_json())
     if args.certificate:
         from bench.certificate.envelope import seal
         from bench.certificate.statement import make_certificate
         from bench.cli.certify import write_certificate
 
-        statement = make_certificate(json.loads(found.to_json()), args.folder, subject.baseline.checkpoint, dataset)
+        statement = make_certificate(
+            found, args.folder, subject.baseline.checkpoint, dataset, allow_quick=args.allow_quick
+        )
         write_certificate(args.certificate, seal(statement, args.key))
-        out.print(f"{args.certificate}: {'signed' if args.key else 'NOT signed (no --key)'}", markup=False)
-    subject.finish()
-    if args.json:
-        sys.stdout.write(found.to_json())
+        signed = "signed" if args.key else "NOT signed (no --key)"
+        out.print(f"{args.certificate}: mode {found.mode}, {signed}", markup=False)
     return found.exit_code
 
 
