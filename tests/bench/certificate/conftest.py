@@ -54,13 +54,13 @@ def result_of() -> Callable[..., Validation]:
     made = cache(synthetic)
 
     def get(
-        folder: Path, baseline: Path, precision: str = "int4", mode: str = "standard", **changes: Any
+        folder: Path, baseline: Path, precision: str = "int4", mode: str = "standard", tokens: int = 20, **changes: Any
     ) -> Validation:
         digests = {
             "folder_sha256": folder_digest(hash_folder(folder)),
             "baseline_sha256": baseline_digest(hash_baseline(baseline)),
         }
-        return made(precision, mode, 20).model_copy(update=digests | changes)
+        return made(precision, mode, tokens).model_copy(update=digests | changes)
 
     return get
 
