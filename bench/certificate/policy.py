@@ -1,7 +1,6 @@
 """What the recipient of a certificate demands of it, from a file: who signs and who demands are two.
 
-Try: ``echo '{"precision": "fp16", "mode": "standard"}' > policy.json; llama-onnx verify cert.json FOLDER --policy
-policy.json``.
+Try: ``echo "mode: standard" > policy.yaml; llama-onnx verify cert.json FOLDER --policy policy.yaml``.
 """
 
 from __future__ import annotations

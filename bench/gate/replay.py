@@ -3,8 +3,7 @@
 Who receives a result need not believe its numbers: statistical checks are judged by the functions that judged them in
 the run (:mod:`bench.gate.judge`), exact ones have to agree with their findings. Neither torch nor ONNX Runtime is
 imported.
-Try: ``python -c "import pathlib, bench.gate.replay as r; print(r.replay(r.Validation.model_validate_json(
-pathlib.Path('validation.json').read_text())))"``.
+Try: ``python -m pytest tests/bench/gate/test_replay.py``.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import itertools
 import json
 import shutil
 import time
@@ -31,6 +32,7 @@ from bench.cli.main import main
 from bench.data.loading import load_shipped
 from bench.digests import DigestError, folder_digest, hash_baseline, hash_folder
 from bench.gate.modes import MODES, Terms
+from bench.gate.statistics import TIERS
 from reports.validation import Finding, Validation, decide_verdict
 from tests.synthetic import judged, synthetic
 
@@ -479,6 +481,11 @@ def test_a_policy_that_says_nothing_clear(text: str, words: str, tmp_path: Path)
         read_policy(path)
     assert (e.value.reason, e.value.exit_code) == ("bad-policy", 2)
     assert "known keys: baseline_sha256, precision" in str(e.value)
+
+
+def test_a_policy_knows_every_mode_and_tier(tmp_path: Path) -> None:
+    for mode, precision in itertools.product(MODES, TIERS):
+        assert policy_of(tmp_path / "p.json", mode=mode, precision=precision)
 
 
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:

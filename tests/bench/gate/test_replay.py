@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,8 +63,8 @@ def of(name: str, **changes: Any) -> Change:
 
 def measured(name: str, **changes: Any) -> Change:
     def change(v: Validation) -> Validation:
-        m = [x.model_copy(update=changes) for r in v.results if r.name == name for x in r.measurements]
-        return of(name, measurements=m)(v)
+        m = next(r for r in v.results if r.name == name).measurements
+        return of(name, measurements=first(**changes)(m))(v)
 
     return change
 
@@ -101,7 +102,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "status": (of("mean_kld", status="REPORTED"), "mean_kld.status: says 'REPORTED', the evidence gives 'PASS'"),
     "summary": (of("mean_kld", summary="good"), "mean_kld.summary"),
     "note of a judge": (of("mean_kld", notes=["trust me"]), "mean_kld.notes"),
-    "last digit": (measured("mean_kld", bound=3.053e-05), "mean_kld.measurements[0].bound"),
+    "last digit": (measured("mean_kld", bound=lambda x: math.nextafter(x, 1)), "mean_kld.measurements[0].bound"),
     "no measurement": (of("mean_kld", measurements=[]), "mean_kld.measurements"),
     "task": (of("tasks", tasks=[]), "tasks.tasks"),
     "exact without its finding": (of("weights", status="FAIL"), "weights.status: says FAIL with 0 findings"),
