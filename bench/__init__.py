@@ -2,3 +2,5 @@
 
 The only package that sees ``export``, ``runtime`` and ``reports``. Try: ``pytest bench/ --profile smoke``.
 """
+
+import export  # noqa: F401 - switches telemetry off before a library that reports is loaded

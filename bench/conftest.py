@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,20 +9,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
 
-from bench.errors import BenchError
+from bench.errors import user_error
 from bench.latency.workload import choose_profile
 from bench.machine.lock import machine_lock
-from bench.suite.measuring import Ticker
+from bench.progress import Bar, progress
 from bench.suite.options import Options, add_options
 from bench.suite.run import Run, command_line
 
@@ -55,15 +45,6 @@ def refuse_workers(config: pytest.Config) -> None:
         raise pytest.UsageError("pytest bench/ measures: workers (-n) would measure each other; leave -n out")
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Errors that are the user's to mend: one line and the exit code of their class, no traceback."""
-    from export.errors import ExportError
-    from export.manifest import ManifestError
-    from runtime.errors import SessionError
-
-    return (BenchError, ExportError, ManifestError, SessionError)
-
-
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Resolve the model, the folder and the data; an error of the user's ends the run with its own exit code."""
     config = session.config
@@ -74,37 +55,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     try:
         held.enter_context(machine_lock("pytest bench/", config.option.lock_wait))
         config.add_cleanup(held.close)
-    except BenchError as e:
-        pytest.exit(f"error: {e}", returncode=e.exit_code)
-    try:
         _ = run.dataset, run.deployment, run.folder, run.profile
-    except _user_errors() as e:
-        pytest.exit(f"error: {e}", returncode=getattr(e, "exit_code", 2))
+    except Exception as error:
+        told = user_error(error)
+        if told is None:
+            raise
+        pytest.exit(f"error: {told[0]}", returncode=told[1])
 
 
 @contextmanager
-def _progress(config: pytest.Config, title: str, total: int) -> Iterator[Ticker]:
-    """A rich progress bar on the real terminal; silent when there is none."""
+def _progress(config: pytest.Config, title: str, total: int | None) -> Iterator[Bar]:
+    """A progress bar on the real terminal."""
     capture = config.pluginmanager.getplugin("capturemanager")
-    with _uncaptured(capture):
-        if not sys.stderr.isatty():
-            yield lambda _message: None
-            return
-        columns = (
-            TextColumn("[bold]{task.fields[title]}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-        )
-        with Progress(*columns, console=Console(file=sys.stderr), transient=True, expand=True) as bar:
-            task = bar.add_task("", total=total, title=title)
-
-            def tick(message: str) -> None:
-                bar.update(task, advance=1, description=message)
-
-            yield tick
+    with _uncaptured(capture), progress(title, total) as bar:
+        yield bar
 
 
 @contextmanager
@@ -123,7 +87,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Cases, sides, checks and task metrics become parameters, so that each has a line of its own."""
+    """Cases, sides and checks become parameters, so that each has a line of its own."""
     run = metafunc.config.stash[RUN]
     names = set(metafunc.fixturenames)
     if "check" in names:
@@ -165,7 +129,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the page when anything was measured; the gate's verdict is the exit code (3: undecided)."""
+    """Write the page when anything was measured; the verdict is the exit code (3: undecided, as without checks)."""
     run = session.config.stash.get(RUN, None)
     if run is None or session.config.option.collectonly or exitstatus not in (0, 1) or not run.anything:
         return
@@ -175,9 +139,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     record = run.record()
     session.config.stash[PAGE] = (write_report(record, run.options.report_dir), record)
     run.close()
-    # Where no check was asked for, nothing is undecided; else the verdict is what the run ends with.
-    if record.validation is not None:
-        session.exitstatus = judge(record).exit_code
+    session.exitstatus = judge(record).exit_code
 
 
 @pytest.hookimpl(trylast=True)

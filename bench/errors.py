@@ -1,13 +1,61 @@
-"""What can go wrong around a benchmark. Each error names the thing and the remedy."""
+"""What can go wrong around a benchmark, and which errors of the whole program are the user's to mend.
+
+Each error names the thing and the remedy. :func:`user_error` alone decides what is told in a line and what is a defect
+of ours, whose traceback is needed.
+"""
 
 from __future__ import annotations
 
+import sqlite3
+import sys
+from collections.abc import Callable
 
-class BenchError(Exception):
-    """Base of the benchmark's errors; ``exit_code`` is what the command line returns."""
+from export.manifest import UserError
+from reports.errors import ReportError
 
-    exit_code = 2
+
+class BenchError(UserError):
+    """Base of the benchmark's errors."""
 
 
 class DatasetError(BenchError):
     """A dataset that is missing, empty or malformed (the line is named)."""
+
+
+def user_error(error: BaseException) -> tuple[str, int] | None:
+    """What to tell the user and the exit code; None for a defect of ours."""
+    if isinstance(error, UserError | ReportError):
+        return str(error), error.exit_code
+    said = _outside(error)
+    return None if said is None else (said, 2)
+
+
+def _outside(error: BaseException) -> str | None:
+    """A line for what the machine or the input is at fault for, in the words of another library."""
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'input or output'}: {error.strerror or error}; name another place, or make room there"
+        )
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply to be what it should be; write it again"
+    if isinstance(error, UnicodeError):
+        return f"text that is not UTF-8 ({getattr(error, 'reason', error)}); write it in that encoding"
+    if isinstance(error, sqlite3.Error):
+        return f"the history database cannot be used ({error}); set LLAMA_ONNX_HISTORY to another file"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return "a path begins with ~ and a name that has no home directory here; write the whole path"
+    return None
+
+
+def run_child(work: Callable[[], None]) -> int:
+    """The body of a child process of ours: an error of the user's is the last line on standard error and the exit code,
+    for the parent to quote."""
+    try:
+        work()
+    except Exception as error:
+        told = user_error(error)
+        if told is None:
+            raise
+        print(f"error: {told[0]}", file=sys.stderr)
+        return told[1]
+    return 0

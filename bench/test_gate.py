@@ -22,7 +22,7 @@ def models_are_freed(run: Run) -> Iterator[None]:
 
 
 def test_check(run: Run, check: CheckSpec) -> None:
-    result = run.gate.result(check)
+    result = run.check(check)
     if result.status == "SKIPPED":
         pytest.skip(result.summary)
     findings = "".join(f"\n{f.where}: {f.what}" for f in result.findings)

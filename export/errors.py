@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from export.manifest import UserError
 
-class ExportError(Exception):
-    """Base of all export errors; ``exit_code`` is what the command line returns."""
 
-    exit_code = 2
+class ExportError(UserError):
+    """Base of all export errors."""
 
 
 class ModelNotFoundError(ExportError):

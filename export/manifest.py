@@ -20,10 +20,17 @@ MANIFEST_NAME = "manifest.json"
 _CHUNK = 1 << 20
 
 
-class ManifestError(Exception):
-    """A folder that is not an export, or is not the one that its manifest describes."""
+class UserError(Exception):
+    """Root of the errors in ``export``, ``runtime`` and ``bench`` that the user can mend: a line or two, no traceback.
+
+    ``exit_code`` is what the command line returns.
+    """
 
     exit_code = 2
+
+
+class ManifestError(UserError):
+    """A folder that is not an export, or is not the one that its manifest describes."""
 
 
 @dataclass(frozen=True)

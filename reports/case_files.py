@@ -1,4 +1,4 @@
-"""Files of case records (JSON Lines), and adapters that read others as such: our own ``record.json``, pytest-benchmark.
+"""Files of case records (JSON Lines), and adapters that read other documents as such.
 
 A line is written, flushed and synced at once; what a kill or a full disk left half-written is dropped by
 :func:`repair`.
@@ -14,20 +14,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from reports.comparison import CASE_SCHEMA_VERSION, CaseRecord, SideName
-from reports.record import RecordError, RunRecord, read_record
+from reports.comparison import CASE_SCHEMA_VERSION, CaseRecord, SideName, read_comparison
+from reports.documents import first_document, kind_of
+from reports.errors import RecordError, ReportError
+from reports.record import RunRecord, read_record
 from reports.stats import METRICS, samples
 
 
-class StorageError(Exception):
+class StorageError(ReportError):
     """A record could not be stored; names the file and how to go on."""
 
     exit_code = 4
-
-
-def append_record(path: Path, record: CaseRecord) -> None:
-    """Append one line; see :func:`append_records`."""
-    append_records(path, [record])
 
 
 def append_records(path: Path, records: Sequence[CaseRecord]) -> None:
@@ -86,34 +83,32 @@ def read_records(path: Path) -> list[CaseRecord]:
     Raises:
         RecordError: cannot be read, or a line that is no record of this schema (it is named).
     """
-    lines = _text(path).splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise RecordError(f"cannot read {path}: {e}") from None
     return [_line(path, k, line) for k, line in enumerate(lines, 1) if line.strip()]
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise RecordError(f"cannot read {path}: {e}") from None
-
-
 def read_any(path: Path, side: SideName) -> list[CaseRecord]:
-    """Records of one side from any file that is known: JSON Lines of cases, ``record.json``, pytest-benchmark's JSON.
+    """Records of one side from any file that holds some: JSON Lines of cases, ``record.json``, ``comparison.json``,
+    pytest-benchmark's JSON.
 
     Raises:
         RecordError: none of them, or a broken one.
     """
-    text = _text(path)
-    try:
-        raw: Any = json.loads(text)
-    except ValueError:
-        raw = None
-    if isinstance(raw, dict) and isinstance(raw.get("benchmarks"), list):
-        records = from_pytest_benchmark(raw, path)
-    elif isinstance(raw, dict) and "series" in raw:
+    document = first_document(path)
+    kind = kind_of(document)
+    if kind == "pytest-benchmark":
+        records = from_pytest_benchmark(document, path)
+    elif kind == "record":
         records = from_run_record(read_record(path))
-    else:
+    elif kind == "comparison":
+        records = read_comparison(path).records
+    elif kind in ("case", None):
         records = read_records(path)
+    else:
+        raise RecordError(f"{path} is of kind {kind!r}, which holds no latencies; pass a record.json or a cases.jsonl")
     if not records:
         raise RecordError(f"{path} holds no record")
     return [r.model_copy(update={"side": side}) for r in records if r.side in (None, side)] or [

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from reports.base import Frozen, Machine
+from reports.base import Frozen, Machine, read_model
 from reports.validation import EXIT_CODES, Validation
 from reports.validation import Verdict as Word
 
@@ -57,6 +57,7 @@ class CaseRecord(Frozen):
     """
 
     schema_version: Literal[1]
+    kind: Literal["case"] = "case"
     case: str
     metrics: dict[str, list[Positive]]
     """Metric -> raw samples, one a round, warm-up left out: ``ttft``, ``tpot``, ``total``, ``load`` in seconds,
@@ -243,7 +244,7 @@ class Verdict(Frozen):
 class Comparison(Frozen):
     """Two sides, judged. ``advisory`` comparisons (files that were not measured in pairs, history) never gate."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1] = 1
     kind: Literal["comparison"] = "comparison"
     tool_version: str
     created_utc: str
@@ -277,6 +278,11 @@ class Comparison(Frozen):
     def to_json(self) -> str:
         """Indented JSON, newline at the end."""
         return self.model_dump_json(indent=1, exclude_defaults=False) + "\n"
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read and validate a ``comparison.json``; RecordError as :func:`reports.base.read_model` has it."""
+    return read_model(path, Comparison)
 
 
 def case_schema() -> str:

@@ -1,6 +1,6 @@
 """Write a report: ``index.html``, ``report.md``, ``junit.xml`` and the JSON, all or none of them half.
 
-A run's JSON is ``record.json``, a comparison's ``report.json``.
+A run's JSON is ``record.json``, a comparison's ``comparison.json``.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.publish as p;
 print(p.write_report(r.read_record(pathlib.Path('reports/out/record.json')), pathlib.Path('/tmp/page')))"``.
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
-from pydantic_core import from_json
 from rich.console import Console
 
-from reports.comparison import Comparison
-from reports.record import RecordError, RunRecord, read_record
+from reports.comparison import Comparison, read_comparison
+from reports.documents import first_document, kind_of
+from reports.errors import RecordError
+from reports.record import RunRecord, read_record
 from reports.render.html import render_html
 from reports.render.junit import render_junit
 from reports.render.markdown import render_markdown
-from reports.validation import Validation
+from reports.validation import Validation, read_validation
 
 
 def write_report(record: RunRecord, out: Path) -> Path:
@@ -46,7 +46,7 @@ def write_report(record: RunRecord, out: Path) -> Path:
 
 
 def write_comparison(comparison: Comparison, out: Path) -> Path:
-    """The same for a comparison, whose JSON is ``report.json``.
+    """The same for a comparison, whose JSON is ``comparison.json``.
 
     Raises:
         OSError: the folder cannot be written.
@@ -58,7 +58,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
     return _write(
         out,
         {
-            "report.json": comparison.to_json(),
+            "comparison.json": comparison.to_json(),
             "junit.xml": render_comparison_junit(comparison),
             "report.md": render_comparison_markdown(comparison),
             "index.html": render_comparison(comparison),
@@ -85,24 +85,24 @@ def write_validation(validation: Validation, out: Path) -> Path:
     )
 
 
-def read_any(path: Path) -> RunRecord | Comparison:
-    """A run's record or a comparison, whichever the file holds (a comparison says ``"kind": "comparison"``).
+READERS: dict[str | None, Callable[[Path], RunRecord | Comparison | Validation]] = {
+    "record": read_record,
+    "comparison": read_comparison,
+    "validation": read_validation,
+}
+
+
+def read_any(path: Path) -> RunRecord | Comparison | Validation:
+    """A run's record, a comparison or a validation, whichever the file says it is (:mod:`reports.documents`).
 
     Raises:
-        RecordError: the file cannot be read, or is neither; names the place of the first defect.
+        RecordError: the file cannot be read, or is none of them; names the place of the first defect.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error}; pass a record.json or a comparison's report.json") from None
-    if not _is_comparison(text):
-        return read_record(path)
-    try:
-        return Comparison.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        raise RecordError(f"{path}: not a comparison of this version: {place}: {first['msg']}") from None
+    kind = kind_of(first_document(path))
+    if kind not in READERS:
+        what = f"is of kind {kind!r}" if kind else "does not name its kind"
+        raise RecordError(f"{path} {what}; pass a record.json, a comparison.json or a validation.json")
+    return READERS[kind](path)
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,16 @@ class Published:
 
 
 def publish(path: Path, out: Path) -> Published:
-    """Read a record or a comparison and write its report into ``out``.
+    """Read a document and write its report into ``out``.
 
     Raises:
-        RecordError: the file is neither; OSError: the folder cannot be written.
+        RecordError: the file is none of ours; OSError: the folder cannot be written.
     """
     found = read_any(path)
+    if isinstance(found, Validation):
+        from reports.render.validation import print_validation
+
+        return Published(write_validation(found, out), found.exit_code, partial(print_validation, found))
     if isinstance(found, Comparison):
         from reports.render.comparison_terminal import print_comparison
 
@@ -139,17 +143,6 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _is_comparison(text: bytes) -> bool:
-    """Whether it names itself one at its top level; what is no JSON is left to the reader of records to name."""
-    if b'"comparison"' not in text:
-        return False
-    try:
-        found = from_json(text)
-    except ValueError:
-        return False
-    return isinstance(found, dict) and found.get("kind") == "comparison"
 
 
 def _write(out: Path, texts: dict[str, str]) -> Path:

@@ -10,19 +10,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from reports.base import Frozen, Machine
+from reports.base import Frozen, Machine, read_model
 from reports.validation import Validation
 
-SCHEMA_VERSION = 1
 Seconds = Annotated[float, Field(ge=0)]
-
-
-class RecordError(Exception):
-    """A file that is not a record, or not of this schema; names the place."""
-
-    exit_code = 2
 
 
 class ModelFacts(Frozen):
@@ -156,7 +149,8 @@ class Outcome(Frozen):
 class RunRecord(Frozen):
     """One run, raw. See the classes of its parts."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1] = 1
+    kind: Literal["record"] = "record"
     tool_version: str
     created_utc: str
     duration_s: Seconds
@@ -194,28 +188,8 @@ class RunRecord(Frozen):
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read and validate a ``record.json``.
-
-    Raises:
-        RecordError: no such file, not JSON, another schema version, or a field of the wrong form (its place is named).
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise RecordError(f"cannot read {path}: {e}; pass a record.json written by `pytest bench/`") from None
-    try:
-        raw = json.loads(text)
-    except ValueError as e:
-        raise RecordError(f"{path} is not valid JSON ({e})") from None
-    found = raw.get("schema_version") if isinstance(raw, dict) else None
-    if found != SCHEMA_VERSION:
-        raise RecordError(f"{path} has record schema version {found!r}, this tool reads {SCHEMA_VERSION}")
-    try:
-        return RunRecord.model_validate(raw)
-    except ValidationError as e:
-        first = e.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        raise RecordError(f"{path}: {place}: {first['msg']} ({e.error_count()} problem(s) in all)") from None
+    """Read and validate a ``record.json``; RecordError as :func:`reports.base.read_model` has it."""
+    return read_model(path, RunRecord)
 
 
 def json_schema() -> str:

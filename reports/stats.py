@@ -29,7 +29,7 @@ PERCENTILE_MINIMUM = {90: 64, 95: 130, 99: 662}
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval; the ends are ``None`` when ``n`` samples are too few for one."""
+    """A value with its 95 % interval; the ends are ``None`` when ``n`` samples are too few for one."""
 
     value: float
     low: float | None

@@ -26,7 +26,7 @@ import platformdirs
 from numpy.typing import NDArray
 
 from reports.comparison import CaseRecord, History, HistoryPoint, HistoryStep
-from reports.record import RecordError
+from reports.errors import ReportError
 
 STORE_ENV = "LLAMA_ONNX_HISTORY"
 VERSION = 1
@@ -46,10 +46,8 @@ CREATE TABLE IF NOT EXISTS points (
 _COLUMNS = ("fingerprint", "model", "case_name", "metric", "unit", "at_utc", "value", "label", "run")
 
 
-class StoreError(Exception):
+class StoreError(ReportError):
     """The history cannot be used as asked; names the file and the remedy."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -252,22 +250,3 @@ def find_steps(values: Sequence[float], alpha: float = ALPHA, seed: int = 0) -> 
         )
         for before, cut, after in zip(edges, edges[1:], edges[2:], strict=False)
     ]
-
-
-def read_comparison_records(path: Path) -> tuple[list[CaseRecord], str, str]:
-    """The records of a ``comparison.json`` with its time and a name of the run, for :func:`points_of`.
-
-    Raises:
-        RecordError: no comparison.
-    """
-    from pydantic import ValidationError
-
-    from reports.comparison import Comparison
-
-    try:
-        made = Comparison.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as e:
-        said = str(e).splitlines()[0]
-        raise RecordError(f"{path} is no comparison.json ({said}); `llama-onnx compare` writes one") from None
-    candidates = [r for r in made.records if r.side == "candidate"]
-    return candidates, made.created_utc, next((r.run for r in candidates if r.run), made.created_utc)

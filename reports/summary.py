@@ -83,7 +83,7 @@ def side_of(record: RunRecord, label: str) -> Side:
 
 
 def ordered_sides(record: RunRecord) -> list[Side]:
-    """Candidate, baseline, then peers; also those that only a series, a load or a memory figure names."""
+    """Candidate, baseline, then peers; also those that only a series, a load time or a memory measurement names."""
     used = [s.side for s in record.series] + [x.side for x in record.loads] + [m.side for m in record.memory]
     labels = dict.fromkeys([*(s.label for s in record.sides), *used])
     rank = {"candidate": 0, "baseline": 1, "peer": 2}

@@ -3,7 +3,7 @@
 A target that is missed is shown and does not fail a run: a limit on a time cries wolf on a noisy machine.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.targets as t;
-print(t.targets(r.read_record(pathlib.Path('reports/out/record.json'))))"``.
+print(t.targets_of(r.read_record(pathlib.Path('reports/out/record.json'))))"``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Target:
         return self.value <= self.limit if self.better == "lower" else self.value >= self.limit
 
 
-def targets(record: RunRecord) -> tuple[Target, ...]:
+def targets_of(record: RunRecord) -> tuple[Target, ...]:
     """The targets on the headline case, as far as the run measured them; none where they are not about the run."""
     case, candidate, baseline = headline_case(record), record.side("candidate"), record.side("baseline")
     on_cpu = record.settings.get("provider") == "cpu"

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from reports.base import Frozen, Machine
+from reports.base import Frozen, Machine, read_model
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "REPORTED", "SUSPICIOUS", "SKIPPED"]
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -125,8 +125,10 @@ class CheckResult(Frozen):
 
     @property
     def title(self) -> str:
-        """The name as words."""
-        return self.name.replace("_", " ").capitalize().replace("kld", "KLD")
+        """What was measured, else the name as words."""
+        if self.measurements:
+            return self.measurements[0].title
+        return self.name.replace("_", " ").capitalize()
 
     @property
     def reason(self) -> str:
@@ -302,6 +304,11 @@ def decide_verdict(results: Sequence[CheckResult]) -> tuple[Verdict, list[str]]:
     return verdict, [f"{r.name}: {r.reason}" for r in results if r.status == verdict] or [
         "no check could judge anything"
     ]
+
+
+def read_validation(path: Path) -> Validation:
+    """Read and validate a ``validation.json``; RecordError as :func:`reports.base.read_model` has it."""
+    return read_model(path, Validation)
 
 
 def validation_schema() -> str:

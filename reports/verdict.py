@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from reports.record import Case, RunRecord
+from reports.record import Case, Outcome, RunRecord
 from reports.stats import METRICS, SPREAD_LIMIT, Comparison, Estimate, samples
 from reports.summary import (
     against_baseline,
@@ -18,7 +18,7 @@ from reports.summary import (
     ordered_sides,
     series_spread,
 )
-from reports.targets import Target, targets
+from reports.targets import Target, targets_of
 from reports.validation import EXIT_CODES, Status, Validation, overall
 from reports.validation import Verdict as Word
 
@@ -27,8 +27,6 @@ MINIMUM_ROUNDS = 6
 """A median has its 95 % interval from so many rounds."""
 ANSWERS: dict[Word, ParityAnswer] = {"PASS": "same", "FAIL": "different", "INCONCLUSIVE": "undecided"}
 WORDS: dict[Word, str] = {"PASS": "PASSED", "FAIL": "FAILED", "INCONCLUSIVE": "INCONCLUSIVE"}
-GATE_TESTS = "test_check["
-"""Tests of a run that stand for a check each; what they find is the validation's to say."""
 PARITY_WORDS: dict[ParityAnswer, str] = {
     "same": "Same model",
     "different": "Different model",
@@ -88,10 +86,8 @@ def judge(record: RunRecord) -> Verdict:
     validation = record.validation
     parity = parity_answer(validation)
     speed = _speed(record)
-    failed_tests = tuple(
-        o.test for o in record.outcomes if o.outcome in ("failed", "error") and not o.test.startswith(GATE_TESTS)
-    )
-    aims = targets(record)
+    failed_tests = tuple(o.test for o in other_outcomes(record) if o.outcome in ("failed", "error"))
+    aims = targets_of(record)
     outcome = overall([*([validation.verdict] if validation else []), *("FAIL" for _ in failed_tests)])
 
     def titles(*statuses: Status) -> tuple[str, ...]:
@@ -121,6 +117,12 @@ def judge(record: RunRecord) -> Verdict:
 def parity_answer(validation: Validation | None) -> ParityAnswer:
     """The gate's verdict as an answer to "is it the same model?"."""
     return ANSWERS[validation.verdict] if validation else "not examined"
+
+
+def other_outcomes(record: RunRecord) -> list[Outcome]:
+    """Tests of a run but those of a check whose result is in the validation, which tells of it."""
+    checks = {f"test_check[{r.name}]" for r in record.validation.results} if record.validation else set()
+    return [o for o in record.outcomes if o.test not in checks]
 
 
 def speed_sentence(speed: Speed | None) -> str:
@@ -179,7 +181,7 @@ def _headline(
     parity: ParityAnswer,
     speed: Speed | None,
     failed_tests: tuple[str, ...],
-    aims: tuple[Target, ...],
+    targets: tuple[Target, ...],
 ) -> str:
     parts = [PARITY_WORDS[parity]]
     pairs = (("decode", speed.decode), ("prefill", speed.prefill)) if speed else ()
@@ -188,8 +190,8 @@ def _headline(
     parts.append(" and ".join(first + [f"{value} in {name}" for name, value in gains[1:]]) or "speed not measured")
     if failed_tests:
         parts.append(f"{len(failed_tests)} test{'s' * (len(failed_tests) > 1)} failed")
-    if missed := sum(not t.met for t in aims):
-        parts.append(f"{missed} of {len(aims)} targets missed")
+    if missed := sum(not t.met for t in targets):
+        parts.append(f"{missed} of {len(targets)} targets missed")
     text = ", ".join(parts) + "."
     return f"Random weights: {text[0].lower()}{text[1:]}" if record.model.random_weights else text
 

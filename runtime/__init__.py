@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import export.manifest  # noqa: F401 - switches telemetry off before onnxruntime is loaded
+
 _PUBLIC = {
     "load": "runtime.loading",
     "Sampling": "runtime.sampling",

@@ -51,13 +51,18 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the doctor found; ``bandwidth`` (bytes per second) is measured by the caller, None if not."""
+    """Everything that the doctor found.
+
+    The caller adds ``bandwidth`` (bytes per second, None if not measured) and ``telemetry``, the environment variables
+    by which libraries are told not to report their use.
+    """
 
     providers: list[Finding]
     gpu: Gpu
     cpu: dict[str, str | int | float]
     packages: dict[str, str]
-    bandwidth: dict[str, float | str] | None = field(default=None)
+    bandwidth: dict[str, float | str] | None = None
+    telemetry: dict[str, str] = field(default_factory=dict)
 
 
 def _one_node() -> bytes:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from export.manifest import UserError
 
-class SessionError(Exception):
-    """Base of all runtime errors; ``exit_code`` is what the command line returns."""
 
-    exit_code = 2
+class SessionError(UserError):
+    """Base of all runtime errors."""
 
 
 class ContextOverflowError(SessionError):

@@ -19,32 +19,46 @@ from export.manifest import Manifest
 from runtime.errors import SessionError
 from runtime.kv_cache import SharedCache, laid
 from runtime.ort_session import OrtSession
+from runtime.provider_options import DEFAULTS, as_text
+from runtime.providers import provider_list, require, require_active
 
 _NUMPY = {"fp32": np.float32, "fp16": np.float16}
 
 
 class GraphProbe:
-    """One graph of a folder on ONNX Runtime's CPU provider.
+    """One graph of a folder on ONNX Runtime.
 
     Args:
         path: the graph; its data files beside it.
         manifest: of the folder.
         threads: intra-op threads.
+        provider: ``cpu`` or ``cuda``, with its ``provider_options``; TensorRT would build an engine for this one graph.
 
     Raises:
         SessionError: ONNX Runtime cannot open the graph, or its cache is of a type that numpy lacks (bf16).
     """
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        threads: int,
+        provider: str = "cpu",
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
+        if provider not in ("cpu", "cuda"):
+            raise SessionError(f"a graph cannot be probed on {provider}: it would build an engine for it")
+        chosen, texts = require(provider, manifest), as_text(DEFAULTS[provider], provider_options)
         if manifest.kv.dtype not in _NUMPY:
             raise SessionError(f"a {manifest.kv.dtype} cache cannot be probed: numpy has no such type")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         try:
-            session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session: Any = ort.InferenceSession(str(path), options, providers=provider_list(chosen, texts))
         except Exception as e:  # onnxruntime raises its own C++-bound classes
             raise SessionError(f"onnxruntime cannot open {path}: {str(e).splitlines()[0][:300]}") from None
+        require_active(session, chosen)
         self._opened: Callable[[], Any] = lambda: session
         self._manifest = manifest
         self.dtype = _NUMPY[manifest.kv.dtype]

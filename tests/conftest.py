@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import export  # noqa: F401 - switches telemetry off before a test file imports onnxruntime
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Tests measure nothing that anybody relies on: two test runs on one machine must not refuse each other.

@@ -103,6 +103,18 @@ def seal(statement: Mapping[str, Any], key: Path | None = None) -> dict[str, Any
     return found
 
 
+def write_envelope(path: Path, envelope: Mapping[str, Any]) -> None:
+    """Write an envelope file.
+
+    Raises:
+        CertificateError: the place cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(envelope, indent=1) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise CertificateError("unwritable", f"cannot write {path}: {e.strerror}; name another place", 2) from None
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; two values under one name could be read differently by two readers."""
     found = dict(pairs)

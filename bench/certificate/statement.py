@@ -29,6 +29,7 @@ from bench.errors import BenchError
 from bench.gate.replay import incomplete, replay
 from bench.machine.environment import versions
 from reports.base import Frozen
+from reports.documents import kind_of
 from reports.validation import Validation
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -89,7 +90,7 @@ def read_validation(document: Mapping[str, Any]) -> Validation:
     Raises:
         CertificateError: none of these, or one without a result of the gate.
     """
-    kind = document.get("kind")
+    kind = kind_of(document)
     found = document.get("validation") if kind in ("record", "comparison") else document
     if kind not in ("record", "comparison", "validation") or found is None:
         what = "names no kind" if kind is None else f"is a {kind}"

@@ -11,12 +11,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from rich.console import Console
+
+from bench.cli.output import show, status
 from bench.errors import BenchError
+from bench.progress import progress
 
 if TYPE_CHECKING:
     from bench.latency.paired_run import Turns
@@ -25,19 +28,38 @@ if TYPE_CHECKING:
     from reports.comparison import CaseRecord, Comparison, History
     from reports.validation import Validation
 
+HELP = (
+    "is the candidate faster or slower than the base? Measures both in interleaved pairs, or reads two files of records"
+)
 DEFAULT_CASES = "b1-p128-n32,b4-p128-n32"
 SEED = 20_261_124
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
-    parser.add_argument("files", nargs="*", type=Path, help="BASE CANDIDATE: files of records instead of measuring")
     side = "FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE][,venv=PATH][,rev=GITREV]"
-    parser.add_argument("--base", metavar="SIDE", help=side)
-    parser.add_argument("--candidate", metavar="SIDE", help="the same for the side under test")
-    parser.add_argument("--pairs", type=int, default=10, help="interleaved pairs; half as many more where undecided")
-    parser.add_argument("--cases", default=DEFAULT_CASES, help=f"batch, prompt, new tokens (default {DEFAULT_CASES})")
-    parser.add_argument("--rounds", type=int, default=10, help="generations in one process")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        help="BASE CANDIDATE: two files instead of measuring (JSON Lines of cases, comparison.json, record.json, or "
+        "pytest-benchmark's JSON)",
+    )
+    parser.add_argument("--base", metavar="SIDE", help=f"the reference: {side}")
+    parser.add_argument("--candidate", metavar="SIDE", help="the side under test, in the same form")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=10,
+        metavar="N",
+        help="pairs of each case (default 10); half as many more if undecided",
+    )
+    parser.add_argument(
+        "--cases", default=DEFAULT_CASES, help=f"batch size, prompt length, new tokens (default {DEFAULT_CASES})"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=10, metavar="N", help="generations measured in each process (default 10)"
+    )
     parser.add_argument(
         "--turns",
         choices=("auto", "rounds", "processes"),
@@ -45,22 +67,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what alternates in a pair: rounds while both processes are alive (twice the memory, a third of the noise "
         "on a shared machine), or whole processes; auto: rounds on the CPU where both models fit",
     )
-    parser.add_argument("--margin", default="", help="0.03, or by metric: ttft=0.05,tpot=0.02 (default 0.03)")
-    parser.add_argument("--gate", default="ttft,tpot", help="metrics that gate (others are reported)")
-    parser.add_argument("--model", help="the candidate's checkpoint: the gate judges parity beside latency")
-    parser.add_argument("--mode", default="standard", help="of the gate: quick, standard (default) or full")
-    parser.add_argument("--dataset", help="of the gate: JSONL file, hf:NAME, or own+FILE (default: the project's)")
-    parser.add_argument("--seed", type=int, default=SEED, help="order and prompts")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which one process is stopped")
     parser.add_argument(
-        "--max-steal", type=float, default=0.02, help="share of CPU time above which a pair is repeated"
+        "--margin",
+        default="",
+        help="how much slower passes as equal: 0.03, or by metric: ttft=0.05,tpot=0.02 (default 0.03)",
     )
-    parser.add_argument("--max-others", type=float, default=0.10, help="the same for other processes' load")
     parser.add_argument(
-        "--wait", type=float, default=0.0, help="seconds to wait for another measurement on this machine"
+        "--gate",
+        default="ttft,tpot",
+        metavar="METRICS",
+        help="metrics that decide the verdict (default ttft,tpot); total, load and peak_memory are reported",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--out", type=Path, default=Path("reports/out/compare"), help="folder of records and report")
+    parser.add_argument(
+        "--model",
+        help="the candidate's checkpoint: also decide whether it is still that model ('demo', a folder, .gguf, hub id)",
+    )
+    parser.add_argument("--mode", default="standard", help="with --model: quick, standard (default) or full")
+    parser.add_argument("--dataset", help="with --model: a JSONL file, hf:NAME, or own+FILE (default: the project's)")
+    parser.add_argument("--seed", type=int, default=SEED, metavar="N", help="of the order and the prompts")
+    parser.add_argument(
+        "--limit", type=float, default=600.0, metavar="S", help="stop a process after so many seconds (default 600)"
+    )
+    parser.add_argument(
+        "--max-steal",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="repeat a pair if the hypervisor took more of the CPU time (default 0.02)",
+    )
+    parser.add_argument(
+        "--max-others", type=float, default=0.10, metavar="SHARE", help="the same for other processes (default 0.10)"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="S", help="seconds to wait while something else measures here"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("reports/out/compare"),
+        metavar="DIR",
+        help="folder of records and page (default reports/out/compare)",
+    )
 
 
 def parse_margins(text: str) -> tuple[float, dict[str, float]]:
@@ -98,25 +146,6 @@ def rules_of(args: argparse.Namespace) -> Rules:
     margin, margins = parse_margins(args.margin)
     gating = tuple(g.strip() for g in args.gate.split(",") if g.strip())
     return Rules(planned=args.pairs, most=args.pairs + args.pairs // 2, margin=margin, margins=margins, gating=gating)
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("[bold]{task.fields[title]}"), BarColumn(bar_width=20), MofNCompleteColumn())
-    with Progress(
-        *columns,
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=total, title=title)
-        yield lambda message: bar.update(task, advance=1, description=message)
 
 
 def turns_of(asked: str, base: SideSpec, candidate: SideSpec) -> Turns:
@@ -164,10 +193,9 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
         raise BenchError("--model gates parity in this environment: leave it out for a candidate with venv= or rev=")
     here = machine()
     run = PairedRun(plan, args.out, args.resume, here.fingerprint)
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    with machine_lock("llama-onnx compare", args.wait, say):
-        with _progress("pairs", 2 * plan.rules.planned * len(plan.cases)) as tick:
-            records = run.measure(tick)
+    with machine_lock("llama-onnx compare", args.wait, status):
+        with progress("pairs", 2 * plan.rules.planned * len(plan.cases)) as bar:
+            records = run.measure(bar.tick)
         validation = measure_parity(args, plan.candidate) if args.model else None
     judged = judge(records, plan.rules)
     measured = learned(plan.candidate.described(), records)
@@ -241,7 +269,7 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     Raises:
         BenchError: the gate could not be run; its last line is quoted.
     """
-    from reports.validation import Validation
+    from reports.validation import read_validation
 
     out = args.out / "validation"
     command = [sys.executable, "-m", "bench.cli", "validate", candidate.folder, "--baseline", args.model]
@@ -251,7 +279,7 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     if done.returncode not in (0, 1, 3):
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise BenchError(f"the gate could not be run: {last.removeprefix('error: ')}")
-    return Validation.model_validate_json((out / "validation.json").read_text(encoding="utf-8"))
+    return read_validation(out / "validation.json")
 
 
 def _from_files(args: argparse.Namespace, started: float) -> Comparison:
@@ -285,13 +313,12 @@ def run(args: argparse.Namespace) -> int:
     from reports.publish import write_comparison
 
     page = write_comparison(made, args.out)
-    if args.json:
-        sys.stdout.write(made.to_json())
-    else:
-        from rich.console import Console
 
+    def printed(console: Console) -> None:
         from reports.render.comparison_terminal import print_comparison
 
-        print_comparison(made, Console())
+        print_comparison(made, console)
         print(f"page: {page.resolve()}")
+
+    show(args, made, printed)
     return made.verdict.exit_code

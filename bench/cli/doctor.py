@@ -6,21 +6,33 @@ The last lines are commands to paste, one for each provider that does not load.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runtime.doctor import Report, diagnose
+from bench.cli.output import show
+from export import TELEMETRY_OFF
+
+if TYPE_CHECKING:
+    from runtime.doctor import Report
+
+HELP = "which execution providers really load here, and how to install the others"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to leave out."""
+    parser.add_argument(
+        "--no-bandwidth", action="store_true", help="do not measure the memory bandwidth (takes 1 GiB and 2 s)"
+    )
 
 
 def measure_bandwidth(report: Report) -> dict[str, float | str]:
     """Bytes per second of the CPU's memory, and of the GPU's where PyTorch reaches one."""
-    from bench.latency.measure import CpuBandwidth, CudaBandwidth
+    from bench.machine.bandwidth import CpuBandwidth, CudaBandwidth
 
     probe = CpuBandwidth(len(os.sched_getaffinity(0)))
     found: dict[str, float | str] = {"cpu_bytes_per_s": probe(), "cpu_method": probe.method}
@@ -37,13 +49,12 @@ def measure_bandwidth(report: Report) -> dict[str, float | str]:
 
 def run(args: argparse.Namespace) -> int:
     """Diagnose and print; always 0: what does not load is a finding, not a failure."""
-    report = diagnose()
+    from runtime.doctor import diagnose
+
+    report = replace(diagnose(), telemetry={name: os.environ.get(name, "") for name in TELEMETRY_OFF})
     if not args.no_bandwidth:
         report = replace(report, bandwidth=measure_bandwidth(report))
-    if args.json:
-        sys.stdout.write(json.dumps(asdict(report), indent=1) + "\n")
-    else:
-        render(report, Console())
+    show(args, asdict(report), lambda console: render(report, console))
     return 0
 
 
@@ -70,6 +81,8 @@ def render(report: Report, console: Console) -> None:
         facts.add_row(title, Text(", ".join(found) or "no package of it installed"))
     others = [f"{n} {v}" for n, v in report.packages.items() if n.startswith(("onnxruntime", "torch"))]
     facts.add_row("runtimes", Text(", ".join(others)))
+    yours = [f"{name}={value}" for name, value in report.telemetry.items() if value != TELEMETRY_OFF[name]]
+    facts.add_row("telemetry", Text(f"as you set it: {', '.join(yours)}" if yours else "off in every library"))
     console.print(facts)
     table = Table(title="Execution providers", title_justify="left")
     for column in ("provider", "loads", "what was seen"):

@@ -1,4 +1,4 @@
-"""``llama-onnx generate``: its options, and the text as it comes.
+"""``llama-onnx generate``: a folder's text as it comes, with TTFT and tokens per second.
 
 Try: ``llama-onnx generate FOLDER "Once upon a time" --temperature 0.8 --top-p 0.95 --stop "The end" --seed 7``.
 """
@@ -6,35 +6,59 @@ Try: ``llama-onnx generate FOLDER "Once upon a time" --temperature 0.8 --top-p 0
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from bench.cli.output import ERR, status, write_json
+
+HELP = "stream text from an exported folder"
 
 
-def add_generate_options(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen, where a text ends, and on what it runs."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The text, how tokens are chosen, where it ends, and on what it runs."""
+    parser.add_argument("folder", type=Path, help="the exported folder")
+    parser.add_argument("prompt", help="the text to continue, or '-' for standard input")
+    parser.add_argument("--chat", action="store_true", help="apply the model's chat template to the prompt")
     how = parser.add_argument_group("how tokens are chosen")
-    how.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default), else draws")
-    how.add_argument("--top-k", type=int, default=0, help="draw among the K likeliest (default 0: all)")
-    how.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that make up P (default 1)")
-    how.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids what was said (default 1)")
-    how.add_argument("--seed", type=int, help="repeats a draw (default: a fresh one, which is printed)")
+    how.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default) takes the likeliest token, else samples",
+    )
+    how.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (default 0: all)")
+    how.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest that sum to P (default 1)"
+    )
+    how.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 avoids earlier tokens (default 1)"
+    )
+    how.add_argument("--seed", type=int, metavar="N", help="repeat a sample (default: a new seed, which is printed)")
     end = parser.add_argument_group("where it ends")
+    end.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at the latest (default 128)")
     end.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a text that ends it; may be repeated")
     end.add_argument("--stop-id", action="append", default=[], type=int, metavar="ID", help="a token that ends it")
-    end.add_argument("--ignore-eos", action="store_true", help="go on behind the model's own end token")
+    end.add_argument("--ignore-eos", action="store_true", help="continue after the model's end-of-sequence token")
     where = parser.add_argument_group("what it runs on")
-    where.add_argument("--provider", default="cpu", help="cpu, cuda, tensorrt or tensorrt-rtx")
-    where.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
-    where.add_argument("--allow-fallback", action="store_true", help="run elsewhere where the provider cannot; said")
-    where.add_argument("--no-cuda-graph", action="store_true", help="launch every kernel of a decode step by itself")
-    where.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+    where.add_argument("--provider", default="cpu", help="cpu (default), cuda, tensorrt or tensorrt-rtx")
+    where.add_argument(
+        "--provider-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of ONNX Runtime's execution provider; may be repeated",
+    )
+    where.add_argument(
+        "--allow-fallback", action="store_true", help="warn and use another provider where the named one cannot run it"
+    )
+    where.add_argument("--no-cuda-graph", action="store_true", help="cuda: launch every kernel of a step by itself")
+    where.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: every core)")
 
 
-def run(args: argparse.Namespace, err: Console) -> int:
-    """Stream one text; figures go to standard error.
+def run(args: argparse.Namespace) -> int:
+    """Stream one text; timings go to standard error.
 
     Raises:
         SessionError: bad input; nothing was printed.
@@ -81,7 +105,7 @@ def run(args: argparse.Namespace, err: Console) -> int:
     ) as session:
         eos = () if args.ignore_eos else session.manifest.eos_token_ids
         info = session.info
-        _tell_fallbacks(info.details, err)
+        _tell_fallbacks(info.details)
         text = TextStream(tokenizer, args.stop, (*eos, *args.stop_id))
         for step in stream(session, [ids], args.max_new_tokens, (*eos, *args.stop_id), sampling=how):
             at.append(step.at_s)
@@ -97,11 +121,7 @@ def run(args: argparse.Namespace, err: Console) -> int:
     decode = (len(at) - 1) / (at[-1] - at[0]) if len(at) > 1 else None
     speed = "" if decode is None else f", decode {decode:.1f} tokens/s"
     seed = "" if how.greedy else f", seed {how.seed}"
-    err.print(
-        f"prompt {len(ids)} tokens, TTFT {at[0] * 1e3:.1f} ms, {len(at)} new tokens{speed}, ended by {reason}{seed}",
-        style="dim",
-        highlight=False,
-    )
+    status(f"prompt {len(ids)} tokens, TTFT {at[0] * 1e3:.1f} ms, {len(at)} new tokens{speed}, ended by {reason}{seed}")
     if args.json:
         found = {
             "text": "".join(pieces),
@@ -114,11 +134,11 @@ def run(args: argparse.Namespace, err: Console) -> int:
             "at_s": at,
             "session": {"runtime": info.runtime, "provider": info.provider, **info.details},
         }
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        write_json(found)
     return 0
 
 
-def _tell_fallbacks(details: dict[str, Any], err: Console) -> None:
+def _tell_fallbacks(details: dict[str, Any]) -> None:
     for key in ("fallback", "partly_elsewhere"):
         if key in details:
-            err.print(f"warning: {details[key]}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+            ERR.print(f"warning: {details[key]}", style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``llama-onnx history add | list | export | import | check``: past medians on this machine, and steps in them.
+"""``llama-onnx history add | list | export | import | check``: medians of past runs, and where their level changed.
 
 Advisory: what moved between two nights may be the night. ``check`` returns 0 without a step in the last points, 3 with
 one (look, then compare in pairs), never 1.
@@ -11,20 +11,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.cli.output import show, status
 from bench.errors import BenchError
 
+HELP = "medians of past runs on this machine, and where their level changed (advisory)"
 RECENT = 5
 """A step among so many last points is news."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
-    parser.add_argument("action", choices=("add", "list", "export", "import", "check"))
-    parser.add_argument("file", nargs="?", type=Path, help="add: report.json or record file; import: JSON Lines")
+    parser.add_argument(
+        "action",
+        choices=("add", "list", "export", "import", "check"),
+        help="check looks for level changes; exit code 3 if one is recent",
+    )
+    parser.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        help="add: a comparison.json, record.json or JSON Lines of cases; export, import: JSON Lines of points",
+    )
     parser.add_argument("--label", default="", help="add: a name for the run, such as a commit")
-    parser.add_argument("--run", dest="run_name", help="add: what makes the run unique (default: its own digest)")
-    parser.add_argument("--any-machine", action="store_true", help="check: also across machines")
-    parser.add_argument("--store", type=Path, help="another history file")
+    parser.add_argument(
+        "--run", dest="run_name", metavar="ID", help="add: a run is added once by its ID (default: from the file)"
+    )
+    parser.add_argument("--any-machine", action="store_true", help="check: measurements of other machines too")
+    parser.add_argument(
+        "--store", type=Path, metavar="FILE", help="another history file (default: in the user's data folder)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,32 +53,23 @@ def run(args: argparse.Namespace) -> int:
         return action(args, store)
 
 
-def _say(args: argparse.Namespace, value: Any, text: str) -> None:
-    if args.json:
-        import json
-
-        sys.stdout.write(json.dumps(value, indent=1) + "\n")
-    else:
-        print(text)
-
-
 def _add(args: argparse.Namespace, store: Any) -> int:
     import datetime
     import hashlib
 
     from reports.case_files import read_any
-    from reports.store import points_of, read_comparison_records
+    from reports.documents import first_document, kind_of
+    from reports.store import points_of
 
-    text = args.file.read_bytes() if args.file.is_file() else b""
-    if b'"kind": "comparison"' in text[:400] or args.file.name == "comparison.json":
-        records, at, name = read_comparison_records(args.file)
-    else:
-        records = read_any(args.file, "candidate")
-        at = datetime.datetime.fromtimestamp(args.file.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
-        name = hashlib.sha256(text).hexdigest()[:16]
+    records, document = read_any(args.file, "candidate"), first_document(args.file)
+    ours = kind_of(document) in ("record", "comparison")
+    changed = datetime.datetime.fromtimestamp(args.file.stat().st_mtime, datetime.UTC)
+    at = document["created_utc"] if ours else changed.isoformat(timespec="seconds")
+    name = next((r.run for r in records if r.run), None) if kind_of(document) == "comparison" else None
+    name = name or hashlib.sha256(args.file.read_bytes()).hexdigest()[:16]
     points = points_of(records, at, args.run_name or name, args.label)
     added = store.add(points)
-    _say(args, {"points": len(points), "added": added}, f"{added} of {len(points)} points were new in {store.path}")
+    show(args, {"points": len(points), "added": added}, f"{added} of {len(points)} points were new in {store.path}")
     return 0
 
 
@@ -81,7 +87,7 @@ def _list(args: argparse.Namespace, store: Any) -> int:
         f"last {r['last']:.4g} {r['unit']}"
         for r in rows
     ]
-    _say(args, rows, "\n".join(lines) or f"nothing in {store.path}; add with: llama-onnx history add OUT/report.json")
+    show(args, rows, "\n".join(lines) or f"{store.path} is empty; fill it with: llama-onnx history add FILE")
     return 0
 
 
@@ -102,7 +108,7 @@ def _import(args: argparse.Namespace, store: Any) -> int:
     except (OSError, UnicodeDecodeError) as e:
         raise BenchError(f"cannot read {args.file}: {e}") from None
     added = store.load(lines, str(args.file))
-    _say(args, {"added": added}, f"{added} points were new in {store.path}")
+    show(args, {"added": added}, f"{added} points were new in {store.path}")
     return 0
 
 
@@ -130,6 +136,6 @@ def _check(args: argparse.Namespace, store: Any) -> int:
         for h, s in recent
     ]
     if refused:
-        print(f"{len(refused)} metrics left out; the first: {refused[0]}", file=sys.stderr)
-    _say(args, [h.model_dump() for h in found], "\n".join(lines) or f"no step in the last {RECENT} points")
+        status(f"{len(refused)} metrics left out; the first: {refused[0]}")
+    show(args, [h.model_dump() for h in found], "\n".join(lines) or f"no step in the last {RECENT} points")
     return 3 if recent else 0

@@ -1,41 +1,51 @@
-"""Body of ``llama-onnx perplexity``: word perplexity of a folder, beside its baseline where one is named.
+"""``llama-onnx perplexity``: word perplexity of a folder, beside its baseline where one is named.
 
-Long runs go on after a kill (:mod:`bench.gate.journal`), the baseline is read from the cache where it was computed
-before (:mod:`bench.gate.store`), and ``--workers`` shards the windows (:mod:`bench.process.workers`).
+Each window's result is kept by content (:mod:`bench.gate.store`): a run that was killed goes on, a baseline is scored
+once for all its folders. ``--workers`` shares the windows (:mod:`bench.process.workers`).
 Try: ``llama-onnx perplexity FOLDER --dataset hf:wikitext --baseline demo``.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench.cli.output import show, status
+from bench.progress import progress
 
 if TYPE_CHECKING:
     from bench.data.loading import Dataset
     from bench.gate.word_perplexity import Window, WordPerplexity
     from runtime.session import Session
 
+HELP = "word perplexity of an exported folder, as lm-evaluation-harness computes it (WikiText-2)"
 Say = Callable[[str], None]
 
 
-def add_command(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """The command's options; ``add(name, help)`` makes a sub-parser."""
-    sub = add("perplexity", "word perplexity of an exported folder (WikiText-2 as lm-evaluation-harness computes it)")
-    sub.add_argument("folder", type=Path)
-    sub.add_argument("--dataset", help="hf:wikitext, hf:/path/to/copy:wikitext, or JSONL (default: the project's own)")
-    sub.add_argument("--baseline", help="'demo', a checkpoint folder, ...: its figure beside it, through the cache")
-    sub.add_argument("--window", type=int, help="tokens of a window (default: the context, at most 2048)")
-    sub.add_argument("--limit", type=int, help="only the first documents")
-    sub.add_argument("--provider", default="cpu", help="cpu, cuda or tensorrt")
-    sub.add_argument("--threads", type=int, help="CPU threads of each worker (default: every core)")
-    sub.add_argument("--workers", type=int, default=1, help="processes that share the work, through Ray")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder, the text, and who computes."""
+    parser.add_argument("folder", type=Path, help="the exported folder")
+    parser.add_argument(
+        "--dataset", help="hf:wikitext, hf:/path/to/copy:wikitext, or a JSONL file (default: the project's own data)"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="MODEL",
+        help="also that of this model on PyTorch: 'demo', a checkpoint folder, a .gguf file or a hub id",
+    )
+    parser.add_argument(
+        "--window", type=int, metavar="N", help="tokens scored at once (default: the context, at most 2048)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents")
+    parser.add_argument("--provider", default="cpu", help="cpu (default), cuda or tensorrt")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each worker (default: every core)")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that share the work, through Ray (default 1)"
+    )
 
 
 def open_candidate(folder: Path, provider: str, threads: int) -> Session:
@@ -46,47 +56,48 @@ def open_candidate(folder: Path, provider: str, threads: int) -> Session:
 
 
 def open_baseline(checkpoint: Path, device: str, threads: int) -> Session:
-    """The checkpoint on PyTorch in fp32, behind the cache."""
-    from bench.gate.store import cached_baseline
+    """The checkpoint on PyTorch in fp32."""
+    from runtime.torch_session import TorchSession
 
-    return cached_baseline(checkpoint, "fp32", device, threads=threads, say=partial(print, file=sys.stderr))
+    return TorchSession(checkpoint, "fp32", device, threads=threads)
 
 
 def scored(
     opener: Callable[[], Session],
     windows: Sequence[Window],
-    journal_key: Sequence[Any],
+    key: Sequence[Any],
     workers: int,
     say: Say,
     tick: Callable[[], None],
     gpus: float = 0,
 ) -> list[float]:
-    """Nats of every window; those that an earlier, killed run finished are read from its journal.
+    """Nats of every window; those that an earlier run finished are taken from the disk.
 
-    ``journal_key`` holds what decides the figures besides the windows: the digest of the files, provider, threads.
+    ``key`` holds what decides them besides the windows: the digest of the files, provider, threads.
     """
-    from bench.gate.journal import Journal
+    from bench.gate.store import ResultStore, key_of
     from bench.gate.word_perplexity import window_nats
     from bench.process.workers import run_units
     from export.cache import cache_dir
 
-    name = hashlib.sha256(json.dumps(list(journal_key)).encode()).hexdigest()[:24]
-    units = [hashlib.sha256(json.dumps([w.inputs, w.targets]).encode()).hexdigest()[:24] for w in windows]
-    with Journal(cache_dir() / "journals" / f"{name}.jsonl", say) as journal:
-        todo = [k for k, unit in enumerate(units) if unit not in journal]
-        if len(todo) < len(windows):
-            say(f"{len(windows) - len(todo)} of {len(windows)} windows were scored before")
-        for _ in range(len(windows) - len(todo)):
-            tick()
+    store = ResultStore(key_of(list(key)), cache_dir() / "perplexity", say=say, title="perplexity cache")
+    requests = [["nats", w.inputs, w.targets] for w in windows]
+    nats: list[Any] = [store.value(request) for request in requests]
+    todo = [k for k, known in enumerate(nats) if known is None]
+    if len(todo) < len(windows):
+        say(f"{len(windows) - len(todo)} of {len(windows)} windows were scored before")
+    for _ in range(len(windows) - len(todo)):
+        tick()
 
-        def done(place: int, nats: float) -> None:
-            journal.put(units[todo[place]], nats)
-            tick()
+    def done(place: int, found: float) -> None:
+        nats[todo[place]] = found
+        store.keep_value(requests[todo[place]], found)
+        tick()
 
-        run_units(
-            opener, window_nats, [windows[k] for k in todo], workers=workers, gpus_per_worker=gpus, say=say, done=done
-        )
-        return [journal.get(unit) for unit in units]
+    run_units(
+        opener, window_nats, [windows[k] for k in todo], workers=workers, gpus_per_worker=gpus, say=say, done=done
+    )
+    return nats
 
 
 def limited(dataset: Dataset, documents: int | None) -> Dataset:
@@ -99,8 +110,8 @@ def limited(dataset: Dataset, documents: int | None) -> Dataset:
     )
 
 
-def figures(found: WordPerplexity) -> dict[str, Any]:
-    """The figures as JSON."""
+def metrics(found: WordPerplexity) -> dict[str, Any]:
+    """The metrics as JSON."""
     return {
         "word_perplexity": found.word_perplexity,
         "byte_perplexity": found.byte_perplexity,
@@ -113,8 +124,8 @@ def figures(found: WordPerplexity) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace, say: Say, bar: Callable[[str, int], Any]) -> dict[str, Any]:
-    """Score the folder, and the baseline if one is named; returns the JSON document of the command."""
+def run(args: argparse.Namespace) -> int:
+    """Score the folder, and the baseline if one is named."""
     from bench.data.loading import load_dataset
     from bench.gate.word_perplexity import assemble, document_windows
     from bench.machine.environment import versions
@@ -132,21 +143,22 @@ def run(args: argparse.Namespace, say: Say, bar: Callable[[str, int], Any]) -> d
     files = sorted((name, entry.sha256) for name, entry in manifest.files.items())
     key = ["candidate", files, args.provider, threads, versions()]
     found: dict[str, Any] = {"dataset": dataset.name, "dataset_sha256": dataset.sha256, "workers": args.workers}
-    with bar("candidate", len(windows)) as tick:
+    with progress("candidate", len(windows)) as bar:
         opener = partial(open_candidate, folder, args.provider, threads)
-        nats = scored(opener, windows, key, args.workers, say, tick, gpus)
-    found["candidate"] = figures(assemble(dataset, windows, nats))
+        nats = scored(opener, windows, key, args.workers, status, bar.tick, gpus)
+    found["candidate"] = metrics(assemble(dataset, windows, nats))
     if args.baseline:
         from bench.gate.store import baseline_key
 
-        checkpoint = resolve(args.baseline, status=say).folder
-        key = ["baseline", baseline_key(checkpoint, device=device, threads=threads).digest]
-        with bar("baseline", len(windows)) as tick:
+        checkpoint = resolve(args.baseline, status=status).folder
+        key = ["baseline", baseline_key(checkpoint, device, threads)]
+        with progress("baseline", len(windows)) as bar:
             opener = partial(open_baseline, checkpoint, device, threads)
-            nats = scored(opener, windows, key, args.workers, say, tick, gpus)
-        found["baseline"] = figures(assemble(dataset, windows, nats))
+            nats = scored(opener, windows, key, args.workers, status, bar.tick, gpus)
+        found["baseline"] = metrics(assemble(dataset, windows, nats))
         found["ratio"] = found["candidate"]["word_perplexity"] / found["baseline"]["word_perplexity"]
-    return found
+    show(args, found, "\n".join(lines(found)))
+    return 0
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -51,7 +51,7 @@ def _other_options() -> Any:
 
 
 def _other_batch() -> Any:
-    return patch("bench.gate.old_gate.BATCH", 3)
+    return patch("bench.gate.generations.BATCH", 3)
 
 
 def _longer_buffer() -> Any:

@@ -1,12 +1,14 @@
 """The baseline's side of every check, asked in one place, so that what it computed once is not computed again.
 
-A cache that outlives the process derives from :class:`Baseline` and overrides what computes
-scores, tokens and the long past; checks call nothing else of the PyTorch model.
-Try: ``llama-onnx validate FOLDER --baseline demo --only mean_kld``.
+Where results are kept (:mod:`bench.gate.store`: by content, bounded, hashed), they outlive the process: the next folder
+need not wait for PyTorch, and a run that was killed goes on where it stopped. Checks call nothing else of the PyTorch
+model. Try: ``llama-onnx validate FOLDER --baseline demo --only mean_kld`` twice.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -18,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from bench.digests import DigestError, baseline_digest, hash_baseline
+from bench.gate.store import ResultStore, Say, baseline_key
+from export.cache import CACHE_ENV, cache_dir
 from export.convert import Conversion, convert, head_dim_of
 from export.pipeline import eos_ids, load_config
 from export.process import blocks_apart
@@ -43,28 +47,61 @@ class Baseline:
 
     Args:
         source: the checkpoint.
-        threads: PyTorch's threads.
-        memo_bytes: how much of :meth:`score`'s results to keep, for runs over many folders.
+        threads: PyTorch's threads; part of the key, because PyTorch does not promise equal bits across them.
+        memo_bytes: how much of :meth:`score`'s results to keep in memory, for runs over many folders.
+        keep: whether results are kept on the disk.
+        root: where; None takes the user's cache.
+        say: told in one line about damaged entries and a bound that is too small.
+        device: ``cpu`` or ``cuda``, where PyTorch computes (:attr:`bench.deployment.Deployment.device`).
     """
 
-    def __init__(self, source: Source, threads: int, memo_bytes: int = 0) -> None:
-        self.source, self.threads = source, threads
-        self._room = memo_bytes
+    def __init__(
+        self,
+        source: Source,
+        threads: int,
+        memo_bytes: int = 0,
+        keep: bool = False,
+        root: Path | None = None,
+        say: Say = lambda _: None,
+        device: str = "cpu",
+    ) -> None:
+        self.source, self.threads, self.device = source, threads, device
+        self._room, self._keep, self._root, self._say = memo_bytes, keep, root, say
         self._scores: dict[tuple[str, tuple[int, ...]], Logits] = {}
         self._tokens: dict[Any, Tokens] = {}
         self._continued: dict[Any, tuple[Past, Logits]] = {}
         self._residuals: dict[Any, list[dict[str, NDArray[np.float32]]]] = {}
         self._conversions: dict[tuple[str, str], Conversion] = {}
-        self._nulls: dict[str, TorchSession] = {}
+        self._sessions: dict[str, TorchSession] = {}
+
+    @cached_property
+    def store(self) -> ResultStore | None:
+        """Its results on the disk; None: not kept."""
+        if not self._keep:
+            return None
+        key = baseline_key(self.checkpoint, self.device, self.threads, self.hashes)
+        return ResultStore(key, self._root, say=self._say)
 
     @property
     def key(self) -> str:
         """Digest of everything that decides the results; "" where none are kept."""
-        return ""
+        return self.store.key if self.store else ""
 
     def recipe(self) -> Callable[[], Baseline]:
-        """What opens such a baseline in another process."""
-        return partial(Baseline, self.source, self.threads)
+        """What opens such a baseline, with the same results, in another process."""
+        root = self._root or (cache_dir() / "baseline" if os.environ.get(CACHE_ENV) else None)
+        return partial(
+            Baseline, self.source, self.threads, keep=self._keep, root=root, say=print_error, device=self.device
+        )
+
+    def _stored(self, request: Any, compute: Callable[[], Logits]) -> Logits:
+        """An fp32 matrix from the store, or computed now and kept."""
+        kept = self.store.array(request) if self.store else None
+        if kept is None:
+            kept = compute()
+            if self.store:
+                self.store.keep_array(request, kept)
+        return kept
 
     @property
     def checkpoint(self) -> Path:
@@ -106,10 +143,15 @@ class Baseline:
         """End-of-sequence ids."""
         return eos_ids(self.checkpoint, self.config)
 
-    @cached_property
+    @property
     def session(self) -> TorchSession:
         """The model itself, loaded when something has to be computed."""
-        return TorchSession(self.checkpoint, "fp32", threads=self.threads)
+        return self._session("fp32")
+
+    def _session(self, precision: str) -> TorchSession:
+        if precision not in self._sessions:
+            self._sessions[precision] = TorchSession(self.checkpoint, precision, self.device, threads=self.threads)
+        return self._sessions[precision]
 
     @property
     def info(self) -> SessionInfo:
@@ -118,22 +160,25 @@ class Baseline:
 
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits at every position, ``[length, vocab]`` fp32."""
-        return self._memo_score("fp32", ids)
+        return self._score("fp32", ids)
 
     def null_score(self, kind: str, ids: Sequence[int]) -> Logits:
         """As :meth:`score`, by a null control: ``eager`` (fp32, another kernel), ``fp16`` or ``bf16``."""
-        return self._memo_score(kind, ids)
+        return self._score(kind, ids)
 
-    def _memo_score(self, kind: str, ids: Sequence[int]) -> Logits:
+    def _score(self, kind: str, ids: Sequence[int]) -> Logits:
         key = (kind, tuple(ids))
         if key in self._scores:
             return self._scores[key]
-        with self._as(kind) as session:
-            logits = session.score(ids)
+        logits = self._stored(["score", kind, list(ids)], lambda: self._compute_score(kind, ids))
         if logits.nbytes <= self._room:
             self._room -= logits.nbytes
             self._scores[key] = logits.copy()
         return logits
+
+    def _compute_score(self, kind: str, ids: Sequence[int]) -> Logits:
+        with self._as(kind) as session:
+            return session.score(ids)
 
     @contextmanager
     def _as(self, kind: str) -> Iterator[TorchSession]:
@@ -146,24 +191,25 @@ class Baseline:
                 yield self.session
             finally:
                 model.set_attn_implementation(usual)
-        elif kind == "fp32":
-            yield self.session
         else:
-            if kind not in self._nulls:
-                self._nulls[kind] = TorchSession(self.checkpoint, kind, threads=self.threads)
-            yield self._nulls[kind]
+            yield self._session(kind)
 
     def drop_nulls(self) -> None:
         """Free the null controls' models, so that never more than two models are in memory for long."""
-        for session in self._nulls.values():
-            session.close()
-        self._nulls.clear()
+        for kind in self._sessions.keys() - {"fp32"}:
+            self._sessions.pop(kind).close()
 
     def tokens(self, prompts: Sequence[Sequence[int]], limit: int) -> Tokens:
         """Greedy generations of a batch, at most ``limit`` new tokens each, end token included."""
         key = (tuple(map(tuple, prompts)), limit)
         if key not in self._tokens:
-            self._tokens[key] = generate(self.session, prompts, limit, self.eos).tokens
+            request = ["tokens", [list(p) for p in prompts], limit, list(self.eos)]
+            made = self.store.value(request) if self.store else None
+            if made is None:
+                made = generate(self.session, prompts, limit, self.eos).tokens
+                if self.store:
+                    self.store.keep_value(request, made)
+            self._tokens[key] = tuple(tuple(row) for row in made)
         return self._tokens[key]
 
     def continued(self, text: Sequence[int], length: int, ids: Sequence[int]) -> tuple[Past, Logits]:
@@ -179,34 +225,41 @@ class Baseline:
         """
         key = (tuple(text), length, tuple(ids))
         if key not in self._continued:
-            first = self._past_of(text)
-            self._continued[key] = (first, self._behind(text, first, length, ids))
+            flat = self._stored(["past", list(text)], lambda: self._past_of(text))
+            whole = flat.reshape(len(flat) // 2, 2, 1, -1, len(text), head_size(self.config))
+            first = [(k, v) for k, v in whole]
+            request = ["behind", list(text), length, list(ids)]
+            self._continued[key] = (first, self._stored(request, lambda: self._behind(first, length, ids)))
         return self._continued[key]
 
-    def _past_of(self, text: Sequence[int]) -> Past:
-        """The cache of one text: a key and a value ``[1, kv_heads, len(text), head_dim]`` a layer."""
+    def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([list(ids)], device=self.device)
+
+    def _past_of(self, text: Sequence[int]) -> NDArray[np.float32]:
+        """The cache of one text, a row for each layer's key and for its value."""
         from transformers import DynamicCache
 
         model = self.session.model
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(input_ids=torch.tensor([list(text)]), past_key_values=cache, use_cache=True)
-        return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in cache.layers]
+            model(input_ids=self._tensor(text), past_key_values=cache, use_cache=True)
+        return np.stack([t.float().cpu().numpy().ravel() for layer in cache.layers for t in (layer.keys, layer.values)])
 
-    def _behind(self, _text: Sequence[int], first: Past, length: int, ids: Sequence[int]) -> Logits:
-        """Logits ``[len(ids), vocab]`` of ``ids`` behind ``length`` tokens of ``first``, the cache of ``_text``."""
+    def _behind(self, first: Past, length: int, ids: Sequence[int]) -> Logits:
+        """Logits ``[len(ids), vocab]`` of ``ids`` after ``length`` tokens of ``first``, the cache of a text."""
         from transformers import DynamicCache
 
         model = self.session.model
         cache = DynamicCache(config=model.config)
         with torch.inference_mode(), blocks_apart(1 << 20):  # a layer's cache grows by a copy
             for i, (k, v) in enumerate(first):  # laid layer by layer: the cache makes a copy of its own
-                cache.update(torch.from_numpy(laid(k, length)), torch.from_numpy(laid(v, length)), i)
-            positions = torch.arange(length, length + len(ids))[None]
+                key, value = (torch.from_numpy(laid(x, length)).to(self.device) for x in (k, v))
+                cache.update(key, value, i)
+            positions = torch.arange(length, length + len(ids), device=self.device)[None]
             logits = model(
-                input_ids=torch.tensor([list(ids)]), position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=self._tensor(ids), position_ids=positions, past_key_values=cache, use_cache=True
             ).logits[0]
-        found: Logits = logits.float().numpy()
+        found: Logits = logits.float().cpu().numpy()
         return found
 
     def residuals(self, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
@@ -221,7 +274,7 @@ class Baseline:
         key = (kind, tuple(ids))
         if key not in self._residuals:
             with self._as(kind) as session:
-                self._residuals[key] = _residuals(session.model, ids)
+                self._residuals[key] = _residuals(session.model, self._tensor(ids))
         return self._residuals[key]
 
     def rope_rows(self, kind: str, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -237,20 +290,24 @@ class Baseline:
 
     def close(self) -> None:
         """Free every model."""
-        self.drop_nulls()
-        session = self.__dict__.pop("session", None)
-        if session is not None:
+        for session in self._sessions.values():
             session.close()
+        self._sessions.clear()
 
 
-def _residuals(model: Any, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
+def print_error(message: str) -> None:
+    """A line on standard error, for workers."""
+    print(message, file=sys.stderr)
+
+
+def _residuals(model: Any, ids: torch.Tensor) -> list[dict[str, NDArray[np.float32]]]:
     found: list[dict[str, Any]] = [{} for _ in model.model.layers]
 
     def keep(k: int, name: str, of_input: bool = False) -> Any:
         def hook(_module: Any, inputs: Any, output: Any) -> None:
             value = inputs[0] if of_input else output
             value = value[0] if isinstance(value, tuple) else value
-            found[k][name] = value[0].float().numpy().copy()
+            found[k][name] = value[0].float().cpu().numpy().copy()
 
         return hook
 
@@ -268,7 +325,7 @@ def _residuals(model: Any, ids: Sequence[int]) -> list[dict[str, NDArray[np.floa
         ]
     try:
         with torch.inference_mode():
-            model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+            model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -110,7 +110,10 @@ def _inner_values(s: Subject, ids: list[int]) -> dict[str, NDArray[Any]]:
                 _link(path.resolve(), Path(work) / path.name)
         graph = Path(work) / "inner.onnx"
         onnx.save_model(model, graph)
-        probe = GraphProbe(graph, s.manifest, s.deployment.threads)
+        where = s.deployment
+        ran_on = str(s.session.get("provider", where.provider))  # the CPU where a fallback was allowed
+        options = where.provider_options if ran_on == where.provider else None
+        probe = GraphProbe(graph, s.manifest, where.threads, ran_on, options)
         found = probe.run(ids, None, ["logits", *dict.fromkeys(names.values())])
         probe.close()
     return {"logits": found["logits"][0]} | {k: found[v][0] for k, v in names.items()}

@@ -1,15 +1,15 @@
-"""The baseline's results, kept by content: the second folder against the same baseline costs half.
+"""Results kept by content: a second folder against the same baseline costs half, and a run that was killed goes on.
 
-Kept are whole fp32 logits of each scored window, as the session gave them: a KL divergence needs the whole
-distribution, top-k is not exact. That is ``tokens x vocabulary x 4`` bytes, 2 GB for the project's own texts on the
-demo model, so the cache has a bound (``LLAMA_ONNX_CACHE_GB``, 8 by default): what was used longest ago goes first,
-never the evaluation that is running. One file a window, renamed into place when complete, with its SHA-256: a killed
-run loses the window it was in, and a damaged file is found, said and computed again.
+One file a result, renamed into place when complete, with its SHA-256: a killed run loses the window it was in, and a
+damaged file is found, said and computed again. The disk is bounded (``LLAMA_ONNX_CACHE_GB``, 8 by default): the key
+used longest ago goes first, never the evaluation that is running.
 
-The key holds everything that may decide the bits: checkpoint files, precision, device, attention kernel, versions of
-torch and transformers, CPU model and threads (one and two gave equal bits on a window of the demo model; PyTorch does
-not promise it). Tokenizer and data need no place in it: entries are found by the token ids themselves. On that window
-(384 tokens, 75 MB) keeping took 0.42 s and reading with its SHA-256 0.06 s, computing 3 to 12 s on two busy cores.
+Of the baseline whole fp32 logits of each scored window are kept, as the session gave them: a KL divergence needs the
+whole distribution, top-k is not exact. That is ``tokens x vocabulary x 4`` bytes, 2 GB for the project's own texts on
+the demo model. Its key holds everything that may decide the bits: checkpoint files, device, versions of torch and
+transformers, CPU model and threads (one and two gave equal bits on a window of the demo model; PyTorch does not
+promise it). Precision, attention kernel and token ids are in the request. On that window (384 tokens, 75 MB) keeping
+took 0.42 s and reading with its SHA-256 0.06 s, computing 3 to 12 s on two busy cores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,7 @@ import numpy as np
 from bench.digests import folder_digest, hash_baseline
 from bench.errors import BenchError
 from export.cache import cache_dir
-from runtime.generate import Generation, generate
-from runtime.session import Ids, Logits, Session, SessionInfo
+from runtime.session import Logits
 
 BOUND_ENV = "LLAMA_ONNX_CACHE_GB"
 DEFAULT_GB = 8.0
@@ -55,59 +53,43 @@ def bound_bytes() -> int:
     return int(found * 1e9)
 
 
-@dataclass(frozen=True)
-class BaselineKey:
-    """Everything that decides the bits of a baseline's logits, given token ids."""
-
-    weights_sha256: str
-    precision: str
-    device: str
-    attention: str
-    threads: int
-    cpu: str
-    torch: str
-    transformers: str
-
-    @property
-    def digest(self) -> str:
-        """Hex name of this baseline in the cache."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:24]
-
-
 def baseline_key(
     checkpoint: Path,
-    precision: str = "fp32",
     device: str = "cpu",
-    attention: str = "sdpa",
     threads: int | None = None,
     hashes: dict[str, dict[str, str]] | None = None,
-) -> BaselineKey:
-    """The key of a checkpoint on PyTorch; loads neither torch nor transformers.
+) -> str:
+    """Hex name of a checkpoint's results on PyTorch; loads neither torch nor transformers.
 
     Every file of the checkpoint is read once, unless ``hashes`` holds what :func:`hash_baseline` found.
     """
     from bench.machine.environment import cpu_name, machine, versions
 
-    found = versions()
-    return BaselineKey(
-        weights_sha256=folder_digest((hashes or hash_baseline(checkpoint))["baseline"]),
-        precision=precision,
-        device=device,
-        attention=attention,
-        threads=threads or len(os.sched_getaffinity(0)),
-        cpu=cpu_name() if device == "cpu" else f"{cpu_name()}, {machine().gpu}",
-        torch=found.get("torch", "none"),
-        transformers=found.get("transformers", "none"),
+    installed = versions()
+    return key_of(
+        {
+            "weights_sha256": folder_digest((hashes or hash_baseline(checkpoint))["baseline"]),
+            "device": device,
+            "threads": threads or len(os.sched_getaffinity(0)),
+            "cpu": cpu_name() if device == "cpu" else f"{cpu_name()}, {machine().gpu}",
+            "torch": installed.get("torch", "none"),
+            "transformers": installed.get("transformers", "none"),
+        }
     )
 
 
-class BaselineCache:
-    """Entries of one baseline below ``root``; see the module for what is kept and how long.
+def key_of(facts: Any) -> str:
+    """Hex name of what these JSON values decide."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class ResultStore:
+    """Results of one key below ``root``; see the module for what is kept and how long.
 
     Args:
-        key: digest of what decides the results (:attr:`BaselineKey.digest`).
-        root: folder of all baselines; None takes the user's cache.
-        bound: most bytes of all baselines together; None takes :func:`bound_bytes`.
+        key: digest of what decides the results (:func:`baseline_key`, :func:`key_of`).
+        root: folder of all keys; None takes the baselines' in the user's cache.
+        bound: most bytes of all keys together; None takes :func:`bound_bytes`.
         say: told in one line about damaged entries and a bound that is too small.
         title: what those lines call it.
     """
@@ -120,13 +102,12 @@ class BaselineCache:
         say: Say = lambda _: None,
         title: str = "baseline cache",
     ) -> None:
-        self._title = title
+        self.key, self._title = key, title
         self._root = root or cache_dir() / "baseline"
         self.folder = self._root / key
         self._bound = bound_bytes() if bound is None else bound
         self._say = say
         self._full = False
-        self.hits = self.misses = 0
         self._others: list[Path] = []
         self._beside = 0
         self._off = False
@@ -150,10 +131,6 @@ class BaselineCache:
         )
         self._beside = sum(_bytes_of(p) for p in self._others)
 
-    def logits(self, ids: Sequence[int]) -> Logits | None:
-        """The kept logits ``[length, vocab]`` of one sequence, or None."""
-        return self.array(["score", list(ids)])
-
     def array(self, request: Any) -> Logits | None:
         """A kept fp32 matrix, or None."""
         path = self.folder / f"{_name(request)}.logits"
@@ -170,10 +147,6 @@ class BaselineCache:
             return None
         return flat.reshape(int(rows), int(columns))
 
-    def keep_logits(self, ids: Sequence[int], logits: Logits) -> None:
-        """Keep a copy, unless the bound forbids it."""
-        self.keep_array(["score", list(ids)], logits)
-
     def keep_array(self, request: Any, matrix: Logits) -> None:
         """Keep a copy of an fp32 matrix, unless the bound forbids it."""
         flat = np.ascontiguousarray(matrix, np.float32)
@@ -181,7 +154,7 @@ class BaselineCache:
         self._write(f"{_name(request)}.logits", [header.ljust(_HEADER, b"\0"), flat.data])
 
     def value(self, request: Any) -> Any | None:
-        """A kept JSON value (generations, session facts), or None."""
+        """A kept JSON value (generations, figures of a window), or None."""
         path = self.folder / f"{_name(request)}.json"
         if self._off:
             return None
@@ -249,100 +222,3 @@ def _bytes_of(folder: Path) -> int:
 
 def _name(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()
-
-
-class CachedSession:
-    """A baseline that is opened only when something is asked that is not in the cache.
-
-    Implements :class:`runtime.session.Session`: ``score`` is answered from the cache, ``prefill`` and ``step`` open
-    the real session. :meth:`generate` (and :func:`generate_with`) answer whole greedy generations from the cache.
-
-    Args:
-        opener: loads the real session.
-        cache: where results are kept.
-    """
-
-    def __init__(self, opener: Callable[[], Session], cache: BaselineCache) -> None:
-        self._opener, self._cache = opener, cache
-        self._session: Session | None = None
-
-    @property
-    def opened(self) -> bool:
-        """Whether the real session had to be loaded."""
-        return self._session is not None
-
-    def _real(self) -> Session:
-        if self._session is None:
-            self._session = self._opener()
-            self._cache.keep_value("info", asdict(self._session.info))
-        return self._session
-
-    @property
-    def info(self) -> SessionInfo:
-        """What runs, or what ran when the results were computed."""
-        kept = None if self._session else self._cache.value("info")
-        return SessionInfo(**kept) if kept else self._real().info
-
-    def score(self, ids: Sequence[int]) -> Logits:
-        """Logits at every position, kept or computed now; see :meth:`runtime.session.Session.score`."""
-        kept = self._cache.logits(ids)
-        if kept is not None:
-            self._cache.hits += 1
-            return kept
-        self._cache.misses += 1
-        logits = self._real().score(ids)
-        self._cache.keep_logits(ids, logits)
-        return logits
-
-    def generate(self, ids: Ids, max_new_tokens: int, eos: Sequence[int] = ()) -> Generation:
-        """A greedy generation, kept or computed now; kept ones have the time stamps of their computation."""
-        request = ["generate", [list(row) for row in ids], max_new_tokens, list(eos)]
-        kept = self._cache.value(request)
-        if kept is not None:
-            self._cache.hits += 1
-            rows = tuple(tuple(r) for r in kept["tokens"])
-            return Generation(rows, tuple(kept["at_s"]), tuple(kept["ended"]), tuple(kept["reasons"]))
-        self._cache.misses += 1
-        made = generate(self._real(), ids, max_new_tokens, eos)
-        self._cache.keep_value(request, asdict(made))
-        return made
-
-    def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
-        """See :meth:`runtime.session.Session.prefill`; always computed."""
-        return self._real().prefill(ids, reserve)
-
-    def step(self, ids: Sequence[int]) -> Logits:
-        """See :meth:`runtime.session.Session.step`."""
-        return self._real().step(ids)
-
-    def close(self) -> None:
-        """Free the real session if it was loaded; closing twice is allowed."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-
-
-def generate_with(session: Session, ids: Ids, max_new_tokens: int, eos: Sequence[int] = ()) -> Generation:
-    """:func:`runtime.generate.generate`, from the cache where the session has one."""
-    if isinstance(session, CachedSession):
-        return session.generate(ids, max_new_tokens, eos)
-    return generate(session, ids, max_new_tokens, eos)
-
-
-def cached_baseline(
-    checkpoint: Path,
-    precision: str = "fp32",
-    device: str = "cpu",
-    attention: str = "sdpa",
-    threads: int | None = None,
-    say: Say = lambda _: None,
-) -> CachedSession:
-    """The PyTorch baseline of a checkpoint behind the cache; PyTorch is loaded when something is missing."""
-    key = baseline_key(checkpoint, precision, device, attention, threads)
-
-    def opener() -> Session:
-        from runtime.torch_session import TorchSession
-
-        return TorchSession(checkpoint, precision, device, attention, threads)
-
-    return CachedSession(opener, BaselineCache(key.digest, say=say))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bench.gate.canonical import Pairing
     from bench.gate.generations import Outputs
     from bench.gate.statistics import TokenScores
-    from bench.gate.store import BaselineCache
+    from bench.gate.store import ResultStore
     from export.convert import Conversion
     from export.spec import ExportSpec
     from runtime.ort_session import OrtSession
@@ -258,9 +258,9 @@ class Subject:
     # -- what a run that is stopped leaves to the next one -----------------------------------------------------------
 
     @cached_property
-    def unfinished(self) -> BaselineCache | None:
+    def unfinished(self) -> ResultStore | None:
         """Finished windows and batches of this folder, against this baseline, in these settings; None: not kept."""
-        from bench.gate.store import BaselineCache
+        from bench.gate.store import ResultStore
         from bench.machine.environment import versions
         from export.cache import cache_dir
 
@@ -268,7 +268,7 @@ class Subject:
             return None
         facts = [self.digest, self.baseline.key, sorted(self.deployment.settings().items()), sorted(versions().items())]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-        return BaselineCache(name, cache_dir() / "unfinished", UNFINISHED_BYTES, self.say, "unfinished validation")
+        return ResultStore(name, cache_dir() / "unfinished", UNFINISHED_BYTES, self.say, "unfinished validation")
 
     def settings(self) -> dict[str, Scalar]:
         """How much was measured, and how, for a result."""

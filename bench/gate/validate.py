@@ -17,7 +17,6 @@ from bench.data.loading import Dataset, load_shipped
 from bench.deployment import Deployment
 from bench.errors import BenchError
 from bench.gate.baseline import Baseline
-from bench.gate.cached_baseline import CachedBaseline
 from bench.gate.found import CheckSpec, Found, stopped
 from bench.gate.localize import localize
 from bench.gate.modes import MODES, Mode
@@ -286,9 +285,6 @@ def make_subject(
         raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
     deployment = deployment or Deployment()
     source = resolve(model, status=status) if isinstance(model, str) else model
-    if keep:
-        baseline: Baseline = CachedBaseline(source, deployment.threads, memo_bytes, say=status)
-    else:
-        baseline = Baseline(source, deployment.threads, memo_bytes)
+    baseline = Baseline(source, deployment.threads, memo_bytes, keep=keep, say=status, device=deployment.device)
     data = dataset or load_shipped()
     return Subject(folder, baseline, mode, data, deployment, workers=workers, say=status, expect=expect or {})

@@ -16,6 +16,7 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import runpy
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ STEADY = 0.05
 TURN = "@turn"
 SESSION_PREFIXES = ("session.", "ep.", "mlas.")
 """Of ONNX Runtime's session configuration entries; other options are the execution provider's."""
+# By its path: `bench` may be another revision's, or not there.
+peak_bytes = runpy.run_path(str(Path(__file__).resolve().parents[1] / "process" / "peak.py"))["peak_bytes"]
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "onnx", "llama-onnx-bench")
 
 
@@ -60,16 +63,6 @@ def _wrapped(session: Any, wrapper: str | None) -> Any:
         return session
     module, _, name = wrapper.partition(":")
     return getattr(importlib.import_module(module), name)(session)
-
-
-def _peak_bytes() -> int:
-    import resource
-
-    status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss may be the parent's, kept across exec
-        line = next(x for x in status.read_text(encoding="ascii").splitlines() if x.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _versions() -> dict[str, str]:
@@ -132,7 +125,7 @@ def measure(a: dict[str, Any]) -> dict[str, Any]:
         "tpot": [r.tpot_s for r in rounds if r.tpot_s is not None],
         "total": [r.total_s for r in rounds],
         "load": [load_s],
-        "peak_memory": [float(_peak_bytes())],
+        "peak_memory": [float(peak_bytes())],
     }
     return {
         "metrics": {name: values for name, values in metrics.items() if values},

@@ -1,4 +1,4 @@
-"""Interleaved pairs in fresh processes, every case appended to ``cases.jsonl`` as it ends, resumable.
+"""Interleaved pairs in fresh processes, each appended to the log of cases as it ends, resumable.
 
 What is run next follows from the plan and the records alone, so a run that was killed goes on where it was. A crash, a
 lack of memory or a hang is a recorded outcome, a disturbed pair is repeated (both sides) within a cap.
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.errors import BenchError
+from bench.latency.case_log import CaseLog
 from bench.latency.sides import SideSpec, environment
 from bench.machine.state import Disturbance, Limits, Watch
 from bench.process.child import TIED, Ended, run_child, run_in_turn
-from reports.case_files import append_records, read_records, repair
 from reports.compare import FAILED, Rules, needs_extension
 from reports.comparison import CaseRecord, ComparedSide, MachineState, SideName
 from reports.record import Case
 
 CHILD = Path(__file__).resolve().parent / "measure_case.py"
-RECORDS, PLAN = "cases.jsonl", "plan.json"
+PLAN = "plan.json"
 Tick = Callable[[str], None]
 Turns = Literal["rounds", "processes"]
 
@@ -115,19 +115,15 @@ class PairedRun:
 
     def __init__(self, plan: Plan, out: Path, resume: bool = False, fingerprint: str | None = None) -> None:
         self.plan, self.out, self.fingerprint = plan, out, fingerprint
-        self.file = out / RECORDS
-        out.mkdir(parents=True, exist_ok=True)
-        self.records: list[CaseRecord] = []
-        if self.file.exists() and self.file.stat().st_size:
-            if not resume:
-                raise BenchError(
-                    f"{self.file} holds an earlier run; add --resume to go on with it, or take another --out"
-                )
-            repair(self.file)
-            self.records = read_records(self.file)
-            if any(r.run != plan.run_id for r in self.records):
-                raise BenchError(f"{self.file} was measured by another plan ({out / PLAN}); take another --out")
+        self.log = CaseLog(out, resume)
+        if any(r.run != plan.run_id for r in self.records):
+            raise BenchError(f"{self.log.file} was measured by another plan ({out / PLAN}); take another --out")
         (out / PLAN).write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    @property
+    def records(self) -> list[CaseRecord]:
+        """What is measured so far."""
+        return self.log.records
 
     # -- what is to be done -----------------------------------------------------------------------------------------
 
@@ -175,10 +171,7 @@ class PairedRun:
         for case in cases:
             key = case_key(case)
             for attempt, sides in self._todo(key, pair):
-                records = self._measure(case, pair, attempt, sides)
-                append_records(self.file, records)
-                self.records += records
-                for record in records:
+                for record in self.log.append(self._measure(case, pair, attempt, sides)):
                     tick(f"{key}, pair {pair + 1}, {record.side}" + (f": {record.reason}" if record.reason else ""))
 
     # -- one process, or two in turn --------------------------------------------------------------------------------
@@ -213,25 +206,25 @@ class PairedRun:
         for side, ended in ends.items():
             if ended.refusal and not any(r.side == side for r in self.records):
                 raise BenchError(f"--{side}: {ended.refusal}")  # nothing of this side can be measured
-            record = case_record(
-                ended,
-                watch.before,
-                stopped,
-                run=self.plan.run_id,
-                side=side,
-                case=key,
-                parameters=dict(case.model_dump()),
-                pair=pair,
-                attempt=attempt,
-                position=int((side == "base") != self.plan.base_first(key, pair)),
-                sequence=len(self.records) + len(made),
-                in_turn=True if in_turn else None,
-                seed=seed,
-                warmup_rounds=ended.found.get("warmup_rounds"),
-                steady=ended.found.get("steady"),
-                fingerprint=self.fingerprint,
+            made.append(
+                case_record(
+                    ended,
+                    watch.before,
+                    stopped,
+                    run=self.plan.run_id,
+                    side=side,
+                    case=key,
+                    parameters=dict(case.model_dump()),
+                    pair=pair,
+                    attempt=attempt,
+                    position=int((side == "base") != self.plan.base_first(key, pair)),
+                    in_turn=True if in_turn else None,
+                    seed=seed,
+                    warmup_rounds=ended.found.get("warmup_rounds"),
+                    steady=ended.found.get("steady"),
+                    fingerprint=self.fingerprint,
+                )
             )
-            made.append(record)
         return made
 
 

@@ -1,17 +1,19 @@
 """Child process: load one side, generate once, print the peak resident memory as JSON.
 
-Run by :func:`bench.latency.measure.peak_memory`; memory of several models in one process cannot be told apart.
+Run by :func:`bench.latency.interleave.peak_memory`; memory of several models in one process cannot be told apart.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from bench.errors import run_child
+from bench.process.peak import peak_bytes
 
 
 def main(arguments: dict[str, Any]) -> dict[str, int]:
@@ -45,14 +47,5 @@ def main(arguments: dict[str, Any]) -> dict[str, int]:
     return {"peak_bytes": peak_bytes(), "baseline_bytes": baseline}
 
 
-def peak_bytes() -> int:
-    """Peak resident bytes of this process. Linux keeps ``ru_maxrss`` across exec, so it may be the parent's."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(x for x in status.read_text(encoding="ascii").splitlines() if x.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    sys.exit(run_child(lambda: print(json.dumps(main(json.loads(sys.argv[1]))))))

@@ -1,7 +1,7 @@
 """Hands samples that were measured interleaved to pytest-benchmark, one row a side.
 
 pytest-benchmark times one function after the other; sides that must be interleaved cannot be timed that way. So they
-are measured by :mod:`bench.latency.measure` and replayed: the benchmark's timer (its documented ``timer`` option) is
+are measured by :mod:`bench.latency.interleave` and replayed: the benchmark's timer (its documented ``timer`` option) is
 this clock, and the benchmarked function advances it by the recorded sample.
 """
 

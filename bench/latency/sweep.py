@@ -1,19 +1,14 @@
-"""``llama-onnx sweep FILE.yaml``: models x precisions x providers x batch x prompt, one process each, into one file.
+"""A sweep file: models x precisions x providers x batch x prompt, and the merging of what machines measured of it.
 
-The file is checked by ``bench/latency/sweep.schema.json`` and an error names its line. Every process is a line of
-``cases.jsonl`` as soon as it ends, so ``--resume`` goes on. ``--ray`` measures on every machine of a Ray cluster at
-once; files of machines that share no cluster are merged by ``--merge``, a machine's fingerprint being part of what
-makes a record unique. Measuring itself is :mod:`bench.latency.sweep_measure`'s.
-
-Try: ``echo "models: [demo]" > s.yaml; llama-onnx sweep s.yaml --out /tmp/s``.
+The file is checked by ``bench/latency/sweep.schema.json`` and an error names its line. Measuring is
+:mod:`bench.latency.sweep_measure`'s, the command :mod:`bench.cli.sweep`'s.
+Try: ``python -c "from bench.latency.sweep import parse_sweep; print(parse_sweep('models: [demo]', 'here'))"``.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,67 +112,3 @@ def merge(parts: Iterable[Sequence[CaseRecord]]) -> list[CaseRecord]:
         for r in records:
             found.setdefault((r.fingerprint or "", r.run or "", r.case, r.pair or 0, r.attempt), r)
     return [found[k] for k in sorted(found)]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
-    parser.add_argument("file", type=Path, help="the sweep (YAML; bench/latency/sweep.schema.json)")
-    parser.add_argument("--out", type=Path, default=Path("reports/out/sweep"), help="folder of cases.jsonl")
-    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
-    parser.add_argument("--ray", action="store_true", help="on every machine of the Ray cluster (RAY_ADDRESS) at once")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for another measurement here")
-    parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="JSONL", help="records of other machines")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure what is missing, merge, print a table; 0, or 1 when a process failed."""
-    from bench.latency.sweep_measure import Records, measure_here, measure_on_machines
-    from bench.machine.lock import machine_lock
-    from reports.case_files import read_records
-    from reports.publish import write_atomically
-
-    try:
-        text = args.file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise SweepError(f"cannot read {args.file}: {e}") from None
-    sweep = parse_sweep(text, str(args.file))
-    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    own = Records(args.out, args.resume)
-    if args.ray:
-        measure_on_machines(sweep, own, args.wait, say)
-    else:
-        with machine_lock("llama-onnx sweep", args.wait, say):
-            measure_here(sweep, own, say)
-    records = merge([own.all, *(read_records(p) for p in args.merge)])
-    if args.merge:
-        write_atomically(args.out / "merged.jsonl", "".join(r.model_dump_json() + "\n" for r in records))
-    failed = [r for r in records if r.outcome not in ("ok", "invalid")]
-    if args.json:
-        sys.stdout.write(json.dumps([r.model_dump() for r in records], indent=1) + "\n")
-    else:
-        _print(records)
-        print(f"records: {(args.out / ('merged.jsonl' if args.merge else 'cases.jsonl')).resolve()}")
-    return 1 if failed else 0
-
-
-def _print(records: Sequence[CaseRecord]) -> None:
-    import statistics
-
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="Medians over processes", title_justify="left")
-    for column in ("machine", "case", "processes", "TTFT ms", "TPOT ms", "not counted"):
-        table.add_column(column)
-    keys = dict.fromkeys((r.fingerprint or "", r.case) for r in records)
-    for fingerprint, case in keys:
-        own = [r for r in records if (r.fingerprint or "", r.case) == (fingerprint, case)]
-        ok = [r for r in own if r.outcome == "ok"]
-        cells = [fingerprint[:8], case, f"{len(ok)} of {len(own)}"]
-        for metric in ("ttft", "tpot"):
-            values = [statistics.median(r.metrics[metric]) for r in ok if metric in r.metrics]
-            cells.append(f"{1e3 * statistics.median(values):.2f}" if values else "")
-        cells.append("; ".join(dict.fromkeys(r.reason for r in own if r.reason)))
-        table.add_row(*(Text(c) for c in cells))
-    Console().print(table)

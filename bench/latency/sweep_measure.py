@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench.latency.paired_run import CHILD, RECORDS, case_key, case_record
+from bench.latency.case_log import CaseLog
+from bench.latency.paired_run import CHILD, case_key, case_record
 from bench.latency.sides import SideSpec, environment
 from bench.latency.sweep import Sweep, SweepError
 from bench.machine.environment import machine
 from bench.machine.state import Limits, Watch
 from bench.process.child import TIED, run_child
-from reports.case_files import append_record, read_records, repair
 from reports.comparison import CaseRecord
 from reports.record import Case
 
@@ -115,36 +115,14 @@ def measure_process(sweep: Sweep, process: Process) -> CaseRecord:
     )
 
 
-class Records:
-    """The records of ``--out``, each on the disk as soon as it is there."""
-
-    def __init__(self, out: Path, resume: bool) -> None:
-        self._file = out / RECORDS
-        out.mkdir(parents=True, exist_ok=True)
-        self.all: list[CaseRecord] = []
-        if self._file.is_file() and self._file.stat().st_size:
-            if not resume:
-                raise SweepError(
-                    f"{self._file} holds an earlier sweep; add --resume to go on with it, or take another --out"
-                )
-            repair(self._file)
-            self.all = read_records(self._file)
-
-    def add(self, record: CaseRecord, **more: str) -> None:
-        """Append one; ``more`` goes into its details."""
-        details = {**record.details, **more}
-        self.all.append(record.model_copy(update={"sequence": len(self.all), "details": details}))
-        append_record(self._file, self.all[-1])
-
-
-def measure_here(sweep: Sweep, records: Records, say: Say) -> None:
+def measure_here(sweep: Sweep, log: CaseLog, say: Say) -> None:
     """What this machine has not measured yet, one process after another."""
     here, run = machine().fingerprint, run_id(sweep)
-    done = {(r.run, r.fingerprint, r.case, r.pair) for r in records.all}
+    done = {(r.run, r.fingerprint, r.case, r.pair) for r in log.records}
     for process in processes(sweep):
         if (run, here, process.label, process.number) not in done:
             record = measure_process(sweep, process)
-            records.add(record)
+            log.append([record])
             say(f"{process} of {sweep.processes}" + (f": {record.reason}" if record.reason else ""))
 
 
@@ -159,20 +137,20 @@ def _prepare(folders: Sequence[Path]) -> str:
     return machine().fingerprint
 
 
-def measure_on_machines(sweep: Sweep, records: Records, wait_s: float, say: Say) -> None:
+def measure_on_machines(sweep: Sweep, log: CaseLog, wait_s: float, say: Say) -> None:
     """What no machine has measured yet, one process at a time on every machine of the Ray cluster."""
     from bench.process.machines import spread
     from bench.process.workers import join_cluster, leave_cluster
 
     run = run_id(sweep)
-    own = [r for r in records.all if r.run == run]
+    own = [r for r in log.records if r.run == run]
     done = {(r.case, r.pair) for r in own}
     todo = [p for p in processes(sweep) if (p.label, p.number) not in done]
     if not todo:
         return
 
     def answered(process: Process, record: CaseRecord, node: str, name: str) -> None:
-        records.add(record, ray_node=node)
+        log.append([record.model_copy(update={"details": {**record.details, "ray_node": node}})])
         say(f"{process} of {sweep.processes}, on {name}" + (f": {record.reason}" if record.reason else ""))
 
     started = join_cluster()

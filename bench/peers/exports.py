@@ -15,15 +15,17 @@ from typing import Any
 from bench.errors import BenchError
 
 GENAI_SCRIPT = """
-import json, pathlib, runpy, sys, time
+import json, runpy, sys, time
 started = time.perf_counter()
-source, out, precision = sys.argv[1:4]
+source, out, precision, peak = sys.argv[1:5]
 sys.argv = ["builder", "-i", source, "-o", out, "-p", precision, "-e", "cpu", "-c", out + ".cache"]
 runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
-peak = int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-print(json.dumps({"seconds": time.perf_counter() - started, "peak_bytes": peak}))
+peak_bytes = runpy.run_path(peak)["peak_bytes"]()
+print(json.dumps({"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes}))
 """
-"""Run with ``python -c``: source, out and precision; the last line is seconds and peak resident bytes as JSON."""
+"""Run with ``python -c``: source, out, precision and the path of :mod:`bench.process.peak`; the last line is seconds
+and peak resident bytes as JSON."""
+PEAK = Path(__file__).resolve().parents[1] / "process" / "peak.py"
 
 
 def optimum_export(checkpoint: Path, out: Path, level: str) -> None:
@@ -42,7 +44,7 @@ def genai_export(python: Path, checkpoint: Path, out: Path, precision: str) -> d
     Raises:
         BenchError: it failed; the last line of its output is quoted.
     """
-    said = output_of([str(python), "-c", GENAI_SCRIPT, str(checkpoint), str(out), precision])
+    said = output_of([str(python), "-c", GENAI_SCRIPT, str(checkpoint), str(out), precision, str(PEAK)])
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
 

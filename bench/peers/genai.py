@@ -7,16 +7,15 @@ folder of its own builder's can be named. Its time stamps are taken in its proce
 from __future__ import annotations
 
 import json
+import math
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
-from bench.process.child import TIED, can_take_turns
+from bench.process.child import TIED, Child
 from runtime.errors import SessionError
 from runtime.generate import LENGTH, Generation
 from runtime.session import Ids, Logits, SessionInfo
@@ -53,16 +52,13 @@ class GenaiSide:
     def __init__(self, python: Path, folder: Path, threads: int, info: SessionInfo) -> None:
         server = [str(python), str(Path(__file__).with_name("genai_server.py")), str(folder), str(threads)]
         command = [str(python), str(TIED), *server]  # stopped between its turns, it would outlive a killed parent
-        self._child: Any = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        version = self._answer()["version"]
+        self._child: Child | None = Child(command, os.environ, math.inf, talks=True)
+        version = self._answer(self._child)["version"]
         details: dict[str, str | int | float | bool] = {
             "onnxruntime_genai": version,
             "intra_op_threads": threads,
             "graph": "the exported folder, its own generator",
         }
-        self._rest()
         self._info = SessionInfo(
             "onnxruntime-genai", "cpu", info.precision, info.context_length, info.vocab_size, details
         )
@@ -72,20 +68,14 @@ class GenaiSide:
         """What runs."""
         return self._info
 
-    def _rest(self) -> None:
-        if can_take_turns():
-            self._child.send_signal(signal.SIGSTOP)
-
-    def _wake(self) -> None:
-        if can_take_turns():
-            self._child.send_signal(signal.SIGCONT)
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._child.stdout.readline()
-        if not line:
-            _, said = self._child.communicate()
-            last = (said.strip().splitlines() or ["no output"])[-1]
+    def _answer(self, child: Child) -> dict[str, Any]:
+        """Its next line of JSON; it rests after that."""
+        line = child.hear("{")
+        if line is None:
+            self._child = None
+            last = (child.ended().last_lines or ["no output"])[-1]
             raise BenchError(f"onnxruntime-genai's process ended: {last[:200]}; run scripts/peers, or without --peers")
+        child.pause()
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -93,11 +83,9 @@ class GenaiSide:
         """Greedy, ``new_tokens`` for each row, end tokens not taken."""
         if self._child is None:
             raise SessionError("the session is closed; open a new one")
-        self._wake()
-        self._child.stdin.write(json.dumps({"prompts": [list(p) for p in prompts], "new_tokens": new_tokens}) + "\n")
-        self._child.stdin.flush()
-        found = self._answer()
-        self._rest()
+        self._child.wake()
+        self._child.say(json.dumps({"prompts": [list(p) for p in prompts], "new_tokens": new_tokens}))
+        found = self._answer(self._child)
         rows = tuple(tuple(row) for row in found["tokens"])
         return Generation(rows, tuple(found["at_s"]), (False,) * len(rows), (LENGTH,) * len(rows))
 
@@ -116,13 +104,5 @@ class GenaiSide:
     def close(self) -> None:
         """End the child; closing twice is allowed."""
         if self._child is not None:
-            self._wake()
-            self._child.stdin.close()
-            try:
-                self._child.wait(20)
-            except subprocess.TimeoutExpired:
-                self._child.kill()
-                self._child.wait()
-            self._child.stdout.close()
-            self._child.stderr.close()
+            self._child.close()
         self._child = None

@@ -55,7 +55,7 @@ def can_take_turns() -> bool:
 
 
 class Child:
-    """One process in a session of its own, read line by line, with ``limit_s`` seconds of running time."""
+    """One process in a session of its own, read line by line, with ``limit_s`` seconds of running time (may be inf)."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], limit_s: float, talks: bool = False) -> None:
         self.limit_s, self._used, self._awake = limit_s, 0.0, time.perf_counter()
@@ -87,31 +87,33 @@ class Child:
         """Time for which it was running; to be asked while it is awake."""
         return self._used + time.perf_counter() - self._awake
 
-    def wait_for(self, mark: str | None) -> bool:
-        """Read until a line that begins with ``mark``; False when the child ended or had to be killed before that."""
+    def hear(self, mark: str | None) -> str | None:
+        """The next line that begins with ``mark``; None when the child ended or had to be killed before that."""
         while True:
             try:
-                line = self._said.get(timeout=max(0.0, self.limit_s - self.seconds))
+                line = self._said.get(timeout=min(max(0.0, self.limit_s - self.seconds), threading.TIMEOUT_MAX))
             except queue.Empty:
                 self._timed_out = True
                 self.kill()
-                return False
+                return None
             if line is None:
                 self._said.put(None)  # for whoever asks again
-                return False
+                return None
             if mark and line.startswith(mark):
-                return True
+                return line
             self._lines.append(line)
 
     def say(self, text: str) -> None:
-        """A line on the child's standard input; one that is gone already is found out by :meth:`wait_for`."""
+        """A line on the child's standard input; one that is gone already is found out by :meth:`hear`."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.write(text + "\n")
             self.process.stdin.flush()
 
     def pause(self) -> None:
-        """Stop it with all its threads."""
+        """Stop it with all its threads, where that can be done."""
+        if not can_take_turns():
+            return
         self._signal(signal.SIGSTOP)
         with contextlib.suppress(ChildProcessError):  # until it really stands; its exit is left for Popen
             os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
@@ -119,6 +121,8 @@ class Child:
 
     def wake(self) -> None:
         """Let it go on."""
+        if not can_take_turns():
+            return
         self._awake = time.perf_counter()
         self._signal(signal.SIGCONT)
 
@@ -136,7 +140,7 @@ class Child:
 
     def ended(self) -> Ended:
         """Wait for its end and say how that was."""
-        self.wait_for(None)
+        self.hear(None)
         code = self.process.wait()
         seconds = self.seconds
         self._reader.join(timeout=5)  # a grandchild may hold the pipe open
@@ -162,7 +166,7 @@ class Child:
 
 
 def _last_lines(out: str, err: str) -> list[str]:
-    lines = [line for line in (err + "\n" + out).splitlines() if line.strip()]
+    lines = [line for line in (out + "\n" + err).splitlines() if line.strip()]
     return [line[:500] for line in lines[-LAST_LINES:]]
 
 
@@ -203,14 +207,14 @@ def run_in_turn(
     try:
         for name, (command, env) in commands.items():
             children[name] = Child(command, env, limit_s, talks=True)
-            children[name].wait_for(TURN)
+            children[name].hear(TURN)
             children[name].pause()
         order = list(children.values())
         for k in range(rounds):
             for child in order if k % 2 == 0 else reversed(order):
                 child.wake()
                 child.say(f"round {k}")
-                child.wait_for(TURN)
+                child.hear(TURN)
                 child.pause()
         made: dict[SideName, Ended] = {}
         for name, child in children.items():

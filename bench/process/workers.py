@@ -2,7 +2,7 @@
 
 Units of work (a window, a batch) are the same whatever the number of workers, each is computed by itself, and results
 are put in the units' order: so N workers give the digits of one. A worker that dies costs its unit a retry; one that
-dies before it stands costs none (Ray starts workers on a lost machine until it notices); an error *in* the work is not
+dies during start-up costs none (Ray starts workers on a lost machine until it notices); an error *in* the work is not
 retried, it would come again. Without Ray, or with one worker, all runs here in a plain loop.
 Machines that should take part are joined with Ray's own ``ray start``; ``RAY_ADDRESS`` then names the cluster.
 
@@ -14,14 +14,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import Any, Protocol, TextIO, TypeVar, cast
 
 from bench.errors import BenchError
+from bench.process.pool import RETRIES, Member, Pool, Queue, WorkerError
 
 
 class Closes(Protocol):
@@ -34,16 +33,8 @@ class Closes(Protocol):
 Opened = TypeVar("Opened", bound=Closes)
 Unit = TypeVar("Unit")
 Answer = TypeVar("Answer")
-RETRIES = 2
-STARTS = 40
-"""How many workers in a row may die before they stand: at a second each, longer than Ray takes to notice a loss."""
-START_PAUSE_S = 1.0
-
-
-class WorkerError(BenchError):
-    """A unit that killed its worker again and again, or workers that cannot be started."""
-
-    exit_code = 4
+DEATHS = 20
+"""Of one worker in a row: at a second each, longer for two workers than Ray takes to notice a lost machine."""
 
 
 def able(workers: int, units: int, say: Callable[[str], None] = lambda _: None) -> int:
@@ -93,7 +84,7 @@ def run_units(
         gpus_per_worker: GPUs that Ray sets aside for each.
         retries: how often a unit may lose its worker and be given to a new one.
         say: told in a line when Ray is missing and when a worker died.
-        done: called here with (place, answer) as answers come in, in any order; for journals and progress bars.
+        done: called here with (place, answer) as answers come in, in any order; for what is kept and progress bars.
 
     Raises:
         WorkerError: a unit lost its worker more than ``retries`` times, or no worker can start.
@@ -123,8 +114,9 @@ class _Worker:
         self._opener, self._work = opener, work
         self._session: Any = None
 
-    def stand(self) -> None:
-        """Answered once this process runs."""
+    def open(self) -> str:
+        """Answered once this process runs; all workers are of one kind."""
+        return ""
 
     def run(self, unit: Any) -> Any:
         """One unit. The session is opened here, so that an error in opening comes back as what it is."""
@@ -161,7 +153,6 @@ def _init_ray(remedy: str, **options: Any) -> bool:
 
     if ray.is_initialized():
         return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         ray.init(log_to_driver=False, configure_logging=False, **options)
@@ -197,21 +188,6 @@ class _WithoutRay:
         return getattr(self.inner, name)
 
 
-def losses() -> tuple[type[Exception], ...]:
-    """What Ray raises when a worker is gone, with its machine or by itself, or its answer with it."""
-    from ray import exceptions as e
-
-    # An answer above 100 KB stays on its machine until it is fetched, so it can be lost after the unit was done.
-    return (
-        e.RayActorError,
-        e.ActorUnschedulableError,
-        e.NodeDiedError,
-        e.ObjectLostError,
-        e.OutOfMemoryError,
-        e.WorkerCrashedError,
-    )
-
-
 def _on_ray(
     opener: Callable[[], Opened],
     work: Callable[[Opened, Unit], Answer],
@@ -223,65 +199,32 @@ def _on_ray(
     done: Callable[[int, Answer], None],
 ) -> list[Answer]:
     import ray
-    from ray.exceptions import RayTaskError
 
     started = _start_ray(workers)
     answers: dict[int, Answer] = {}
-    running: dict[Any, tuple[Any, int | None]] = {}  # None: it does not stand yet
     try:
         # Over all machines: Ray's own choice fills the first one before it takes the next.
         make = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")(_Worker)
-        waiting, lost, stillborn = deque(range(len(units))), [0] * len(units), 0
 
-        def hire() -> None:
-            actor = make.remote(opener, work)
-            running[actor.stand.remote()] = (actor, None)
+        def took(place: int, answer: Any, _: Member) -> None:
+            answers[place] = answer
+            done(place, answer)
 
-        for _ in range(workers):
-            hire()
-        while len(answers) < len(units):
-            (ready, *_), _rest = ray.wait(list(running), num_returns=1)
-            actor, place = running.pop(ready)
-            try:
-                answer = ray.get(ready)
-            except RayTaskError as e:
-                ray.kill(actor)
-                raise e.cause from None  # what `work` raised, with Ray's own chain left out
-            except losses() as e:
-                ray.kill(actor)  # where only its answer was lost, or it cannot be reached for a while
-                why = str(e).splitlines()[0][:160]
-                if place is None:
-                    stillborn += 1
-                    if stillborn >= STARTS:
-                        raise WorkerError(
-                            f"{stillborn} workers in a row died before they stood ({why}); can this suite be imported "
-                            "on every machine of the cluster?"
-                        ) from None
-                    time.sleep(START_PAUSE_S)
-                else:
-                    lost[place] += 1
-                    if lost[place] > retries:
-                        raise WorkerError(
-                            f"unit {place + 1} of {len(units)} lost its worker {lost[place]} times ({why}); "
-                            f"not enough memory for {workers} workers?"
-                        ) from None
-                    say(f"a worker died on unit {place + 1} of {len(units)}; given to a new one")
-                    waiting.appendleft(place)
-                hire()
-                continue
-            if place is None:
-                stillborn = 0
-            else:
-                answers[place] = answer
-                done(place, answer)
-            if waiting:
-                place = waiting.popleft()
-                running[actor.run.remote(units[place])] = (actor, place)
-            else:
-                ray.kill(actor)
+        names = {str(k): f"worker {k + 1}" for k in range(workers)}
+        Pool(
+            units,
+            Queue([None] * len(units), {}),
+            places=lambda: names,
+            start=lambda _: make.remote(opener, work),
+            done=took,
+            say=say,
+            noun="worker",
+            remedy=f"not enough memory for {workers} workers, or is this suite not on every machine of the cluster?",
+            deaths=DEATHS,
+            retries=retries,
+            describe=lambda place: f"unit {place + 1} of {len(units)}",
+        ).run()
         return [answers[k] for k in range(len(units))]
     finally:
-        for actor, _ in running.values():  # after an error the others would keep their CPUs
-            ray.kill(actor)
         if started:
             leave_cluster()

@@ -2,7 +2,7 @@
 
 Every export runs in a process of its own (seconds, peak memory), every result is scored against PyTorch fp32 on the
 same windows of the project's prose, decode times are medians of interleaved rounds.
-Try: ``python -m bench.studies.export_table demo --out docs/export-table-demo.md``.
+Try: ``python -m bench.studies.export_table demo --out docs/measurements/export-table-demo.md``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PEERS = ("optimum plain", "optimum O2", "genai builder fp32", "genai builder int
 
 @dataclass
 class Row:
-    """One export. Figures that could not be had are None, ``note`` says why."""
+    """One export. Values that could not be had are None, ``note`` says why."""
 
     name: str
     seconds: float | None = None
@@ -74,7 +74,7 @@ class Row:
 
 def export_once(job: dict[str, Any]) -> dict[str, Any]:
     """One export in this process. ``job``: kind (ours, plain, O2), checkpoint, out, spec."""
-    from bench.latency.peak_memory import peak_bytes
+    from bench.process.peak import peak_bytes
 
     started = time.perf_counter()
     out = Path(job["out"])
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=6, help="decode rounds")
     parser.add_argument("--genai-python", type=Path, help="python of an environment with onnxruntime-genai")
     parser.add_argument("--keep", type=Path, help="keep the exports in this folder")
-    parser.add_argument("--out", type=Path, help="Markdown file to write; the raw figures go beside it as .json")
+    parser.add_argument("--out", type=Path, help="Markdown file to write; the raw rows go beside it as .json")
     args = parser.parse_args(arguments)
     if args.once:
         print(json.dumps(export_once(json.loads(args.once))))

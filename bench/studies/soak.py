@@ -158,9 +158,7 @@ def _interrupted(session: Session, reference: Sequence[tuple[Job, Any]], count: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when nothing happened that must not, else 1."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from bench.progress import progress
     from runtime.loading import load
 
     parser = argparse.ArgumentParser(prog="python -m bench.studies.soak", description=__doc__.splitlines()[0])
@@ -186,10 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.closing(open_session()) as probe:
         vocab = probe.info.vocab_size
     todo = jobs(args.generations, vocab, args.longest, args.batch, args.new_tokens, args.seed)
-    err = Console(stderr=True)
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("generations", total=len(todo))
-        found = soak(open_session, todo, args.samples, args.interrupts, lambda: bar.advance(task))
+    with progress("generations", len(todo)) as bar:
+        found = soak(open_session, todo, args.samples, args.interrupts, bar.tick)
     if args.json:
         sys.stdout.write(json.dumps({**asdict(found), "growth": found.growth, "passed": found.passed}) + "\n")
     else:

@@ -5,38 +5,33 @@ Try: ``pytest bench/ --profile smoke -k decode``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from bench.data.loading import load_shipped
 from bench.gate.subject import Subject
-from bench.latency.measure import CpuBandwidth, CudaBandwidth, interleave, load_times, peak_memory
+from bench.latency.interleave import interleave, load_times, peak_memory
 from bench.latency.workload import Profile, latency_prompts
+from bench.machine.bandwidth import CpuBandwidth, CudaBandwidth
 from bench.peers.choice import LLAMA_CPP, TITLES, Peers, choose
 from bench.peers.choice import opener as peer_opener
 from bench.peers.optimum_ort import LABEL as OPTIMUM
 from bench.peers.optimum_ort import OptimumSession, plain_export
 from bench.peers.parity import PeerParity, peer_parity
 from bench.peers.table import PARITY
+from bench.progress import Bar
+from bench.progress import progress as progress_bar
 from export.cache import cache_dir
 from reports.record import Case, Floor, Load, Memory, Series, Side
 from runtime.session import Session
 from runtime.tensorrt import Shapes
 from runtime.torch_session import TorchSession
 
-Ticker = Callable[[str], None]
-Progress = Callable[[str, int], Any]
+Progress = Callable[[str, int | None], AbstractContextManager[Bar]]
 KIND = {"GroupQueryAttention": "fused", "Attention": "standard operators", "unfused": "plain"}
-
-
-@contextmanager
-def no_progress(_title: str, _total: int) -> Iterator[Ticker]:
-    """Shows nothing."""
-    yield lambda _message: None
 
 
 @dataclass
@@ -54,7 +49,7 @@ class Measuring:
     profile: Profile
     peers_asked: bool = False
     gguf: Path | None = None
-    progress: Progress = no_progress
+    progress: Progress = progress_bar
     series: list[Series] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
@@ -104,8 +99,8 @@ class Measuring:
         """optimum's plain export of the checkpoint, made once."""
         source = self.subject.baseline.source
         name = f"{source.name.replace('/', '--')}-{source.content_key[:12]}"
-        with self.progress("optimum's plain export, once", 1) as tick:
-            tick("optimum export (about a minute)")
+        with self.progress("optimum's plain export, once", 1) as bar:
+            bar.tick("optimum export (about a minute)")
             return plain_export(source.folder, cache_dir() / "plain" / name)
 
     def opener(self, label: str) -> Callable[[], Session]:
@@ -185,14 +180,14 @@ class Measuring:
             ids += self.subject.tokenizer(text)["input_ids"]
         samples: list[float] = []
         bandwidth = self._bandwidth() if headline else None
-        with self.progress(f"latency, {case.label}", len(sides) * (rounds + 1)) as tick:
+        with self.progress(f"latency, {case.label}", len(sides) * (rounds + 1)) as bar:
             self.series += interleave(
                 sides,
                 ids,
                 case,
                 rounds,
                 self.profile.warmup_cap,
-                tick,
+                bar.tick,
                 (lambda: samples.append(bandwidth())) if bandwidth else None,
             )
         if headline:
@@ -216,8 +211,8 @@ class Measuring:
         """Load times of a side; all sides are measured on first use."""
         if not self.loads:
             openers = {name: self.opener(name) for name in self.labels() if name not in TITLES}
-            with self.progress("load", len(openers) * self.profile.loads) as tick:
-                self.loads = load_times(openers, self.profile.loads, tick)
+            with self.progress("load", len(openers) * self.profile.loads) as bar:
+                self.loads = load_times(openers, self.profile.loads, bar.tick)
         return next(x for x in self.loads if x.side == label)
 
     def memory_of(self, label: str) -> Memory:
@@ -234,8 +229,8 @@ class Measuring:
                 "provider": where.provider if label == self.candidate else where.device,
                 "threads": where.threads,
             }
-            with self.progress("memory", 1) as tick:
-                tick(f"{label}: peak memory in a process of its own")
+            with self.progress("memory", 1) as bar:
+                bar.tick(f"{label}: peak memory in a process of its own")
                 found = peak_memory(label, self.headline, arguments)
             self.memory.append(found)
         return found

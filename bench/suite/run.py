@@ -15,17 +15,19 @@ from pathlib import Path
 from bench.data.loading import Dataset, load_dataset
 from bench.deployment import Deployment
 from bench.exported import exported_folder
+from bench.gate.found import CheckSpec
 from bench.gate.modes import MODES, SEED
 from bench.gate.subject import Subject
 from bench.gate.validate import Gate, make_subject
 from bench.latency.workload import PROFILES, Profile, choose_profile
 from bench.machine.environment import machine, versions
-from bench.suite.measuring import Measuring, Progress, no_progress
+from bench.progress import progress as progress_bar
+from bench.suite.measuring import Measuring, Progress
 from bench.suite.options import Options
 from export.manifest import Manifest
 from export.source import Source, resolve
 from reports.record import ModelFacts, Outcome, RunRecord
-from reports.validation import Validation
+from reports.validation import CheckResult
 
 SUITE = (str(Path(__file__).parents[1]), "--import-mode=importlib", "-p", "no:cacheprovider")
 """What ``llama-onnx bench`` puts before the user's own options."""
@@ -43,11 +45,10 @@ class Run:
     """State of one run."""
 
     options: Options
-    progress: Progress = no_progress
+    progress: Progress = progress_bar
     command: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.time)
     outcomes: list[Outcome] = field(default_factory=list)
-    _validation: Validation | None = None
 
     # -- what is under test -------------------------------------------------------------------------------------------
 
@@ -64,8 +65,8 @@ class Run:
     @cached_property
     def source(self) -> Source:
         """The baseline's checkpoint."""
-        with self.progress("model", 1) as tick:
-            return resolve(self.options.model, status=tick)
+        with self.progress("model", 1) as bar:
+            return resolve(self.options.model, status=bar.say)
 
     @cached_property
     def folder(self) -> Path:
@@ -74,9 +75,9 @@ class Run:
         if o.exported:
             return o.exported.expanduser()
         precision = o.precision if o.precision != "auto" else "fp32" if device == "cpu" else "fp16"
-        with self.progress("export", 100) as tick:
+        with self.progress("export", None) as bar:
             return exported_folder(
-                self.source, o.model, precision, device, o.target, o.method, self.dataset.calibration, tick
+                self.source, o.model, precision, device, o.target, o.method, self.dataset.calibration, bar.say
             )
 
     @cached_property
@@ -116,6 +117,12 @@ class Run:
         m = self.measuring
         return bool(self.gate.results or m.series or m.memory or m.loads)
 
+    def check(self, spec: CheckSpec) -> CheckResult:
+        """One check of the gate, with a progress bar."""
+        with self.progress(f"gate, {spec.name}", None) as bar:
+            self.subject.tick, self.subject.progress = bar.say, bar.at
+            return self.gate.result(spec)
+
     def close_gate(self) -> None:
         """Free the gate's models before anything is timed."""
         self.subject.close()
@@ -135,7 +142,6 @@ class Run:
         validation = self.gate.validation(command=self.command) if self.gate.results else None
         skipped = [f"peer {label} skipped: {why}" for label, why in m.peers.skipped.items()]
         return RunRecord(
-            schema_version=1,
             tool_version=versions().get("llama-onnx-bench", "unknown"),
             created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             duration_s=time.time() - self.started,

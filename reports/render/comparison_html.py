@@ -1,11 +1,11 @@
 """The page of a comparison: one self-contained ``index.html`` with the verdict on its first screen.
 
 Everything from a comparison is data: jinja2 escapes it. A large family stays light: the first rows of the table are in
-the page, the rest wait in an inert ``<template>`` for the script; the forest plot and the cases' pictures are cut, and
+the page, the rest wait in an inert ``<template>`` for the script; the forest plot and the cases' plots are cut, and
 the page says by how much.
 
 Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_html as h;
-print(len(h.render_comparison(c.Comparison.model_validate_json(pathlib.Path('report.json').read_text()))))"``.
+print(len(h.render_comparison(c.Comparison.model_validate_json(pathlib.Path('comparison.json').read_text()))))"``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ForestGroup:
 
 @dataclass(frozen=True)
 class CaseView:
-    """One case with its pictures."""
+    """One case with its plots."""
 
     group: CaseGroup
     opened: bool
@@ -56,8 +56,8 @@ class CaseView:
     trace: svg.Plot | None
 
 
-def render_comparison(comparison: Comparison, source: str = "report.json") -> str:
-    """The whole page of a comparison; equal comparisons give equal bytes. ``source`` names the JSON beside the page."""
+def render_comparison(comparison: Comparison) -> str:
+    """The whole page of a comparison; equal comparisons give equal bytes."""
     digest = Digest(comparison)
     filters: dict[str, Callable[..., Any]] = {
         "value": cw.value,
@@ -75,7 +75,7 @@ def render_comparison(comparison: Comparison, source: str = "report.json") -> st
         "glyph": lambda status: cw.GLYPHS[status],
         "spark": plots.sparkline,
     }
-    return render("comparison.html.j2", comparison, _context(digest) | {"source": source}, filters)
+    return render("comparison.html.j2", comparison, _context(digest) | {"source": "comparison.json"}, filters)
 
 
 def _tone(result: Result, parity_fails: bool) -> str:

@@ -1,6 +1,6 @@
-"""The pictures of a comparison: forest plot, pairs, distributions, machine trace, sparkline.
+"""The plots of a comparison: forest plot, pairs, distributions, machine trace, sparkline.
 
-Every picture has a description in words. Statuses and sides differ by shape as well as by colour.
+Every plot has a description in words. Statuses and sides differ by shape as well as by colour.
 
 Try: ``python -c "import reports.render.comparison_plots as p; help(p.forest)"``.
 """
@@ -39,7 +39,7 @@ _FURTHEST = math.log(1.6)
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One line of the forest plot: the result and its picture (decoration: the figures stand beside it as text)."""
+    """One line of the forest plot: the result and its drawing (decoration: the numbers are beside it as text)."""
 
     result: Result
     svg: str
@@ -182,7 +182,7 @@ def machine_trace(records: Sequence[CaseRecord]) -> Plot | None:
 
 
 def sparkline(history: History) -> str:
-    """A metric's past as a small line; a step is a dashed upright, the last point is marked."""
+    """A metric's past as a small line; a step is a dashed vertical line, the last point is marked."""
     values = [p.value for p in history.points]
     if not values:
         return ""

@@ -65,7 +65,8 @@ def render(
         is_hash=lambda name: name.endswith("SHA-256") or name in ("Spec digest", "Fingerprint"),
         tone=tone,
         mark=lambda word: "!" if word == "SUSPICIOUS" else _MARKS[tone(word)],
-        cap=lambda text: text[:1].upper() + text[1:],
+        cap=words.capitalised,
+        finding=words.finding,
         svg=Markup,
     )
     env.filters.update(filters)

@@ -29,7 +29,7 @@ from reports.summary import (
     memory_rows,
     ordered_sides,
 )
-from reports.verdict import Verdict, judge
+from reports.verdict import Verdict, judge, other_outcomes
 
 SECTIONS = (
     ("latency", "Latency"),
@@ -114,7 +114,7 @@ def facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _context(record: RunRecord) -> dict[str, Any]:
     verdict, case = judge(record), headline_case(record)
-    told = [o for o in record.outcomes if o.outcome != "passed"]
+    tests = other_outcomes(record)
     return {
         "record": record,
         **parity.context(record.validation),
@@ -133,8 +133,8 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "loads": load_rows(record),
         "styles": plots.side_styles(record),
         "plots": plots.all_plots(record),
-        "outcome_counts": list(Counter(o.outcome for o in record.outcomes).items()),
-        "outcomes_told": told,
+        "outcome_counts": list(Counter(o.outcome for o in tests).items()),
+        "outcomes_told": [o for o in tests if o.outcome != "passed"],
         "facts": facts(record),
         "differences": [],
         "glossary": words.GLOSSARY,

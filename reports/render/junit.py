@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 from reports.record import Outcome, RunRecord
 from reports.render import words
 from reports.validation import CheckResult, Status, TaskMetric, Validation
-from reports.verdict import GATE_TESTS
+from reports.verdict import other_outcomes
 
 # Characters that XML 1.0 cannot hold even as entities.
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -23,8 +23,7 @@ _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff
 def render_junit(record: RunRecord) -> str:
     """JUnit XML of a record (the Jenkins dialect that GitHub, GitLab and Jenkins viewers read)."""
     root = ET.Element("testsuites", name="llama-onnx-bench")
-    told = [o for o in record.outcomes if record.validation is None or not o.test.startswith(GATE_TESTS)]
-    suites = [suite_of(root, "bench", [_outcome(o) for o in told], record.created_utc)]
+    suites = [suite_of(root, "bench", [_outcome(o) for o in other_outcomes(record)], record.created_utc)]
     if record.validation is not None:
         suites.append(suite_of(root, "parity", parity_cases(record.validation), record.created_utc))
     return finished(root, suites, sum(o.seconds for o in record.outcomes))
@@ -99,7 +98,7 @@ def _judged(case: ET.Element, status: Status, message: str) -> ET.Element:
 
 def _check(r: CheckResult) -> ET.Element:
     case = case_of("parity.checks", r.name, r.seconds)
-    more = "".join(f"\n{f.where}: {f.what}" for f in r.findings[1:])
+    more = "".join(f"\n{words.finding(f)}" for f in r.findings)
     if r.status == "SKIPPED":
         add(case, "skipped", "skipped", r.summary)
         return case

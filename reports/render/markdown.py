@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Sequence
 
 from reports.record import RunRecord
-from reports.render import words
+from reports.render import parity, words
 from reports.stats import Estimate
 from reports.summary import floor_rows, floor_s, headline_case, latency_rows, load_rows, memory_rows
 from reports.targets import Target
@@ -183,11 +183,12 @@ def parity_blocks(validation: Validation | None) -> list[str]:
     if validation is None:
         return ["### Parity\n\nParity was not examined: this may or may not still be the same model."]
     v = validation
-    where = f"Tolerance tier {escape(v.tier, 40)}, mode {v.mode}, against {escape(v.baseline)}, on {escape(v.dataset)}."
+    where = f"Tolerance tier {escape(v.tier, 40)}, mode {escape(v.mode, 40)}, "
+    where += f"against {escape(v.baseline)}, on {escape(v.dataset)}."
     if v.place:
         where += f"\n\n**Leaves the baseline at** {escape(v.place.detail, 300)}"
     cells = []
-    for r in v.results:
+    for r in parity.ordered(v):
         m = r.measurements[0] if r.measurements else None
         told = [escape(words.number(x, m.unit, m.limit), 60) for x in (m.value, m.bound)] if m else []
         limit = escape(words.limit_text(m.limit, m.better, m.unit), 60) if m else words.DASH

@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from reports.render import words
-from reports.validation import RANK, Measurement, Validation
+from reports.validation import RANK, CheckResult, Measurement, Validation
 
 EXAMPLES_SHOWN = 20
+FINDINGS_SHOWN = 5
+STANDING_OUT = RANK[: RANK.index("PASS")]
+"""Statuses whose checks stand first, each with what it looks at and what it found."""
 
 
 def word(validation: Validation | None) -> str:
@@ -55,6 +58,16 @@ def line(validation: Validation | None) -> str:
     return ", ".join(told)
 
 
+def ordered(validation: Validation | None) -> list[CheckResult]:
+    """The results, failed and undecided ones first."""
+    return sorted(validation.results, key=lambda r: RANK.index(r.status)) if validation else []
+
+
+def counts(validation: Validation) -> list[tuple[str, int]]:
+    """How many checks have each status that occurs."""
+    return [(status, n) for status in RANK if (n := len(validation.of(status)))]
+
+
 def leading(validation: Validation | None) -> Measurement | None:
     """The measurement to show beside a speed-up: the worst, and of equals the mean KL divergence."""
     every = [m for r in validation.results for m in r.measurements] if validation else []
@@ -84,6 +97,9 @@ def context(validation: Validation | None) -> dict[str, Any]:
         "parity_short": short(validation),
         "parity_line": line(validation),
         "leading": measurement_line(leading(validation)),
+        "results": ordered(validation),
+        "standing_out": STANDING_OUT,
+        "findings_shown": FINDINGS_SHOWN,
         "examples": validation.examples[:EXAMPLES_SHOWN] if validation else [],
     }
 

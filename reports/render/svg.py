@@ -22,7 +22,7 @@ LEFT, RIGHT = 2.0, 98.0
 """Percentages between which data are drawn, so that a mark at the end is not cut."""
 
 LABELLED = 12.0
-"""Percentage from which data are drawn where an upright axis has its labels at the left."""
+"""Percentage from which data are drawn where a vertical axis has its labels at the left."""
 
 LABEL_CHARS = 44
 """Characters of name and value together above one row: they share the width of a phone."""
@@ -48,7 +48,7 @@ _MARKS = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot of a page: a title, the picture and what it shows, in words."""
+    """One plot of a page: a title, the drawing and what it shows, in words."""
 
     title: str
     svg: str
@@ -57,7 +57,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class StripRow:
-    """One row of a strip of dots: its name, what stands at its right, its samples and how they are drawn."""
+    """One row of a strip of dots: its name, the text at its right, its samples and how they are drawn."""
 
     name: str
     told: str
@@ -88,7 +88,7 @@ class Axis:
         return self.left + min(max(share, 0.0), 1.0) * (RIGHT - self.left)
 
     def rise(self, value: float, top: float, bottom: float) -> float:
-        """Pixels from the top of the picture, where this axis stands upright between ``top`` and ``bottom``."""
+        """Pixels from the top of the plot, where this axis is vertical between ``top`` and ``bottom``."""
         share = (value - self.low) / (self.high - self.low)
         return bottom - min(max(share, 0.0), 1.0) * (bottom - top)
 
@@ -175,7 +175,7 @@ def across(axis: Axis, top: float, bottom: float, label: str) -> str:
 
 
 def level(label: str, y: float, klass: str = "grid") -> str:
-    """A line of an upright axis with its value at the left."""
+    """A line of a vertical axis with its value at the left."""
     return line(LABELLED, y, 100, y, klass) + text(label, 0, y + 4, klass="t")
 
 

@@ -40,7 +40,7 @@ def print_check(result: CheckResult, console: Console) -> None:
     line.append(result.summary)
     console.print(line, soft_wrap=True)
     for finding in result.findings[1:4]:
-        console.print(Text(f"{'':<{_NAME}} also {finding.where}: {finding.what}", style="dim"), soft_wrap=True)
+        console.print(Text(f"{'':<{_NAME}} also {words.finding(finding)}", style="dim"), soft_wrap=True)
 
 
 def print_verdict(found: Validation, console: Console) -> None:
@@ -58,6 +58,13 @@ def print_verdict(found: Validation, console: Console) -> None:
         console.print(Text(f"  leaves the baseline at {found.place.detail}"), soft_wrap=True)
     for note in found.notes:
         console.print(Text(f"  note: {note}", style="dim"), soft_wrap=True)
+
+
+def print_validation(found: Validation, console: Console) -> None:
+    """Every check, then the verdict."""
+    for result in found.results:
+        print_check(result, console)
+    print_verdict(found, console)
 
 
 def headline(v: Validation) -> str:
@@ -86,6 +93,7 @@ def render_validation(v: Validation) -> str:
         "word": WORDS[v.verdict],
         "sections": SECTIONS,
         "headline": headline(v),
+        "counts": parity.counts(v),
         "ran_on": _ran_on(v),
         "sure_line": _sure(v),
         "not_examined": unexamined(v),

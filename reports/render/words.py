@@ -17,6 +17,7 @@ from decimal import Decimal
 from reports.base import Machine
 from reports.record import RunRecord
 from reports.stats import Estimate
+from reports.validation import Finding
 
 DASH = "–"
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -152,7 +153,7 @@ def when(stamp: str) -> str:
 
 
 def number(value: float | None, unit: str = "", limit: float | None = None) -> str:
-    """A parity figure with just more digits than its limit has, so that the two can be told apart."""
+    """A parity metric with just more digits than its limit has, so that the two can be told apart."""
     if value is None:
         return DASH
     suffix = UNITS.get(unit, unit)
@@ -180,7 +181,7 @@ def difference(value: float | None) -> str:
 
 
 def limit_text(limit: float | None, better: str, unit: str = "") -> str:
-    """Such as ``≤ 1e-8``: the side on which the figure must lie and the limit itself, all its digits."""
+    """Such as ``≤ 1e-8``: the side on which the value must lie and the limit itself, all its digits."""
     if limit is None:
         return DASH
     sign = {"lower": "≤", "higher": "≥", "equal": "≈"}[better]
@@ -201,6 +202,18 @@ def _decimals(value: float) -> int:
 def shorten(text: str, limit: int) -> str:
     """At most ``limit`` characters, with an ellipsis where something was cut."""
     return text if len(text) <= limit else text[: max(limit - 1, 0)].rstrip() + "…"
+
+
+def finding(found: Finding) -> str:
+    """Where, what, and the decoder layer if it is known."""
+    layer = "" if found.layer is None else f" (layer {found.layer})"
+    return f"{found.where}: {found.what}{layer}"
+
+
+def capitalised(text: str) -> str:
+    """With a capital first letter, unless it begins with the name of a file or a key."""
+    first = text.partition(" ")[0].rstrip(",;:.")
+    return text[:1].upper() + text[1:] if first.replace("-", "").isalpha() else text
 
 
 def plain(value: object) -> str:

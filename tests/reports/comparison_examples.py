@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import math
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,8 @@ from reports.comparison import (
     Result,
     Verdict,
 )
-from reports.record import Machine, Parity
+from reports.record import Machine
+from tests.reports.validation_examples import example_validation
 
 METRICS = (("ttft", 0.089), ("tpot", 0.0163), ("total", 0.594))
 CASES = {
@@ -171,64 +171,6 @@ def _result(case: str, metric: str, value: float, status: str, pairs: int) -> Re
     )
 
 
-def example_parity(failing: bool = False) -> Parity:
-    """Two checks with their null control, one task metric, one example."""
-    check: dict[str, Any] = {"better": "lower", "samples": 10189, "detail": "10,189 tokens in 30 chunks"}
-    return Parity(
-        tier="fp32",
-        baseline="pytorch-cpu",
-        dataset="shipped",
-        checks=[
-            {
-                **check,
-                "name": "perplexity_ratio",
-                "title": "Perplexity ratio",
-                "status": "FAIL" if failing else "PASS",
-                "value": 1.227 if failing else 1.0000001,
-                "bound": 1.25 if failing else 1.0000002,
-                "limit": 1.00001,
-                "null_value": 1.0000001,
-                "unit": "",
-            },
-            {
-                **check,
-                "name": "mean_kld",
-                "title": "Mean KL divergence",
-                "status": "FAIL" if failing else "PASS",
-                "value": 0.26 if failing else 1.5e-11,
-                "bound": 0.31 if failing else 2.1e-11,
-                "limit": 1e-8,
-                "null_value": 6e-12,
-                "unit": "nats",
-            },
-        ],
-        tasks=[
-            {
-                "task": "qa",
-                "metric": "token F1",
-                "candidate": 61.2,
-                "baseline": 61.2,
-                "candidate_vs_baseline": 100.0,
-                "difference_bound": 0.0,
-                "limit": -0.061,
-                "status": "PASS",
-                "items": 20,
-                "settings": "SQuAD normalisation",
-            }
-        ],
-        examples=[
-            {
-                "task": "qa",
-                "item": "q1",
-                "prompt": "Who sat on the mat?",
-                "reference": "the cat",
-                "candidate": "The cat.",
-                "baseline": "The cat.",
-            }
-        ],
-    )
-
-
 def _history() -> History:
     values = [0.0158, 0.0159, 0.0157, 0.0158, 0.0156, 0.0163, 0.0164, 0.0163, 0.0162, 0.0164]
     points = [
@@ -298,12 +240,10 @@ def example_comparison(
         ),
         verdict=Verdict(
             outcome="FAIL",
-            exit_code=1,
             reasons=["tpot of b1-p128-n32: slower by 4.8 %", "b8-p512-n32: candidate ran out of memory"],
         ),
         results=results,
-        parity=example_parity(failing_parity) if parity else None,
-        parity_outcome=("FAIL" if failing_parity else "PASS") if parity else None,
+        validation=example_validation(failing="mean_kld" if failing_parity else "") if parity else None,
         machine=Machine(
             fingerprint="0123456789abcdef",
             cpu="AMD EPYC",
@@ -327,5 +267,6 @@ def example_comparison(
             "results": [r.model_copy(update={"case": hostile}) if r.case == first else r for r in made.results],
             "records": [r.model_copy(update={"case": hostile}) if r.case == first else r for r in made.records],
             "candidate": made.candidate.model_copy(update={"label": hostile}),
+            "validation": made.validation and example_validation(hostile=hostile),
         }
     )

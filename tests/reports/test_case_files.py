@@ -13,7 +13,7 @@ from scipy import stats
 from reports.case_files import from_pytest_benchmark, from_run_record, read_any, read_records
 from reports.compare import Rules
 from reports.comparison import CaseRecord, Comparison
-from reports.record import RecordError
+from reports.errors import RecordError
 from reports.render.comparison_html import render_comparison
 from reports.render.comparison_markdown import render_comparison_markdown
 from reports.unpaired import compare_files, judge_unpaired, welch

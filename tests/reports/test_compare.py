@@ -10,7 +10,7 @@ import pytest
 
 from reports.compare import Rules, judge, needs_extension, verdict_of
 from reports.comparison import CaseRecord
-from tests.reports.comparison_examples import example_parity
+from tests.reports.validation_examples import example_validation
 
 
 def record(case: str, side: str, pair: int, tpot: float | None, **more: Any) -> CaseRecord:
@@ -172,10 +172,10 @@ def test_a_decided_metric_keeps_its_decision_where_another_of_its_case_is_extend
 def test_parity_failure_fails_a_faster_candidate():
     judged = judge(pairs("fast", 0.5))
     assert judged.verdict.outcome == "PASS"
-    failed = verdict_of(judged.results, parity=example_parity(failing=True))
+    failed = verdict_of(judged.results, validation=example_validation(failing="mean_kld"))
     assert (failed.outcome, failed.exit_code) == ("FAIL", 1)
     assert failed.reasons[0].startswith("parity")
-    assert verdict_of(judged.results, parity=example_parity()).outcome == "PASS"
+    assert verdict_of(judged.results, validation=example_validation()).outcome == "PASS"
 
 
 def test_a_large_family_shares_its_variances():

@@ -1,4 +1,4 @@
-"""A comparison's page in real Chromium: sort, filter, keyboard, dark mode, phone, print, axe, no console errors."""
+"""Pages of comparisons and validations in real Chromium: sort, filter, keyboard, themes, phone, print, axe, errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 
 from reports.render.comparison_html import ROWS_SHOWN, render_comparison
 from reports.render.html import render_html
+from reports.render.validation import render_validation
 from tests.reports.comparison_examples import example_comparison
+from tests.reports.validation_examples import example_validation
 
 CHROMIUM = Path("/usr/bin/chromium")
 REQUIRED = bool(os.environ.get("LLAMA_ONNX_REQUIRE_BROWSER"))
@@ -135,13 +137,14 @@ def test_a_link_opens_its_case(open_page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("page_kind", ["comparison", "failing parity", "run"])
+@pytest.mark.parametrize("page_kind", ["comparison", "failing parity", "run", "validation", "failing validation"])
 def test_axe_finds_nothing_serious(open_page, make_record, scheme, page_kind):
-    text = (
-        render_html(make_record())
-        if page_kind == "run"
-        else render_comparison(example_comparison(failing_parity=page_kind != "comparison"))
-    )
+    if page_kind == "run":
+        text = render_html(make_record())
+    elif "validation" in page_kind:
+        text = render_validation(example_validation(failing="mean_kld" if "failing" in page_kind else ""))
+    else:
+        text = render_comparison(example_comparison(failing_parity="failing" in page_kind))
     page = open_page(text, color_scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     found = axe_module.Axe().run(page).response["violations"]
@@ -172,6 +175,34 @@ def test_no_horizontal_scroll_on_a_phone(open_page, hostile):
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.locator(".results").evaluate("e => e.scrollWidth > e.clientWidth")
+
+
+@pytest.mark.parametrize("hostile", ["", "W" * 200, HOSTILE])
+@pytest.mark.parametrize("failing", ["", "mean_kld", "weights"])
+def test_a_validation_is_whole_on_a_phone(open_page, failing, hostile):
+    text = render_validation(example_validation(failing=failing, hostile=hostile))
+    page = open_page(text, viewport={"width": 390, "height": 844})
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    # Each check is a card: its table has nothing beyond the right edge.
+    assert page.locator(".cards").evaluate_all("all => all.map(e => e.scrollWidth - e.clientWidth)") == [0, 0]
+    # Each number stands beside its name, which is a column's head on a wide screen.
+    shown = page.locator(".cards td[data-label=limit]").first
+    assert shown.evaluate("e => getComputedStyle(e, '::before').content") == '"limit "'
+
+
+def test_first_screens_of_a_validation(open_page):
+    text = render_validation(example_validation(failing="weights"))
+    for size in ((1280, 800), (390, 844)):
+        page = open_page(text, viewport=dict(zip(("width", "height"), size, strict=True)))
+        for selector in ("h1", ".counts", ".facts"):
+            box = page.locator(selector).first.bounding_box()
+            assert box["y"] + box["height"] <= size[1], (size, selector)
+    # On a desktop a check that passed is one line, so that all of them are seen in one look.
+    page = open_page(text, viewport={"width": 1280, "height": 800})
+    heights = page.locator(".cards tr:has(.status.pass)").evaluate_all("rows => rows.map(r => r.clientHeight)")
+    assert len(heights) > 15
+    assert max(heights[:15]) < 45
 
 
 def test_first_screen_holds_the_answer(open_page):

@@ -13,8 +13,8 @@ from rich.console import Console
 from bench.cli.main import main
 from reports.comparison import Comparison
 from reports.comparison_summary import Digest
+from reports.errors import RecordError
 from reports.publish import publish, read_any, write_comparison
-from reports.record import RecordError
 from reports.render import comparison_words as cw
 from reports.render import svg
 from reports.render.comparison_html import CASES_SHOWN, ROWS_SHOWN, render_comparison
@@ -170,7 +170,7 @@ def test_junit_fails_exactly_when_the_exit_code_does(statuses):
     code = 1 if "REGRESSION" in statuses else 3 if "INCONCLUSIVE" in statuses else 0
     outcome = {0: "PASS", 1: "FAIL", 3: "INCONCLUSIVE"}[code]
     made = only(*statuses)
-    verdict = made.verdict.model_copy(update={"exit_code": code, "outcome": outcome})
+    verdict = made.verdict.model_copy(update={"outcome": outcome})
     root = ET.fromstring(render_comparison_junit(made.model_copy(update={"verdict": verdict})))
     assert (int(root.get("failures")) > 0) == (code != 0)
     assert int(root.get("tests")) == len(list(root.iter("testcase")))
@@ -205,7 +205,7 @@ def test_a_large_family_stays_light_and_says_what_was_cut():
     assert body.count("<tr data-status") == ROWS_SHOWN
     assert held.count("<tr data-status") == 3000 - ROWS_SHOWN
     assert body.count('<details class="case"') + held.count('<details class="case"') == CASES_SHOWN
-    assert f"{3000 - CASES_SHOWN:,} more are in report.json" in page
+    assert f"{3000 - CASES_SHOWN:,} more are in comparison.json" in page
     assert "2,940 less pressing results" in page
 
 
@@ -250,11 +250,11 @@ def test_equal_comparisons_give_equal_bytes():
     assert render_comparison(example_comparison()) == render_comparison(example_comparison())
 
 
-@pytest.mark.parametrize("left", ["machine", "parity", "seed", "records", "history", "results", "warnings"])
+@pytest.mark.parametrize("left", ["machine", "validation", "seed", "records", "history", "results", "warnings"])
 def test_whatever_is_missing_renders(left):
     made = example_comparison()
     empty = [] if isinstance(getattr(made, left), list) else None
-    bare = made.model_copy(update={left: empty, **({"parity_outcome": None} if left == "parity" else {})})
+    bare = made.model_copy(update={left: empty})
     bare = Comparison.model_validate_json(bare.to_json())
     print_comparison(bare, Console(file=io.StringIO()))
     for render in (render_comparison, render_comparison_markdown, render_comparison_junit):
@@ -267,8 +267,8 @@ def test_report_command_recognises_a_comparison(tmp_path, capsys):
     assert main(["report", str(source), "--out", str(tmp_path / "out")]) == 1
     assert "we are sure" in " ".join(capsys.readouterr().out.split())
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"index.html", "report.md", "report.json", "junit.xml"}
-    assert read_any(tmp_path / "out" / "report.json") == example_comparison()
+    assert names == {"index.html", "report.md", "comparison.json", "junit.xml"}
+    assert read_any(tmp_path / "out" / "comparison.json") == example_comparison()
 
 
 def test_a_run_is_still_recognised(make_record, tmp_path):
@@ -279,7 +279,7 @@ def test_a_run_is_still_recognised(make_record, tmp_path):
 
 
 def test_a_broken_comparison_names_the_place(tmp_path):
-    path = write_comparison(example_comparison(), tmp_path).parent / "report.json"
+    path = write_comparison(example_comparison(), tmp_path).parent / "comparison.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"alpha": 0.05', '"alpha": "none"'), encoding="utf-8")
     with pytest.raises(RecordError, match=r"family\.alpha"):
         read_any(path)

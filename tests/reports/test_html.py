@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import reports.render.html as html_module
-from reports.render.html import EXAMPLES_SHOWN, render_html
+from reports.render.html import render_html
+from reports.render.parity import EXAMPLES_SHOWN
 from reports.render.plots import SHAPES, all_plots
 from reports.render.svg import DOTS
 from reports.summary import floor_rows, floor_s, headline_case
@@ -108,7 +109,7 @@ def test_first_screen_answers(make_record):
     top = Page(text[: text.index("</header>")] + "</header></body></html>").words
     for answer in (
         "PASSED",
-        "Same model as PyTorch? Yes 11 of 11 checks pass at tier fp32, 1 suspicious",
+        "Same model as PyTorch? Yes 17 of 17 checks pass, tolerance tier fp32, mode standard, 1 suspicious (Tail KLD)",
         "2.86×",
         "95 % interval 2.85 to 2.91",
         "1.77×",
@@ -188,7 +189,7 @@ def test_tables_hold_the_measurements(make_record):
     for text in (
         "decode over the memory floor ✕ MISSED 1.43 ≤ 1.35 x",
         "✓ PASS 1.6e-11 nats 2.1e-11 nats ≤ 1e-8 nats 8e-12 nats 2,040",
-        "How far the odds for the next token stray from PyTorch's",
+        "Mean KL divergence of next-token distributions. 2040 tokens in 8 chunks.",
         "Summaries, ROUGE-L",
         "llama-onnx bench --profile quick --out 'my report'",
         "GroupQueryAttention × 30",
@@ -202,16 +203,19 @@ def test_tables_hold_the_measurements(make_record):
 
 def test_not_finite_figures_do_not_break_the_page(make_record):
     record = make_record()
-    checks = [c.model_copy(update={"value": float("nan"), "bound": float("inf")}) for c in record.parity.checks]
-    changed = record.model_copy(update={"parity": record.parity.model_copy(update={"checks": checks})})
-    words = Page(render_html(changed)).words
+    nowhere = {"value": float("nan"), "bound": float("inf")}
+    results = [
+        r.model_copy(update={"measurements": [m.model_copy(update=nowhere) for m in r.measurements]})
+        for r in record.validation.results
+    ]
+    words = Page(render_html(make_record(validation=record.validation.model_copy(update={"results": results})))).words
     assert "not a number" in words
     assert "infinite" in words
 
 
 def test_examples_are_capped_and_the_page_stays_small(make_record):
     text = render_html(make_record(examples=5000))
-    assert text.count("<details>") == EXAMPLES_SHOWN
+    assert text.count("the two are identical") == EXAMPLES_SHOWN
     assert f"{EXAMPLES_SHOWN} of 5000 examples" in text
     assert len(text) < 400_000
 

@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 
 import reports.record as record_module
-from reports.record import RecordError, json_schema, read_record
+from reports.errors import RecordError
+from reports.record import json_schema, read_record
 
 SCHEMA = Path(record_module.__file__).with_name("record.schema.json")
 
@@ -58,7 +59,7 @@ def test_read_record_names_the_place(make_record, tmp_path, change, message):
         read_record(path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "schema version None")])
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "of kind None")])
 def test_read_record_of_no_record(tmp_path, text, message):
     path = tmp_path / "record.json"
     path.write_text(text, encoding="utf-8")

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reports.store import Point, Store, StoreError, find_steps, points_of, read_comparison_records
+from reports.case_files import read_any
+from reports.store import Point, Store, StoreError, find_steps, points_of
 from tests.reports.comparison_examples import example_comparison
 
 
@@ -74,7 +75,7 @@ def test_points_are_medians_of_undisturbed_records(tmp_path: Path):
     made = example_comparison()
     path = tmp_path / "comparison.json"
     path.write_text(made.to_json())
-    records, at, run = read_comparison_records(path)
+    records, at, run = read_any(path, "candidate"), made.created_utc, "run"
     assert {r.side for r in records} == {"candidate"}
     found = points_of(records, at, run, "label")
     assert ("b1-p128-n32", "tpot") in {(p.case_name, p.metric) for p in found}

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from reports.summary import floor_rows, headline_case
-from reports.targets import Target, targets
+from reports.targets import Target, targets_of
 
 NAMES = [
     "decode against PyTorch eager",
@@ -18,7 +18,7 @@ NAMES = [
 
 
 def names(record):
-    return [t.name for t in targets(record)]
+    return [t.name for t in targets_of(record)]
 
 
 def without(record, *labels):
@@ -32,7 +32,7 @@ def test_targets_are_ratios_of_the_candidate_over_the_others(make_record):
     record = make_record()
     case = headline_case(record)
     ours, pytorch, optimum = (record.find(case, s).rounds for s in ("onnx", "pytorch", "optimum-ort"))
-    found = {t.name: t for t in targets(record)}
+    found = {t.name: t for t in targets_of(record)}
     assert list(found) == NAMES
     for name, metric, other in (
         (NAMES[0], "tpot_s", pytorch),

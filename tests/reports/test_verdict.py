@@ -8,26 +8,42 @@ import pytest
 
 from reports.record import Case
 from reports.summary import floor_rows, floor_s, gap_rows, headline_case, latency_rows
-from reports.verdict import judge, parity_answer, speed_sentence, tokens_scored
+from reports.validation import Evidence, decide_verdict, overall
+from reports.verdict import judge, parity_answer, speed_sentence
+from tests.reports.validation_examples import example_validation
 
-STATUSES = ("PASS", "FAIL", "INCONCLUSIVE", "REPORTED", "SUSPICIOUS")
+STATUSES = ("PASS", "FAIL", "INCONCLUSIVE", "REPORTED", "SUSPICIOUS", "SKIPPED")
+EVERY = [chosen for n in range(len(STATUSES) + 1) for chosen in itertools.combinations(STATUSES, n)]
 
 
 def _expected(statuses):
     """The rule, written down independently of the code."""
     if any(s == "FAIL" for s in statuses):
-        return "different", 1
+        return "FAIL", "different", 1
     if any(s == "INCONCLUSIVE" for s in statuses):
-        return "undecided", 3
+        return "INCONCLUSIVE", "undecided", 3
     if {"PASS", "SUSPICIOUS"} & set(statuses):
-        return "same", 0
-    return "not examined", 3
+        return "PASS", "same", 0
+    return "INCONCLUSIVE", "undecided", 3
 
 
-@pytest.mark.parametrize("n", range(len(STATUSES) + 1))
-def test_parity_truth_table(n):
-    for statuses in itertools.combinations(STATUSES, n):
-        assert parity_answer(statuses) == _expected(statuses)[0]
+def test_truth_table_of_the_verdict():
+    for statuses in EVERY:
+        validation = example_validation(statuses=statuses)
+        word, answer, code = _expected(statuses)
+        assert (overall(statuses), validation.verdict) == (word, word)
+        assert (parity_answer(validation), validation.exit_code) == (answer, code)
+    assert parity_answer(None) == "not examined"
+
+
+def test_reasons_name_the_checks_that_decided():
+    assert decide_verdict([]) == ("INCONCLUSIVE", ["no check could judge anything"])
+    assert example_validation(statuses=["FAIL", "INCONCLUSIVE", "PASS"]).reasons == ["c0: 10 files as published"]
+    assert example_validation(statuses=["INCONCLUSIVE", "PASS"]).reasons == ["c0: 10 files as published"]
+    assert example_validation().reasons == ["17 checks passed", "suspicious though inside their margins: tail_kld"]
+    assert example_validation(failing="weights").reasons == [
+        "weights: model.layers.3.mlp.up_proj.weight: 6 of 884,736 values differ (and 4 more)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -44,23 +60,15 @@ def test_parity_truth_table(n):
 )
 def test_exit_code_follows_parity(make_record, statuses):
     verdict = judge(make_record(statuses=statuses))
-    assert (verdict.parity, verdict.exit_code) == _expected(statuses)
+    assert (verdict.outcome, verdict.parity, verdict.exit_code) == _expected(statuses)
     assert verdict.word == {0: "PASSED", 1: "FAILED", 3: "INCONCLUSIVE"}[verdict.exit_code]
-
-
-def test_a_task_metric_decides_as_a_check_does(make_record):
-    record = make_record()
-    tasks = [t.model_copy(update={"status": "FAIL"}) for t in record.parity.tasks[:1]]
-    changed = record.model_copy(update={"parity": record.parity.model_copy(update={"tasks": tasks})})
-    assert judge(changed).parity == "different"
-    assert judge(changed).failed == ("Summaries: ROUGE-L",)
 
 
 def test_the_lists_name_their_checks(make_record):
     verdict = judge(make_record(failing_check=True))
-    assert verdict.failed == ("Mean KL divergence",)
-    assert verdict.suspicious == ("99.9 % KL divergence",)
-    assert (verdict.passed, verdict.gated) == (10, 11)
+    assert verdict.failed == ("Mean KLD",)
+    assert verdict.suspicious == ("Tail KLD",)
+    assert (verdict.passed, verdict.gated) == (16, 17)
     assert verdict.headline.startswith("Different model, ")
 
 
@@ -71,6 +79,16 @@ def test_a_failed_test_fails_the_run(make_record, outcome):
     assert (verdict.exit_code, verdict.parity, verdict.failed_tests) == (1, "same", ("t.py::x",))
     assert "1 test failed" in verdict.headline
     assert judge(make_record(outcomes=outcomes, parity=False)).exit_code == 1
+
+
+def test_a_check_that_failed_is_not_a_failed_test_as_well(make_record):
+    tests = ("test_check[mean_kld]", "test_check[unknown]", "t.py::x")
+    outcomes = [{"test": t, "outcome": "failed", "seconds": 1, "message": "m"} for t in tests]
+    verdict = judge(make_record(outcomes=outcomes, failing_check=True))
+    assert verdict.failed == ("Mean KLD",)
+    # A test without a result in the validation is the only one to tell that something broke.
+    assert verdict.failed_tests == tests[1:]
+    assert judge(make_record(outcomes=outcomes, parity=False)).failed_tests == tests
 
 
 def test_missed_targets_are_listed_and_do_not_fail(make_record):
@@ -150,11 +168,18 @@ def test_uneven_rounds_and_broken_clocks_warn(make_record):
     assert "PyTorch eager: a time that is not positive" in found
 
 
-def test_tokens_scored_comes_from_the_teacher_forced_checks(make_record):
-    record = make_record()
-    checks = [c.model_copy(update={"samples": 9999}) if c.name == "greedy_tokens" else c for c in record.parity.checks]
-    changed = record.model_copy(update={"parity": record.parity.model_copy(update={"checks": checks})})
-    assert tokens_scored(changed) == 2040
+def test_tokens_scored_are_those_of_the_evidence(make_record):
+    validation = make_record().validation
+    assert judge(make_record()).tokens_scored == 2040
+    assert judge(make_record(validation=validation.model_copy(update={"evidence": Evidence()}))).tokens_scored == 0
+
+
+def test_checks_left_out_or_not_judged_are_said(make_record):
+    assert "checks" not in " ".join(judge(make_record()).not_examined)
+    validation = example_validation(left_out=3)
+    results = [r.model_copy(update={"status": "SKIPPED"}) if r.name == "graph" else r for r in validation.results]
+    found = judge(make_record(validation=validation.model_copy(update={"results": results}))).not_examined
+    assert found[:2] == ("3 of 18 checks", "not judged: graph")
 
 
 def test_rows_derive_from_raw_samples(make_record):

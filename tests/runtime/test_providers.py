@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import onnxruntime as ort
 import pytest
 
 from bench.cli.main import main
+from export import TELEMETRY_OFF
 from runtime import doctor, providers
 from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.loading import load
@@ -160,6 +162,7 @@ def test_doctor_page_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert [f["provider"] for f in found["providers"]] == ["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
     assert found["providers"][0]["loads"] is True
     assert found["cpu"]["cores"] >= 1
+    assert found["telemetry"] == {name: os.environ[name] for name in TELEMETRY_OFF}
     assert "onnxruntime" in " ".join(found["packages"])
     assert main(["doctor", "--no-bandwidth"]) == 0
     page = capsys.readouterr().out

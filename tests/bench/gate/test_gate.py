@@ -12,6 +12,7 @@ from bench.cli.main import main
 from bench.deployment import Deployment
 from bench.gate.modes import MODES
 from bench.gate.registry import BY_NAME, CHECKS
+from bench.gate.store import baseline_key
 from bench.gate.validate import Gate, make_subject, validate
 from bench.latency.workload import PROFILES
 from reports.validation import Evidence, overall
@@ -135,3 +136,22 @@ def test_session_options_reach_the_candidate(exports: Exports, checkpoints: Expo
     subject.close()
     assert found.session["option session.intra_op.allow_spinning"] == "0"
     assert found.settings["session option session.intra_op.allow_spinning"] == "0"
+
+
+def test_beside_a_candidate_on_a_gpu_the_baseline_runs_there_too(
+    exports: Exports, checkpoints: Exports, tiny_dataset: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On PyTorch's ``meta`` device, which computes nothing: every tensor of a request has to be there."""
+    monkeypatch.setattr(Deployment, "device", "meta")
+    subject = make_subject(exports(), str(checkpoints()), MODES["quick"], tiny_dataset, Deployment("cuda", 1))
+    baseline = subject.baseline
+    assert baseline.recipe()().device == "meta"
+    for ask in (
+        lambda: baseline.score([1, 2, 3]),
+        lambda: baseline.residuals([1, 2, 3]),
+        lambda: baseline.continued([1, 2, 3], 7, [4, 5]),
+        lambda: baseline.tokens([[1, 2, 3]], 2),
+    ):
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"copy out of meta|unsupported scalarType"):
+            ask()
+    assert baseline_key(subject.baseline.checkpoint, "cuda", 1) != baseline_key(subject.baseline.checkpoint, "cpu", 1)

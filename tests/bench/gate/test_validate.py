@@ -80,19 +80,27 @@ def test_a_certificate_from_the_gate_itself(
 
 
 def test_kept_results_need_no_pytorch(checkpoints: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.gate.cached_baseline import CachedBaseline
+    from bench.gate.baseline import Baseline
     from export.source import resolve
 
     ids = [5, 9, 12, 7, 8]
 
-    def opened(seed: int = 0) -> CachedBaseline:
+    def opened(seed: int = 0, keep: bool = True) -> Baseline:
         changes = {"seed": seed} if seed else {}
-        return CachedBaseline(resolve(str(checkpoints(**changes))), 1, root=tmp_path)
+        return Baseline(resolve(str(checkpoints(**changes))), 1, keep=keep, root=tmp_path)
 
     first = opened()
     scored = {kind: first.null_score(kind, ids).copy() for kind in ("fp32", "eager", "fp16")}
     tokens = first.tokens([ids, ids[:2]], 4)
+    past, after = first.continued(ids, 12, ids[:2])
     first.close()
+    plain = opened(keep=False)
+    assert plain.key == ""
+    assert {kind: plain.null_score(kind, ids).tobytes() for kind in scored} == {
+        k: v.tobytes() for k, v in scored.items()
+    }
+    assert plain.tokens([ids, ids[:2]], 4) == tokens
+    plain.close()
     assert scored["fp32"].tobytes() != scored["fp16"].tobytes()
     monkeypatch.setattr("bench.gate.baseline.TorchSession", None)
     again = opened()
@@ -100,6 +108,9 @@ def test_kept_results_need_no_pytorch(checkpoints: Exports, tmp_path: Path, monk
         k: v.tobytes() for k, v in scored.items()
     }
     assert again.tokens([ids, ids[:2]], 4) == tokens
+    kept, logits = again.continued(ids, 12, ids[:2])
+    assert logits.tobytes() == after.tobytes()
+    assert [t.tobytes() for pair in kept for t in pair] == [t.tobytes() for pair in past for t in pair]
     with pytest.raises(TypeError):  # another checkpoint has to be computed
         opened(seed=1).score(ids)
 

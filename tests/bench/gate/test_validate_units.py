@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from bench.cli.main import main
-from bench.cli.validate import _watched
 from bench.defects.in_files import DEFECTS
 from bench.defects.workshop import Workshop
 from bench.deployment import Deployment
@@ -175,24 +174,6 @@ def test_progress_counts_what_an_earlier_run_had_finished(exports: Exports, open
     assert seen == [(6, 6), (0, 0), (2, 2), (0, 0)]
 
 
-def test_a_terminal_shows_bar_and_time(
-    exports: Exports, opened: Callable[..., Subject], capsys: pytest.CaptureFixture[str]
-) -> None:
-    from rich.console import Console
-
-    subject = opened(exports())
-    with _watched(subject, Console(force_terminal=True, width=100)):
-        subject.tick("scoring window 1 of 6 [bold]")
-        subject.progress(1, 6)
-        subject.progress(3, 6)
-    shown = capsys.readouterr().out
-    assert "scoring window 1 of 6 [bold]" in shown
-    assert "0:00:0" in shown
-    with _watched(subject, Console(width=100)):
-        subject.tick("not a terminal")
-    assert capsys.readouterr().out == ""
-
-
 def interrupted(subject: Subject) -> None:
     with pytest.raises(KeyboardInterrupt):
         validate(subject, SPECS)
@@ -208,7 +189,7 @@ def test_a_run_stopped_in_a_window_goes_on_there_on_both_sides(
         interrupted(opened(exports()))
         assert len(ours) == 4
     with monkeypatch.context() as patch:
-        ours, theirs = Counted(patch, OrtSession, "score"), Counted(patch, Baseline, "_memo_score")
+        ours, theirs = Counted(patch, OrtSession, "score"), Counted(patch, Baseline, "_compute_score")
         subject = opened(exports())
         found = validate(subject, SPECS)
         assert [tuple(c) for c in ours.calls] == [tuple(w) for w in subject.windows[3:6]]
@@ -303,7 +284,7 @@ def test_a_dead_worker_costs_its_window_a_retry(
     monkeypatch.setattr(units, "window_scores", dying)
     two = validate(shared, spec)
     assert measured(two) == measured(one)
-    assert sum("a worker died on unit" in line for line in said) == 1
+    assert sum("is given to another worker" in line for line in said) == 1
 
 
 def test_an_error_in_a_worker_is_the_finding_that_one_process_has(

@@ -195,5 +195,5 @@ def test_compare_takes_files(
     assert made["results"][0]["status"] == status
     assert made["advisory"] == advisory
     assert [made[side]["label"] for side in ("base", "candidate")] == ["a.jsonl", "b.jsonl"]
-    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"index.html", "report.md", "report.json", "junit.xml"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"index.html", "report.md", "comparison.json", "junit.xml"}
     assert made["command"][:2] == ["llama-onnx", "compare"]

@@ -31,7 +31,7 @@ from bench.machine import state as machine_state
 from bench.machine.state import CpuTimes, Limits, cpu_times, disturbance, sample
 from bench.process import child
 from bench.process.child import Ended, can_take_turns, run_child
-from reports.case_files import StorageError, append_record, read_records, repair
+from reports.case_files import StorageError, read_records, repair
 from reports.compare import Rules
 from reports.comparison import Comparison, GpuState
 from reports.record import Case
@@ -175,7 +175,9 @@ def test_resume_neither_loses_nor_repeats(stub: Stub, monkeypatch: pytest.Monkey
     resumed = PairedRun(plan(tmp_path), out, resume=True).measure()
     keys = [(r.case, r.pair, r.attempt, r.side) for r in resumed]
     assert keys == [(r.case, r.pair, r.attempt, r.side) for r in whole]
-    assert [(r.case, r.pair, r.attempt, r.side) for r in read_records(out / "cases.jsonl")] == keys
+    kept = read_records(out / "cases.jsonl")
+    assert [(r.case, r.pair, r.attempt, r.side) for r in kept] == keys
+    assert [r.sequence for r in kept] == list(range(len(keys)))
     assert len(stub.calls) == 20 + 20
 
 
@@ -344,15 +346,16 @@ def test_learned_takes_facts_of_the_own_side(stub: Stub, tmp_path: Path):
 def test_a_full_disk_leaves_the_file_as_it_was(stub: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     run = PairedRun(plan(tmp_path), tmp_path / "out")
     records = run.measure()
-    kept = run.file.read_bytes()
+    kept = run.log.file.read_bytes()
 
     def full(_fd: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match=r"No space left.*--resume"):
-        append_record(run.file, records[0])
-    assert run.file.read_bytes() == kept
+        run.log.append(records[:1])
+    assert run.log.file.read_bytes() == kept
+    assert len(run.records) == kept.count(b"\n")
 
 
 def test_repair_cuts_only_a_torn_line(tmp_path: Path):
@@ -400,16 +403,16 @@ def test_a_candidate_that_is_another_model_fails_however_fast(
     texts = [" ".join(words[(k * i) % 16] for i in range(150)) for k in range(1, 9)]
     data.write_text("\n".join(json.dumps({"task": "perplexity", "text": text}) for text in texts))
     arguments = ["compare", "--base", f"{exports()},threads=1", "--candidate", f"{exports(seed=1)},threads=1"]
-    arguments += ["--model", str(checkpoints()), "--parity-profile", "smoke", "--dataset", str(data), "--pairs", "5"]
+    arguments += ["--model", str(checkpoints()), "--mode", "quick", "--dataset", str(data), "--pairs", "5"]
     arguments += ["--cases", "b1-p8-n4", "--rounds", "1", "--margin", "0.9", "--max-steal", "9", "--max-others", "9"]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--json"]) == 1
     made = Comparison.model_validate_json(capsys.readouterr().out)
-    assert made.parity_outcome == "FAIL"
-    assert made.parity is not None
+    assert made.validation is not None
+    assert made.validation.verdict == "FAIL"
     assert made.verdict.reasons[0].startswith("parity")
     assert "REGRESSION" not in made.counts()
     assert "--seed" in made.command
-    for name in ("index.html", "report.md", "report.json", "junit.xml"):
+    for name in ("index.html", "report.md", "comparison.json", "junit.xml"):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
         for part in made.command:  # the command to repeat it is the one place for paths
             text = text.replace(part, "")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 
@@ -26,10 +27,13 @@ from runtime.torch_session import TorchSession
 Get = Callable[..., Path]
 # A child that speaks the protocol of genai_server.py without onnxruntime-genai: it adds 1 to the last token.
 CHILD = """
-import json, sys
-print(json.dumps({"version": "fake"}), flush=True)
+import json, os, sys
+print("a library's own words", flush=True)
+print(json.dumps({"version": f"fake {os.getpid()}"}), flush=True)
 for line in sys.stdin:
     r = json.loads(line)
+    if r["new_tokens"] > 9:
+        raise SystemExit("no memory for so many")
     rows = [[p[-1] + 1 + k for k in range(r["new_tokens"])] for p in r["prompts"]]
     print(json.dumps({"tokens": rows, "at_s": [0.1 * (k + 1) for k in range(r["new_tokens"])]}), flush=True)
 """
@@ -58,14 +62,24 @@ def test_the_child_process(session: Any, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "genai_server.py").write_text(CHILD)
     monkeypatch.setattr(genai, "__file__", str(tmp_path / "genai.py"))
     side = GenaiSide(Path(sys.executable), tmp_path, 1, session.info)
-    assert side.info.details["onnxruntime_genai"] == "fake"
-    found = side.own_generate([[5], [9]], 3)
-    assert found.tokens == ((6, 7, 8), (10, 11, 12))
-    assert found.tpot_s == pytest.approx(0.1)
+    version, pid = str(side.info.details["onnxruntime_genai"]).split()
+    assert version == "fake"
+    process = psutil.Process(int(pid))
+    for _ in range(2):
+        assert process.status() == psutil.STATUS_STOPPED  # its threads would slow whoever is measured next
+        found = side.own_generate([[5], [9]], 3)
+        assert found.tokens == ((6, 7, 8), (10, 11, 12))
+        assert found.tpot_s == pytest.approx(0.1)
     with pytest.raises(SessionError, match="no logits"):
         side.prefill([[1]])
     side.close()
+    assert not process.is_running()
     side.close()
+    with pytest.raises(SessionError, match="closed"):
+        side.own_generate([[5]], 1)
+    side = GenaiSide(Path(sys.executable), tmp_path, 1, session.info)
+    with pytest.raises(BenchError, match="no memory for so many"):
+        side.own_generate([[5]], 10)
     with pytest.raises(SessionError, match="closed"):
         side.own_generate([[5]], 1)
     (tmp_path / "genai_server.py").write_text("raise SystemExit('no module of that name')")

@@ -25,13 +25,15 @@ from bench.gate.modes import Mode
 from bench.gate.registry import BY_NAME
 from bench.gate.validate import make_subject, validate
 from bench.latency import sweep_measure
+from bench.latency.case_log import CaseLog
 from bench.latency.sweep import Sweep
 from bench.latency.sweep_measure import processes
 from bench.machine.lock import BusyError
 from bench.process import workers
 from bench.process.child import TIED
-from bench.process.machines import MachineError, Queue, spread
-from bench.process.workers import WorkerError, cluster, run_units
+from bench.process.machines import MachineError, spread
+from bench.process.pool import Queue, WorkerError
+from bench.process.workers import cluster, run_units
 from reports.case_files import read_records
 from reports.comparison import CaseRecord
 
@@ -279,15 +281,16 @@ def test_a_sweep_over_two_machines_one_of_which_dies(
     points = [(b, p) for b in (1, 2) for p in range(4)]
     first, second = nodes.ids
     twin = nodes.add("lock1").node_id  # another Ray node on the first machine
-    add, seen = sweep_measure.Records.add, list[str]()
+    append, seen = CaseLog.append, list[str]()
 
-    def add_and_kill(self: Any, record: CaseRecord, **more: str) -> None:
-        add(self, record, **more)
-        seen.append(more["ray_node"])
+    def append_and_kill(self: CaseLog, records: Sequence[CaseRecord]) -> list[CaseRecord]:
+        made = append(self, records)
+        seen.append(str(made[0].details["ray_node"]))
         if len(set(seen)) == 2 and seen[-1] != second and second in nodes.ids:  # it is measuring its second one
             nodes.kill(second)
+        return made
 
-    monkeypatch.setattr(sweep_measure.Records, "add", add_and_kill)
+    monkeypatch.setattr(CaseLog, "append", append_and_kill)
     assert main(["sweep", str(file), "--out", str(out), "--ray", "--json"]) == 0
     told = capsys.readouterr()
     records = read_records(out / "cases.jsonl")
@@ -382,7 +385,7 @@ def test_the_gate_over_two_machines_one_of_which_dies(
     nodes.add()
     done = {n: len(list((notes / n).iterdir())) for n in (survivor, doomed)}
     assert done == {doomed: 1, survivor: 5 + 2}  # with the null control's two, which came later
-    assert sum("a worker died on unit" in line for line in said) == 1
+    assert sum("is given to another worker" in line for line in said) == 1
 
 
 @pytest.mark.slow

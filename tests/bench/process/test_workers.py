@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 from bench.cli.perplexity import open_candidate
 from bench.errors import BenchError
 from bench.gate.word_perplexity import Window, window_nats
-from bench.process import workers
-from bench.process.workers import WorkerError, run_units
+from bench.process import pool, workers
+from bench.process.pool import WorkerError
+from bench.process.workers import run_units
 from runtime.errors import SessionError
 from runtime.generate import generate
 from runtime.session import Session
@@ -113,7 +115,8 @@ def test_a_dead_worker_costs_its_unit_a_retry(ray: Any, tmp_path: Path) -> None:
     )
     assert found == [0, 10, 20, 30, 40]
     assert sorted(answers) == [0, 1, 2, 3, 4]  # each once: nothing else was done again
-    assert said == ["a worker died on unit 3 of 5; given to a new one"]
+    (line,) = said
+    assert re.fullmatch(r"worker [12] was lost; unit 3 of 5 is given to another worker", line)
 
 
 class DiesAtBirth(workers._Worker):
@@ -132,11 +135,11 @@ def nothing_more(deaths: int, folder: str) -> Any:
     return Nothing()
 
 
-def test_a_worker_that_dies_before_it_stands_costs_no_retry(
+def test_a_worker_that_dies_during_start_up_costs_no_retry(
     ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "_Worker", DiesAtBirth)
-    monkeypatch.setattr(workers, "START_PAUSE_S", 0)
+    monkeypatch.setattr(pool, "START_PAUSE_S", 0)
     said: list[str] = []
     found = run_units(
         partial(nothing_more, 3, str(tmp_path)), lambda _, n: n + 1, [1, 2, 3], workers=2, retries=0, say=said.append
@@ -148,9 +151,9 @@ def test_a_worker_that_dies_before_it_stands_costs_no_retry(
 
 def test_workers_that_never_stand_end_the_run(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_Worker", DiesAtBirth)
-    monkeypatch.setattr(workers, "START_PAUSE_S", 0)
-    monkeypatch.setattr(workers, "STARTS", 3)
-    with pytest.raises(WorkerError, match="3 workers in a row died before they stood"):
+    monkeypatch.setattr(pool, "START_PAUSE_S", 0)
+    monkeypatch.setattr(workers, "DEATHS", 3)
+    with pytest.raises(WorkerError, match=r"no worker .* is left; worker \d: died 3 times in a row \("):
         run_units(partial(nothing_more, 99, str(tmp_path)), lambda _, n: n, [1, 2], workers=2)
 
 

@@ -1,4 +1,4 @@
-"""The runtime's figures: what is counted as Python's, what the profile adds up, which limits are kept."""
+"""The runtime on the CPU: what is counted as Python's, what the profile adds up, which limits are kept."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from bench.latency.measure import GemmFloor
-from bench.studies import cpu_figures
-from bench.studies.cpu_figures import Figures, long_and_wide, profile, python_share
+from bench.studies import cpu_runtime
+from bench.studies.cpu_runtime import Measurements, long_and_wide, profile, python_share
 from runtime.ort_session import OrtSession
 
 
 def test_a_limit_is_held_from_its_own_side() -> None:
-    figures = Figures()
-    figures.add("at most, kept", [1.0, 1.1, 9.0], 1.1)
-    figures.add("at most, missed", [1.2], 1.1)
-    figures.add("at least, kept", [3.4], 3.3, at_most=False)
-    figures.add("at least, missed", [3.2], 3.3, at_most=False)
-    figures.add("at least, just kept", [3.3], 3.3, at_most=False)
-    figures.add("no limit", [5.0])
-    assert [f.status for f in figures.figures] == ["MET", "MISSED", "MET", "MISSED", "MET", "shown"]
-    assert figures.figures[0].value == 1.1
+    measured = Measurements()
+    measured.add("at most, kept", [1.0, 1.1, 9.0], 1.1)
+    measured.add("at most, missed", [1.2], 1.1)
+    measured.add("at least, kept", [3.4], 3.3, at_most=False)
+    measured.add("at least, missed", [3.2], 3.3, at_most=False)
+    measured.add("at least, just kept", [3.3], 3.3, at_most=False)
+    measured.add("no limit", [5.0])
+    assert [f.status for f in measured.metrics] == ["MET", "MISSED", "MET", "MISSED", "MET", "shown"]
+    assert measured.metrics[0].value == 1.1
 
 
 def test_pythons_share_is_what_lies_outside_run(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = session._decode
     before = graph.session
-    monkeypatch.setattr(cpu_figures, "PROMPT", 8)
+    monkeypatch.setattr(cpu_runtime, "PROMPT", 8)
     step = session.step
 
     def slow(ids: list[int]) -> Any:
@@ -79,24 +77,15 @@ def test_a_prefill_is_profiled_by_its_own_runs(exports: Callable[..., Path], mon
     assert (found["GroupQueryAttention"][1], found["whole"][1]) == (2, 1)
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_the_gemm_floor_grows_with_the_model() -> None:
-    """Ten times the layers are about ten times the products; a factor of two would be a defect, noise is not."""
-    small: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 64}
-    one = np.median([GemmFloor({**small, "num_hidden_layers": 2}, 64)() for _ in range(3)])
-    ten = np.median([GemmFloor({**small, "num_hidden_layers": 40}, 64)() for _ in range(3)])
-    assert ten > 3 * one
-
-
 def test_long_and_wide_prefill_and_step(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_figures, "PROMPT", 8)
-    monkeypatch.setattr(cpu_figures, "LONG", 32)
-    monkeypatch.setattr(cpu_figures, "VOCAB", 60)
-    figures = Figures()
-    long_and_wide(session, figures, 2)
-    assert [f.name.split(",")[0] for f in figures.figures] == [
+    monkeypatch.setattr(cpu_runtime, "PROMPT", 8)
+    monkeypatch.setattr(cpu_runtime, "LONG", 32)
+    monkeypatch.setattr(cpu_runtime, "VOCAB", 60)
+    measured = Measurements()
+    long_and_wide(session, measured, 2)
+    assert [f.name.split(",")[0] for f in measured.metrics] == [
         "time per token at context 2",
         "batch 4 decode",
         "batch 4 prefill",
     ]
-    assert all(f.value > 0 for f in figures.figures)
+    assert all(f.value > 0 for f in measured.metrics)

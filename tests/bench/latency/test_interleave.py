@@ -11,7 +11,8 @@ import pytest
 
 from bench.data.loading import chunked
 from bench.errors import BenchError
-from bench.latency.measure import CpuBandwidth, interleave, load_times, warm_up
+from bench.latency import interleave as module
+from bench.latency.interleave import interleave, load_times, warm_up
 from bench.latency.replay import CLOCK, ReplayClock, replay
 from bench.latency.workload import choose_profile, latency_prompts
 from reports.record import Case
@@ -52,15 +53,13 @@ def test_sides_alternate_on_equal_prompts() -> None:
 
 
 def test_warm_up_stops_when_steady_and_at_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.latency import measure
-
     class Done:
         def __init__(self, total: float) -> None:
             self.total_s = total
 
     for times, cap, want in (([9, 5, 4.9, 1], 4, 3), ([9, 5, 3, 1], 4, 4), ([1, 1], 1, 1)):
         feed = iter(times)
-        monkeypatch.setattr(measure, "timed_generation", lambda *_, feed=feed: Done(next(feed)))
+        monkeypatch.setattr(module, "timed_generation", lambda *_, feed=feed: Done(next(feed)))
         assert warm_up(None, [1, 2], CASE, cap) == want  # type: ignore[arg-type]
 
 
@@ -71,28 +70,6 @@ def test_load_times_close_every_session() -> None:
     assert [x.side for x in loads] == ["A", "B"]
     assert all(len(x.samples_s) == 2 for x in loads)
     assert [label for label, what in log if what == "closed"] == ["A", "B", "B", "A"]
-
-
-def test_bandwidth_is_plausible() -> None:
-    assert 1e8 < CpuBandwidth(1, megabytes=64, passes=2)() < 1e13
-
-
-def test_memory_is_read_by_the_threads_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    before = torch.get_num_threads()
-    seen: list[int] = []
-
-    def timed(_kernel: Any, _passes: int) -> float:
-        seen.append(torch.get_num_threads())
-        return 1.0
-
-    monkeypatch.setattr("bench.latency.measure.median_time", timed)
-    probe = CpuBandwidth(before + 1, megabytes=1, passes=1)
-    seen.clear()
-    probe()
-    assert seen == [before + 1] * 2
-    assert torch.get_num_threads() == before
 
 
 def test_replay_hands_samples_over_unchanged(benchmark: Any) -> None:

@@ -1,8 +1,8 @@
-"""The runtime's figures on the CPU in one run: floors, peers, long contexts, batches, Python's share of a step.
+"""The runtime on the CPU, measured in one run: floors, peers, long contexts, batches, Python's share of a step.
 
 ``pytest bench/`` says how fast one folder is; this says how far the runtime is from what the machine allows and from
 other runtimes, with the limits that the project set itself, and shows what a decode step's time goes into.
-Try: ``python -m bench.studies.cpu_figures demo OUT --genai-python PYTHON --gguf FILE`` (about 6 minutes on 2 cores).
+Try: ``python -m bench.studies.cpu_runtime demo OUT --genai-python PYTHON --gguf FILE`` (about 6 minutes on 2 cores).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency.measure import CpuBandwidth, GemmFloor, median_time, peak_memory, timed_generation
+from bench.latency.interleave import peak_memory, timed_generation
+from bench.machine.bandwidth import CpuBandwidth, GemmFloor, median_time
 from bench.peers.llama_cpp import LABEL as LLAMA_CPP
 from bench.peers.llama_cpp import LlamaCppSide
 from reports.record import Case, Floor
@@ -55,8 +56,8 @@ SEED = 20260101
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One figure: the median over rounds, its quartiles, and the limit that it should keep (None: shown only)."""
+class Metric:
+    """The median over rounds, its quartiles, and the limit that it should keep (None: shown only)."""
 
     name: str
     value: float
@@ -74,10 +75,10 @@ class Figure:
 
 
 @dataclass
-class Figures:
+class Measurements:
     """Everything of one run; times in seconds, bandwidth in bytes per second."""
 
-    figures: list[Figure] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)
     ttft_s: dict[str, float] = field(default_factory=dict)
     tpot_s: dict[str, float] = field(default_factory=dict)
     bandwidth: float = 0.0
@@ -86,9 +87,9 @@ class Figures:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, rounds: Sequence[float], limit: float | None = None, at_most: bool = True) -> None:
-        """The median of these, as a figure."""
+        """The median of these, as a metric."""
         low, high = (float(q) for q in np.quantile(rounds, (0.25, 0.75)))
-        self.figures.append(Figure(name, statistics.median(rounds), (low, high), limit, at_most))
+        self.metrics.append(Metric(name, statistics.median(rounds), (low, high), limit, at_most))
 
 
 class _Timed:
@@ -158,7 +159,7 @@ def profile(
     return {n: [v / len(runs) for v in row] for n, row in sorted(found.items(), key=lambda item: -item[1][0])}
 
 
-def prepare(checkpoint: Path, work: Path, genai: Path | None, figures: Figures) -> dict[str, Path]:
+def prepare(checkpoint: Path, work: Path, genai: Path | None, measured: Measurements) -> dict[str, Path]:
     """Folders by side; those that lie in ``work`` already are used as they are."""
     from bench.peers.exports import genai_export
     from export.pipeline import export_model
@@ -171,7 +172,7 @@ def prepare(checkpoint: Path, work: Path, genai: Path | None, figures: Figures) 
             export_model(ExportSpec(str(checkpoint), **fields), folders[name])
     for name, precision in GENAI.items():
         if genai is None:
-            figures.skipped[name] = "no --genai-python, an environment with onnxruntime-genai and its builder"
+            measured.skipped[name] = "no --genai-python, an environment with onnxruntime-genai and its builder"
             continue
         folders[name] = work / name.replace(" ", "-")
         if not folders[name].exists():
@@ -180,9 +181,9 @@ def prepare(checkpoint: Path, work: Path, genai: Path | None, figures: Figures) 
 
 
 def open_sides(
-    folders: dict[str, Path], genai: Path | None, gguf: Path | None, threads: int, figures: Figures
+    folders: dict[str, Path], genai: Path | None, gguf: Path | None, threads: int, measured: Measurements
 ) -> dict[str, Session]:
-    """Every side that can be opened here; the others are named in ``figures.skipped``."""
+    """Every side that can be opened here; the others are named in ``measured.skipped``."""
     from bench.peers.choice import choose
     from bench.peers.genai import GenaiSide
     from runtime.loading import load
@@ -193,7 +194,7 @@ def open_sides(
             sides[name] = GenaiSide(genai, folders[name], threads, sides[FP32].info)
     why = choose("cpu", sides[FP32].manifest.attention, gguf).skipped.get(LLAMA_CPP)  # type: ignore[attr-defined]
     if why:
-        figures.skipped[LLAMA_CPP] = why
+        measured.skipped[LLAMA_CPP] = why
     else:
         assert gguf is not None
         sides[LLAMA_CPP] = LlamaCppSide(gguf, threads)
@@ -212,7 +213,9 @@ def _tpot(g: Generation) -> float:
     return float(g.tpot_s or 0.0)
 
 
-def interleaved(sides: dict[str, Session], figures: Figures, config: dict[str, Any], rounds: int, threads: int) -> None:
+def interleaved(
+    sides: dict[str, Session], measured: Measurements, config: dict[str, Any], rounds: int, threads: int
+) -> None:
     """Prompt 128, 32 new tokens on every side in turn, the floors beside each round."""
     rng = np.random.default_rng(SEED)
     bandwidth, gemm = CpuBandwidth(threads), GemmFloor(config, PROMPT)
@@ -227,9 +230,9 @@ def interleaved(sides: dict[str, Session], figures: Figures, config: dict[str, A
             made = timed_generation(sides[name], prompt, NEW)
             if index >= 0:  # the first round warms up
                 runs[name].append(made)
-    figures.bandwidth = statistics.median(speeds)
-    figures.ttft_s = {name: statistics.median(map(_ttft, runs[name])) for name in sides}
-    figures.tpot_s = {name: statistics.median(map(_tpot, runs[name])) for name in sides}
+    measured.bandwidth = statistics.median(speeds)
+    measured.ttft_s = {name: statistics.median(map(_ttft, runs[name])) for name in sides}
+    measured.tpot_s = {name: statistics.median(map(_tpot, runs[name])) for name in sides}
     manifest = sides[FP32].manifest  # type: ignore[attr-defined]
     floor = Floor(
         method=bandwidth.method,
@@ -238,22 +241,24 @@ def interleaved(sides: dict[str, Session], figures: Figures, config: dict[str, A
         kv_bytes_per_token=manifest.kv.bytes_per_token(),
     )
     multiples = floor_multiples(floor, CASE, [_tpot(g) for g in runs[FP32]])
-    figures.add("fp32 decode, times the memory floor", multiples, FLOOR_LIMIT)
-    figures.add(
+    measured.add("fp32 decode, times the memory floor", multiples, FLOOR_LIMIT)
+    measured.add(
         "prefill 128, times the matrix-product floor",
         [_ttft(g) / s for g, s in zip(runs[FP32], products, strict=True)],
         1.25,
     )
     if "genai fp32" in sides:
-        figures.add("fp32 decode, of genai", _paired(runs, FP32, "genai fp32", _tpot), 0.95)
-        figures.add("prefill 128, of genai", _paired(runs, FP32, "genai fp32", _ttft), 0.60)
+        measured.add("fp32 decode, of genai", _paired(runs, FP32, "genai fp32", _tpot), 0.95)
+        measured.add("prefill 128, of genai", _paired(runs, FP32, "genai fp32", _ttft), 0.60)
     if "genai int4" in sides:
-        figures.add("int4 decode, of genai int4, quantised alike", _paired(runs, INT4_ALIKE, "genai int4", _tpot), 0.85)
-        figures.add("int4 decode, of genai int4, ours by HQQ", _paired(runs, INT4, "genai int4", _tpot))
+        measured.add(
+            "int4 decode, of genai int4, quantised alike", _paired(runs, INT4_ALIKE, "genai int4", _tpot), 0.85
+        )
+        measured.add("int4 decode, of genai int4, ours by HQQ", _paired(runs, INT4, "genai int4", _tpot))
     if LLAMA_CPP in sides:
-        figures.add("int4 decode, of llama.cpp Q4_1, ours rtn", _paired(runs, INT4_Q4_1, LLAMA_CPP, _tpot), 0.85)
-        figures.add("int4 decode, of llama.cpp Q4_1, ours by HQQ", _paired(runs, INT4, LLAMA_CPP, _tpot), 0.85)
-        figures.add("fp32 prefill 128, of llama.cpp Q4_1", _paired(runs, FP32, LLAMA_CPP, _ttft))
+        measured.add("int4 decode, of llama.cpp Q4_1, ours rtn", _paired(runs, INT4_Q4_1, LLAMA_CPP, _tpot), 0.85)
+        measured.add("int4 decode, of llama.cpp Q4_1, ours by HQQ", _paired(runs, INT4, LLAMA_CPP, _tpot), 0.85)
+        measured.add("fp32 prefill 128, of llama.cpp Q4_1", _paired(runs, FP32, LLAMA_CPP, _ttft))
 
 
 def _steps(session: Session, rng: np.random.Generator, context: int, batch: int, steps: int = 16) -> tuple[float, ...]:
@@ -265,37 +270,39 @@ def _steps(session: Session, rng: np.random.Generator, context: int, batch: int,
     return prefill, median_time(lambda: session.step([7] * batch), steps)
 
 
-def long_and_wide(session: Session, figures: Figures, rounds: int) -> None:
+def long_and_wide(session: Session, measured: Measurements, rounds: int) -> None:
     """Context 2,000 against 128, batch 4 against 1; neighbours in time are compared."""
     rng = np.random.default_rng(SEED)
     _steps(session, rng, PROMPT, BATCH)
     ratios = [_steps(session, rng, LONG, 1)[1] / _steps(session, rng, PROMPT, 1)[1] for _ in range(rounds)]
-    figures.add("time per token at context 2,000, of that at 128", ratios, 1.35)
+    measured.add("time per token at context 2,000, of that at 128", ratios, 1.35)
     gains, costs = [], []
     for _ in range(rounds):
         single = [_steps(session, rng, PROMPT, 1) for _ in range(BATCH)]
         four = _steps(session, rng, PROMPT, BATCH)
         gains.append(BATCH * statistics.median(s[1] for s in single) / four[1])
         costs.append(four[0] / sum(s[0] for s in single))
-    figures.add("batch 4 decode, tokens/s of batch 1's", gains, 3.3, at_most=False)
-    figures.add("batch 4 prefill, of four single ones", costs, 1.1)
+    measured.add("batch 4 decode, tokens/s of batch 1's", gains, 3.3, at_most=False)
+    measured.add("batch 4 prefill, of four single ones", costs, 1.1)
 
 
-def measure(checkpoint: Path, work: Path, rounds: int, genai: Path | None, gguf: Path | None, threads: int) -> Figures:
+def measure(
+    checkpoint: Path, work: Path, rounds: int, genai: Path | None, gguf: Path | None, threads: int
+) -> Measurements:
     """Everything, in one run."""
-    figures = Figures()
-    folders = prepare(checkpoint, work, genai, figures)
+    measured = Measurements()
+    folders = prepare(checkpoint, work, genai, measured)
     config = json.loads((folders[FP32] / "config.json").read_text(encoding="utf-8"))
-    sides = open_sides(folders, genai, gguf, threads, figures)
+    sides = open_sides(folders, genai, gguf, threads, measured)
     try:
-        interleaved(sides, figures, config, rounds, threads)
+        interleaved(sides, measured, config, rounds, threads)
         ours = sides[FP32]
         assert isinstance(ours, OrtSession)
-        long_and_wide(ours, figures, max(3, rounds // 2))
+        long_and_wide(ours, measured, max(3, rounds // 2))
         for name in (FP32, INT4):
             side = sides[name]
             assert isinstance(side, OrtSession)
-            figures.add(
+            measured.add(
                 f"Python's share of a decode step, {name.removeprefix('ours ')}",
                 [python_share(side) for _ in range(5)],
                 0.03,
@@ -311,74 +318,74 @@ def measure(checkpoint: Path, work: Path, rounds: int, genai: Path | None, gguf:
     )
     held = sum(f.stat().st_size for f in folders[FP32].glob("*.data"))
     held += (PROMPT + NEW) * manifest.kv.bytes_per_token()
-    figures.add(
+    measured.add(
         "peak memory of a session, of weights and KV", [(memory.peak_bytes - memory.baseline_bytes) / held], 1.25
     )
-    figures.profile_us = {
+    measured.profile_us = {
         name: profile(folders[side], threads, batch, context, prefill, steps=12 if prefill else 40)
         for name, (side, batch, context, prefill) in PROFILED.items()
     }
-    return figures
+    return measured
 
 
 def _cell(found: Sequence[float] | None) -> str:
     return "" if found is None else f"{found[0]:,.0f} ({found[1]:.0f})"
 
 
-def tables(figures: Figures) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+def tables(measured: Measurements) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Title, columns and rows of what there is to show."""
     rows: list[tuple[str, ...]] = []
-    for f in figures.figures:
+    for f in measured.metrics:
         limit = "" if f.limit is None else f"{'at most' if f.at_most else 'at least'} {f.limit:g}"
         rows.append((f.name, f"{f.value:.3f}", f"{f.quartiles[0]:.3f} to {f.quartiles[1]:.3f}", limit, f.status))
     sides: list[tuple[str, ...]] = [
-        (n, f"{t * 1e3:.1f}", f"{figures.tpot_s[n] * 1e3:.2f}") for n, t in figures.ttft_s.items()
+        (n, f"{t * 1e3:.1f}", f"{measured.tpot_s[n] * 1e3:.2f}") for n, t in measured.ttft_s.items()
     ]
-    operators = list(dict.fromkeys(n for found in figures.profile_us.values() for n in list(found)[:8]))
+    operators = list(dict.fromkeys(n for found in measured.profile_us.values() for n in list(found)[:8]))
     profiles: list[tuple[str, ...]] = [
-        (name, *(_cell(found.get(name)) for found in figures.profile_us.values())) for name in operators
+        (name, *(_cell(found.get(name)) for found in measured.profile_us.values())) for name in operators
     ]
     return [
         (
-            f"Figures, memory read at {figures.bandwidth / 1e9:.1f} GB/s",
-            ("figure", "median", "quartiles", "limit", ""),
+            f"Metrics, memory read at {measured.bandwidth / 1e9:.1f} GB/s",
+            ("metric", "median", "quartiles", "limit", ""),
             rows,
         ),
         ("Sides, batch 1, prompt 128, 32 new tokens", ("side", "TTFT ms", "TPOT ms"), sides),
         (
             "What the time goes into: microseconds (nodes) of one run under ONNX Runtime's profiler",
-            ("operator", *figures.profile_us),
+            ("operator", *measured.profile_us),
             profiles,
         ),
     ]
 
 
-def show(figures: Figures, console: Console) -> None:
+def show(measured: Measurements, console: Console) -> None:
     """The tables on a terminal."""
-    for title, columns, rows in tables(figures):
+    for title, columns, rows in tables(measured):
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    for name, why in figures.skipped.items():
+    for name, why in measured.skipped.items():
         console.print(f"skipped {name}: {why}", style="yellow", markup=False)
 
 
-def markdown(figures: Figures) -> str:
+def markdown(measured: Measurements) -> str:
     """The same for the docs."""
     parts = []
-    for title, columns, rows in tables(figures):
+    for title, columns, rows in tables(measured):
         head = [f"**{title}**", "", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
         parts += [*head, *(f"| {' | '.join(row)} |" for row in rows), ""]
-    parts += [f"Skipped {name}: {why}." for name, why in figures.skipped.items()]
+    parts += [f"Skipped {name}: {why}." for name, why in measured.skipped.items()]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see ``--help``. Exit code 0 whatever the figures say: they are shown, not enforced."""
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.cpu_figures", description="the runtime on the CPU")
+    """Command line; see ``--help``. Exit code 0 whatever was measured: limits are shown, not enforced."""
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.cpu_runtime", description="the runtime on the CPU")
     parser.add_argument("model", help="'demo' or a checkpoint folder")
-    parser.add_argument("out", type=Path, help="folder for cpu_figures.json, .md and the exports, which are kept")
+    parser.add_argument("out", type=Path, help="folder for cpu_runtime.json, .md and the exports, which are kept")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--genai-python", type=Path, help="python of an environment with onnxruntime-genai")
@@ -389,9 +396,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = resolve(args.model).folder
     found = measure(checkpoint, args.out, args.rounds, args.genai_python, args.gguf, args.threads)
-    document = {**asdict(found), "figures": [{**asdict(f), "status": f.status} for f in found.figures]}
-    (args.out / "cpu_figures.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (args.out / "cpu_figures.md").write_text(markdown(found), encoding="utf-8")
+    document = {**asdict(found), "metrics": [{**asdict(m), "status": m.status} for m in found.metrics]}
+    (args.out / "cpu_runtime.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (args.out / "cpu_runtime.md").write_text(markdown(found), encoding="utf-8")
     show(found, Console())
     return 0
 

@@ -1,4 +1,4 @@
-"""Measuring: interleaved rounds, load times, peak memory of fresh processes, memory bandwidth, matrix products.
+"""Interleaved rounds of several sides, their load times, and the peak memory of a fresh process.
 
 Sides are interleaved round by round in alternating order (A B C, C B A, ...), so that drift of the machine meets all
 alike. Warm-up rounds are run apart and not recorded.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from bench.errors import BenchError
 from bench.latency.workload import latency_prompts
-from export.process import torch_threads
 from reports.record import Case, Load, Memory, Round, Series
 from runtime.generate import Generation, generate
 from runtime.session import Session
@@ -121,97 +118,6 @@ def peak_memory(label: str, case: Case, arguments: dict[str, str | int | None]) 
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BenchError(f"measuring the memory of {label} failed: {last}")
+        raise BenchError(f"measuring the memory of {label} failed: {last.removeprefix('error: ')}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return Memory(side=label, peak_bytes=found["peak_bytes"], baseline_bytes=found["baseline_bytes"], case=case)
-
-
-class CpuBandwidth:
-    """Reads memory as a decode step does, larger than any cache; each call gives bytes per second.
-
-    A matrix-vector product is what a decode step consists of, a sum is the plainest read. The faster kernel counts, by
-    the median of its passes: like for like with the median decode step that it is held against.
-    """
-
-    def __init__(self, threads: int, megabytes: int = 1024, passes: int = 5) -> None:
-        import torch
-
-        self._torch, self._threads, self._passes = torch, threads, passes
-        columns = 8192
-        self._matrix = torch.ones((megabytes * (1 << 20) // 4 // columns, columns))
-        self._vector = torch.ones(columns)
-        self.method = (
-            f"faster of a matrix-vector product and a sum over {megabytes} MiB, fp32, {threads} threads, median of "
-            f"{passes} passes, beside each round"
-        )
-
-    def __call__(self) -> float:
-        """One sample, bytes per second."""
-        with torch_threads(self._threads):
-            kernels = (lambda: self._torch.mv(self._matrix, self._vector), self._matrix.sum)
-            return float(self._matrix.nbytes / min(median_time(k, self._passes) for k in kernels))
-
-
-class CudaBandwidth:
-    """The same on the GPU: sums over a buffer far larger than its caches, synchronised at both ends."""
-
-    def __init__(self, megabytes: int = 4096, passes: int = 5) -> None:
-        import torch
-
-        self._torch, self._passes = torch, passes
-        self._buffer = torch.ones(megabytes * (1 << 20) // 4, device="cuda")
-        self.method = f"sum over {megabytes} MiB on the GPU, fp32, median of {passes} passes, beside each round"
-
-    def _read(self) -> None:
-        self._buffer.sum()
-        self._torch.cuda.synchronize()
-
-    def __call__(self) -> float:
-        """One sample, bytes per second."""
-        self._torch.cuda.synchronize()
-        return float(self._buffer.nbytes / median_time(self._read, self._passes))
-
-
-class GemmFloor:
-    """Least seconds of a prefill's matrix products, measured now: the better of two ways to know it.
-
-    One runs the model's own products on PyTorch, one after another, each with weights of its own; the other divides
-    their operations by the rate of a product of 1,024 x 1,024 x 1,536. The head counts for one position.
-    """
-
-    def __init__(self, config: dict[str, Any], tokens: int) -> None:
-        import torch
-
-        self._torch = torch
-        hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-        heads = config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        qkv = (heads + 2 * config.get("num_key_value_heads", heads)) * head
-        shapes = [(hidden, qkv), (heads * head, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
-        self._weights = [torch.randn(k, n) for _ in range(layers) for k, n in shapes]
-        self._inputs = {k: torch.randn(tokens, k) for k, _ in shapes}
-        self._square = torch.randn(1024, 1024), torch.randn(1024, 1536)
-        attention = layers * heads * head * 4 * tokens * tokens / 2
-        products = 2 * tokens * sum(w.numel() for w in self._weights) + 2 * hidden * config["vocab_size"]
-        self._operations = products + attention
-
-    def __call__(self) -> float:
-        """Seconds."""
-        torch = self._torch
-        rate = 2 * 1024 * 1024 * 1536 / median_time(lambda: torch.mm(*self._square), 9)
-
-        def products() -> None:
-            for w in self._weights:
-                torch.mm(self._inputs[len(w)], w)
-
-        return float(min(self._operations / rate, median_time(products, 3)))
-
-
-def median_time(action: Callable[[], object], passes: int) -> float:
-    """Median seconds of ``passes`` calls."""
-    times = []
-    for _ in range(passes):
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)

@@ -1,0 +1,34 @@
+"""Where a command writes: results on standard output (with ``--json`` one document), the rest on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+ERR = Console(stderr=True)
+
+
+def status(message: str) -> None:
+    """A line on standard error about what is being done."""
+    ERR.print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_json(document: Any) -> None:
+    """The one JSON document; records know their own form (``to_json``)."""
+    own = getattr(document, "to_json", None)
+    sys.stdout.write(own() if own else json.dumps(document, indent=1) + "\n")
+
+
+def show(args: argparse.Namespace, document: Any, text: str | Callable[[Console], None]) -> None:
+    """The result: ``document`` with ``--json``, else ``text``, or what it prints on a console."""
+    if args.json:
+        write_json(document)
+    elif isinstance(text, str):
+        print(text)
+    else:
+        text(Console())

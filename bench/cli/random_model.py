@@ -1,0 +1,39 @@
+"""``llama-onnx random-model``: real shapes without real weights, to measure export and latency of large models.
+
+Try: ``llama-onnx random-model /tmp/two-layers --layers 2``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.cli.output import show
+from bench.progress import progress
+
+HELP = "write a checkpoint with the shape of a real LLaMA and random weights"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which shape, and where."""
+    parser.add_argument("out", type=Path, help="the folder to create")
+    parser.add_argument("--config", default="llama-2-7b", help="llama-2-7b (default), llama-2-13b or llama-2-70b")
+    parser.add_argument("--precision", default="fp16", help="fp32, fp16 (default) or bf16")
+    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the real model has")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write it, shard by shard."""
+    from export.random_model import make_random_model
+
+    with progress("random weights", unit="bytes") as bar:
+        made = make_random_model(args.config, args.out, args.precision, args.layers, seed=args.seed, progress=bar.at)
+    show(
+        args,
+        {**asdict(made), "folder": str(made.folder)},
+        f"{made.folder}: {args.config} with random weights, {made.parameters:,} parameters, "
+        f"{made.weight_bytes / 1e9:.2f} GB in {made.shards} shards",
+    )
+    return 0

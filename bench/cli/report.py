@@ -1,0 +1,34 @@
+"""``llama-onnx report``: the page of a document that was written before. Try: ``llama-onnx report comparison.json``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from bench.cli.output import show
+
+HELP = "render the page of a record.json or a comparison.json again"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The document, and where its page goes."""
+    parser.add_argument("file", type=Path, help="record.json of `bench`, or comparison.json of `compare`")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reports/out"), help="folder of the page (default reports/out)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Render; the exit code is the verdict's."""
+    from reports.publish import publish
+
+    published = publish(args.file, args.out)
+
+    def page(console: Console) -> None:
+        published.show(console)
+        print(f"page: {published.page.resolve()}")
+
+    show(args, {"page": str(published.page), "exit_code": published.exit_code}, page)
+    return published.exit_code
