@@ -1,6 +1,6 @@
 """Second moments of every linear layer's input, for GPTQ: the checkpoint runs once over the project's own text.
 
-This holds the model in memory, unlike everything else here; a model that does not fit is refused with the figure.
+This holds the model in memory, unlike everything else here; a model that does not fit is refused, with the size.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def read_manifest(folder: Path) -> Manifest:
         kinds = get_type_hints(Manifest)
         manifest = Manifest(**{f.name: _typed(raw[f.name], kinds[f.name], f.name) for f in fields(Manifest)})
         if manifest.kv.dtype not in DTYPE_BYTES:
-            raise TypeError(f"kv.dtype: {manifest.kv.dtype[:40]!r} is none of {', '.join(DTYPE_BYTES)}")
+            raise TypeError(f"kv.dtype: {manifest.kv.dtype[:40]!r} must be one of {', '.join(DTYPE_BYTES)}")
         for role in ("decode_graph", "scoring_graph", "data_file"):
             name = getattr(manifest, role)
             if name not in manifest.files:

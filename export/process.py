@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# malloc.h's numbers of two parameters, and what they are set to behind blocks_apart().
+# malloc.h's numbers of two parameters, and what they are set to after blocks_apart().
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _USUAL, _KEPT = 32 << 20, 64 << 20
 
@@ -39,7 +39,7 @@ def blocks_apart(nbytes: int) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """PyTorch's threads inside the block; behind it they are what they were."""
+    """PyTorch's threads inside the block; after it they are what they were."""
     import torch
 
     before = torch.get_num_threads()

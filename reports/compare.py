@@ -2,7 +2,7 @@
 
 Statuses. REGRESSION, IMPROVED: a change that is significant after Holm over the gating family, with an estimate at or
 beyond the margin. EQUIVALENT: the one-sided bound lies inside the margin. INCONCLUSIVE: neither; with the pairs that
-would decide. INVALID: too few undisturbed pairs. NEW, MISSING: one side has no figure (or only failures).
+would decide. INVALID: too few undisturbed pairs. NEW, MISSING: one side has no measurement (or only failures).
 
 The pairs are judged once when the planned number is there and, for cases with an undecided gating metric, once more
 after the extension; a decision of the first look stays. Both looks share alpha, so the extension cannot inflate it.
@@ -141,7 +141,7 @@ def _ratio(sides: Mapping[str, CaseRecord], metric: str, base: float | None, can
 
 
 def _lost(records: Sequence[CaseRecord], metric: str) -> tuple[ChangeStatus, str] | None:
-    """NEW, MISSING or INVALID where a side has no figure at all."""
+    """NEW, MISSING or INVALID where a side has no measurement at all."""
     problem: dict[str, str] = {}
     for name in ("base", "candidate"):
         own = [r for r in records if r.side == name]

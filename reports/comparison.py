@@ -202,7 +202,7 @@ class Result(Frozen):
 
 
 class HistoryPoint(Frozen):
-    """One earlier figure of a metric (or this run's, the last): the median of one run."""
+    """One earlier measurement of a metric (or this run's, the last): the median of one run."""
 
     at_utc: str
     value: float

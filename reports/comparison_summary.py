@@ -46,7 +46,7 @@ class MetricGroup:
 
     @property
     def leading(self) -> Result | None:
-        """The one to show large, of those with a figure: the most pressing status, of these the largest change."""
+        """The one to show large, of those that were measured: the most pressing status, of these the largest change."""
         return min((r for r in self.results if r.ratio is not None), key=importance, default=None)
 
 

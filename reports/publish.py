@@ -96,7 +96,7 @@ def read_any(path: Path) -> RunRecord | Comparison | Validation:
     """A run's record, a comparison or a validation, whichever the file says it is (:mod:`reports.documents`).
 
     Raises:
-        RecordError: the file cannot be read, or is none of them; names the place of the first defect.
+        RecordError: the file cannot be read, or is no such document; names the place of the first defect.
     """
     kind = kind_of(first_document(path))
     if kind not in READERS:
@@ -118,7 +118,7 @@ def publish(path: Path, out: Path) -> Published:
     """Read a document and write its report into ``out``.
 
     Raises:
-        RecordError: the file is none of ours; OSError: the folder cannot be written.
+        RecordError: the file is no such document; OSError: the folder cannot be written.
     """
     found = read_any(path)
     if isinstance(found, Validation):

@@ -1,6 +1,6 @@
 """The history: medians of past runs in one SQLite file of the user's data folder, and where a metric's level stepped.
 
-Keyed by the machine's fingerprint: figures of another machine are not a past. Always advisory; a verdict needs
+Keyed by the machine's fingerprint: measurements of another machine are no history. Always advisory; a verdict needs
 interleaved pairs (:mod:`reports.compare`). Steps are found by Pettitt's test (1979), a Mann-Whitney statistic at every
 place of the series, here standardised: it sees ranks only, so a single wild night neither makes nor hides a step and no
 noise model is needed; its p-value comes from permutations of a fixed seed. Series with several steps are split at the
@@ -52,7 +52,7 @@ class StoreError(ReportError):
 
 @dataclass(frozen=True)
 class Point:
-    """One figure of one run: the median over its processes, in ``unit``."""
+    """One metric of one run: the median over its processes, in ``unit``."""
 
     fingerprint: str
     model: str

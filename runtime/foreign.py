@@ -108,7 +108,7 @@ def describe(folder: Path) -> Manifest:
         model_name=str(config.get("_name_or_path") or folder.resolve().name),
         model_type=str(config.get("model_type") or genai_model.get("type") or "unknown"),
         weights_sha256="",
-        weights_origin="unknown (a folder from elsewhere)",
+        weights_origin="unknown (a third-party export)",
         source_key="",
         parameters=sum(_elements(t) for t in graph.initializer if len(t.dims) > 1),
         precision=precision,

@@ -1,4 +1,4 @@
-"""The one generation loop: yields tokens with their time stamps; every figure is derived from those.
+"""The one generation loop: yields tokens with their time stamps; every metric is derived from those.
 
 ``TTFT`` is the time from the call to the first token (prefill and its argmax); N tokens have N - 1 decode gaps,
 ``TPOT`` is their mean. A row that has ended leaves the batch and costs nothing any more.
@@ -92,7 +92,8 @@ def stream(
         clock: seconds.
         sampling: how tokens are chosen.
         ends: asked after each step, with the rows and their tokens, which of them end here.
-        compact: rows that have ended leave the session's batch (where it can do that); else they go on unheard.
+        compact: rows that have ended leave the session's batch (where it can do that); else they keep
+            decoding and their tokens are discarded.
 
     Raises:
         ContextOverflowError: longest prompt + ``max_new_tokens`` exceeds the context; nothing has run.
@@ -164,7 +165,7 @@ class _OnDevice:
         numbers: NDArray[np.float64] | None = None
         if self._draws is not None:
             numbers = np.zeros(len(self._ids) if fed is None else len(fed))
-            numbers[live] = self._draws()  # rows that go on unheard draw nothing
+            numbers[live] = self._draws()  # finished rows draw nothing
         tokens: NDArray[np.int64] = (
             session.prefill_token(self._ids, self._reserve, self._sampling, numbers)
             if fed is None
@@ -194,7 +195,7 @@ def generate(
     stop_strings: Sequence[str] = (),
     tokenizer: Any = None,
 ) -> Generation:
-    """Run :func:`stream` to its end and collect it; rows are cut behind their end token.
+    """Run :func:`stream` to its end and collect it; rows are cut after their end token.
 
     Args:
         session, ids, max_new_tokens, eos, sampling: see :func:`stream`.

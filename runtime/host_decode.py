@@ -38,7 +38,7 @@ class HostDecoder:
 
     def prefill(self, ids: Ids, lengths: Sequence[int], reserve: int) -> Logits:
         """Run the prompts; returns the logits of each row's last token, ``[batch, vocab]``."""
-        # A cache that grows by Concat has each row's new tokens right behind its old ones only when padded on the left;
+        # A cache that grows by Concat has each row's new tokens right after its old ones only when padded on the left;
         # graphs that attend to a window of the cache (GPT-Neo) count its columns.
         shared = isinstance(self._cache, SharedCache)
         padded, mask = right_pad(ids) if shared else left_pad(ids)

@@ -25,8 +25,8 @@ BLOCK = 64
 """Capacity is rounded up to whole blocks, so that runs of similar length reuse the buffers."""
 
 
-def laid(part: NDArray[Any], length: int) -> NDArray[Any]:
-    """``[1, heads, n, width]`` laid together to ``length`` tokens."""
+def tiled(part: NDArray[Any], length: int) -> NDArray[Any]:
+    """``[1, heads, n, width]`` tiled to ``length`` tokens."""
     repeat = -(-length // part.shape[2])
     return np.ascontiguousarray(np.tile(part, (1, 1, repeat, 1))[:, :, :length])
 
@@ -94,7 +94,7 @@ class SharedCache:
             length: positions.
         """
         for kind, part in zip(("key", "value"), pair, strict=True):
-            self._values[f"{layer}.{kind}"].numpy()[:, :, :length] = laid(part, length)  # the same memory
+            self._values[f"{layer}.{kind}"].numpy()[:, :, :length] = tiled(part, length)  # the same memory
 
     def bind(self, binding: Any) -> None:
         """Bind every buffer as past and as present."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_folder(folder: str | Path, verify: bool = True, progress: Callable[[int], None] | None = None) -> Manifest:
-    """The manifest of an exported folder, or one made up for a folder from elsewhere.
+    """The manifest of an exported folder, or one derived for a third-party export.
 
     Args:
         folder: ours, optimum's or onnxruntime-genai's.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from export.manifest import Manifest
 from runtime.errors import SessionError
-from runtime.kv_cache import SharedCache, laid
+from runtime.kv_cache import SharedCache, tiled
 from runtime.ort_session import OrtSession
 from runtime.provider_options import DEFAULTS, as_text
 from runtime.providers import provider_list, require, require_active
@@ -84,7 +84,7 @@ class GraphProbe:
         past: Sequence[tuple[NDArray[Any], NDArray[Any]]] | None = None,
         outputs: Sequence[str] = ("logits",),
     ) -> dict[str, NDArray[Any]]:
-        """One row of new tokens behind a past.
+        """One row of new tokens after a past.
 
         Args:
             ids: the new tokens.
@@ -110,10 +110,10 @@ class GraphProbe:
             raise SessionError(f"onnxruntime stopped: {str(e).splitlines()[0][:300]}") from None
         return dict(zip(outputs, found, strict=True))
 
-    def behind(
+    def after_past(
         self, ids: Sequence[int], first: Sequence[tuple[NDArray[Any], NDArray[Any]]], length: int
     ) -> NDArray[Any]:
-        """Logits of new tokens behind a long past that is ``first`` laid together again and again.
+        """Logits of new tokens after a long past that is ``first`` tiled.
 
         Where past and present share memory, the past is there once, in the buffers that the graph writes into: 8,000
         positions of the demo model take 0.4 GB, and twice that in :meth:`run`.
@@ -131,7 +131,7 @@ class GraphProbe:
         """
         kv = self._manifest.kv
         if not kv.shared_buffer:
-            found: NDArray[Any] = self.run(ids, [(laid(k, length), laid(v, length)) for k, v in first])["logits"][0]
+            found: NDArray[Any] = self.run(ids, [(tiled(k, length), tiled(v, length)) for k, v in first])["logits"][0]
             return found
         session = self._opened()
         cache = SharedCache(kv, 1, length + len(ids), self._manifest.context_length, "cpu")
@@ -171,7 +171,7 @@ def _closed() -> Any:
 
 
 def _new(ids: Sequence[int], length: int) -> dict[str, NDArray[np.int64]]:
-    """The inputs beside the cache for ``ids`` behind ``length`` tokens, one row."""
+    """The inputs beside the cache for ``ids`` after ``length`` tokens, one row."""
     total = length + len(ids)
     return {
         "input_ids": np.asarray([ids], np.int64),

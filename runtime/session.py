@@ -146,7 +146,7 @@ def left_pad(ids: Ids) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def right_pad(ids: Ids) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of uneven length -> (ids, mask), both ``[batch, longest]`` int64, zeros behind each row."""
+    """Rows of uneven length -> (ids, mask), both ``[batch, longest]`` int64, zeros after each row."""
     width = max(len(row) for row in ids)
     out = np.zeros((len(ids), width), np.int64)
     mask = np.zeros((len(ids), width), np.int64)

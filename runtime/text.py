@@ -75,7 +75,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._behind = 0
+        self._shown = 0
         self._said = ""
 
     def push(self, token: int) -> str:
@@ -89,8 +89,8 @@ class StreamDecoder:
         self._said = whole
         if whole == text:
             # The next window starts with the last piece: what stands between two pieces (a blank) needs both.
-            self._ids = self._ids[self._behind :]
-            self._behind = len(self._ids)
+            self._ids = self._ids[self._shown :]
+            self._shown = len(self._ids)
             self._said = self._text()
         return piece
 
@@ -108,7 +108,7 @@ class StreamDecoder:
 class TextStream:
     """A row's text as its tokens come, up to the first stop string.
 
-    Text that may still become a stop string is held back; what stands behind one is dropped, it included.
+    Text that may still become a stop string is held back; what follows one is dropped, it included.
 
     Args:
         tokenizer: of the folder.

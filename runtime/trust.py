@@ -1,6 +1,6 @@
 """Is this folder safe to open? Read before ONNX Runtime does, because a graph names files, operators and sizes.
 
-A graph from elsewhere can point its weights at ``/etc/passwd``, claim 2**62 elements, call an operator that only a
+A third-party graph can point its weights at ``/etc/passwd``, claim 2**62 elements, call an operator that only a
 shared library brings, or nest functions until they unfold into a billion nodes. Everything here is a look at headers:
 no weight is read, whatever its size, and no operator runs. Hashes are :func:`export.manifest.verify_files`' business.
 A folder that somebody changes between the check and the opening is not covered.

@@ -2,7 +2,7 @@
 
 The demo model was read from a 4-bit file, which flatters quantisers that find those blocks again (HQQ); on weights that
 only ever were fp32 the int4 methods can be compared. The text is the project's own (``bench/data``), little enough that
-the model learns words and phrases, no facts: its figures say how methods compare, not what LLaMA 2 would lose.
+the model learns words and phrases, no facts: its metrics say how methods compare, not what LLaMA 2 would lose.
 
 Held out: all of ``prose.jsonl`` (``bench.studies.export_table`` scores windows of any of its texts; which ones depends
 on the tokenizer and on ``--windows``), and for validation every tenth source text of the other four files with all
@@ -35,7 +35,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bench.data.loading import Dataset, Item, load_shipped
+from bench.data.items import Dataset, Item
+from bench.data.loading import load_shipped
 from bench.latency.workload import chunked
 from export.cache import publish
 from export.errors import DestinationError, ExportError

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.data.loading import Dataset, load_shipped
+from bench.data.items import Dataset
+from bench.data.loading import load_shipped
 from export.errors import DestinationError, ExportError
 
 PATH = Path(__file__).parent.parent / "scripts" / "train_small_llama.py"

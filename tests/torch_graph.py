@@ -224,7 +224,7 @@ class TorchGraphSession:
         if self.manifest.kv.shared_buffer:
             mask = (np.arange(self._lengths.max()) < self._lengths[:, None]).astype(np.int64)
         else:
-            # New tokens stand behind each row's padding.
+            # New tokens follow each row's padding.
             mask = self._mask = np.concatenate([self._mask, np.ones((len(ids), 1), np.int64)], axis=1)
         return self._run(self._decode, np.asarray(ids)[:, None], mask, self._lengths[:, None] - 1)[:, 0]
 

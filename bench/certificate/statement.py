@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import AwareDatetime, ValidationError
 
-from bench.data.loading import Dataset
+from bench.data.items import Dataset
 from bench.digests import Progress, baseline_digest, folder_digest, hash_baseline, hash_folder
 from bench.errors import BenchError
 from bench.gate.replay import incomplete, replay

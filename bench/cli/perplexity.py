@@ -18,7 +18,7 @@ from bench.cli.output import show, status
 from bench.progress import progress
 
 if TYPE_CHECKING:
-    from bench.data.loading import Dataset
+    from bench.data.items import Dataset
     from bench.gate.word_perplexity import Window, WordPerplexity
     from runtime.session import Session
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.data.loading import LANGUAGES, Dataset, Item
+from bench.data.items import LANGUAGES, Dataset, Item
 from bench.errors import DatasetError
 
 Row = Mapping[str, Any]

@@ -55,7 +55,7 @@ def _base(factor: float) -> Callable[[Workshop], None]:
 
 
 def _scale_ignored(w: Workshop) -> None:
-    """Behind a quarter of the context the positions are not the model's, as when rotary scaling is left out there."""
+    """After a quarter of the context the positions are not the model's, as when rotary scaling is left out there."""
 
     def change(positions: Any, frequencies: Any) -> tuple[Any, Any]:
         cut = len(positions) // 4

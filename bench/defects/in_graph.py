@@ -91,7 +91,7 @@ def _swap_caches(model: Any) -> None:
         nodes[k].input[i], other.input[i] = other.input[i], nodes[k].input[i]
 
 
-def _residual_behind_norm(model: Any) -> None:
+def _residual_after_norm(model: Any) -> None:
     norms = [n for n in model.graph.node if n.op_type == NORM]
     source, reader = norms[2 * _here(model)], norms[2 * _here(model) + 1]
     for i, name in enumerate(reader.input):
@@ -159,7 +159,7 @@ def _lengths(model: Any) -> tuple[Any, str, str]:
 
 
 def _replace_lengths(model: Any, nodes: list[Any], constants: list[Any], new: str) -> None:
-    """Put nodes behind the one that makes the lengths, and let every attention read ``new``."""
+    """Put nodes after the one that makes the lengths, and let every attention read ``new``."""
     _, lengths, total = _lengths(model)
     position = max(k for k, n in enumerate(model.graph.node) if lengths in n.output or total in n.output) + 1
     for k, node in enumerate(nodes):
@@ -293,7 +293,7 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("two layers exchanged", _graph(_swap_layers), "graph"),
     Defect("gate and up exchanged, one layer", _graph(_swap_gate_and_up), "graph", True),
     Defect("caches of two layers exchanged", _graph(_swap_caches), "graph"),
-    Defect("residual taken behind the norm, one layer", _graph(_residual_behind_norm), "graph", True),
+    Defect("residual taken after the norm, one layer", _graph(_residual_after_norm), "graph", True),
     Defect("one layer's MLP left out", _graph(_mlp_left_out), "graph", True),
     Defect("one layer's MLP times 0.97", _graph(_mlp_scaled), "graph", True),
     Defect("activations saturated, one layer", _graph(_saturated), "graph", True),

@@ -138,5 +138,5 @@ class Harmless:
 
 
 def layer_at(layers: int) -> int:
-    """The layer that single-layer defects sit in: past the first third, so that something is in front and behind."""
+    """The layer that single-layer defects sit in: past the first third, so that layers precede and follow it."""
     return layers // 3

@@ -29,7 +29,7 @@ from export.source import Source
 from export.spec import ExportSpec
 from export.weights import Checkpoint
 from runtime.generate import generate
-from runtime.kv_cache import laid
+from runtime.kv_cache import tiled
 from runtime.session import Logits, SessionInfo
 from runtime.torch_session import TorchSession
 
@@ -213,14 +213,14 @@ class Baseline:
         return self._tokens[key]
 
     def continued(self, text: Sequence[int], length: int, ids: Sequence[int]) -> tuple[Past, Logits]:
-        """``ids`` behind a past of ``length`` tokens that is the cache of ``text``, laid together again and again.
+        """``ids`` after a past of ``length`` tokens that is the cache of ``text``, tiled.
 
         Reaching position 8,000 by computing costs minutes; its keys need not mean anything, since both sides get the
         same ones. What is tested is what happens at those positions: rotary rows, lengths, windows.
 
         Returns:
             The cache of ``text``, per layer a key and a value ``[1, kv_heads, len(text), head_dim]`` fp32, which the
-            other side lays together itself (:func:`runtime.kv_cache.laid`: the whole past of the demo model takes
+            other side tiles itself (:func:`runtime.kv_cache.tiled`: the whole past of the demo model takes
             0.4 GB, so that it is in memory once at a time); and logits ``[len(ids), vocab]``.
         """
         key = (tuple(text), length, tuple(ids))
@@ -228,8 +228,8 @@ class Baseline:
             flat = self._stored(["past", list(text)], lambda: self._past_of(text))
             whole = flat.reshape(len(flat) // 2, 2, 1, -1, len(text), head_size(self.config))
             first = [(k, v) for k, v in whole]
-            request = ["behind", list(text), length, list(ids)]
-            self._continued[key] = (first, self._stored(request, lambda: self._behind(first, length, ids)))
+            request = ["after past", list(text), length, list(ids)]
+            self._continued[key] = (first, self._stored(request, lambda: self._after_past(first, length, ids)))
         return self._continued[key]
 
     def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
@@ -245,15 +245,15 @@ class Baseline:
             model(input_ids=self._tensor(text), past_key_values=cache, use_cache=True)
         return np.stack([t.float().cpu().numpy().ravel() for layer in cache.layers for t in (layer.keys, layer.values)])
 
-    def _behind(self, first: Past, length: int, ids: Sequence[int]) -> Logits:
+    def _after_past(self, first: Past, length: int, ids: Sequence[int]) -> Logits:
         """Logits ``[len(ids), vocab]`` of ``ids`` after ``length`` tokens of ``first``, the cache of a text."""
         from transformers import DynamicCache
 
         model = self.session.model
         cache = DynamicCache(config=model.config)
         with torch.inference_mode(), blocks_apart(1 << 20):  # a layer's cache grows by a copy
-            for i, (k, v) in enumerate(first):  # laid layer by layer: the cache makes a copy of its own
-                key, value = (torch.from_numpy(laid(x, length)).to(self.device) for x in (k, v))
+            for i, (k, v) in enumerate(first):  # tiled layer by layer: the cache makes a copy of its own
+                key, value = (torch.from_numpy(tiled(x, length)).to(self.device) for x in (k, v))
                 cache.update(key, value, i)
             positions = torch.arange(length, length + len(ids), device=self.device)[None]
             logits = model(
@@ -265,7 +265,7 @@ class Baseline:
     def residuals(self, ids: Sequence[int]) -> list[dict[str, NDArray[np.float32]]]:
         """Values inside each layer: ``input``, ``qkv``, ``attention``, ``o_proj``, ``mlp``, ``output``.
 
-        Each ``[length, width]`` fp32; ``input`` is the residual stream in front of the layer, ``output`` behind it.
+        Each ``[length, width]`` fp32; ``input`` is the residual stream before the layer, ``output`` after it.
         """
         return self.null_residuals("fp32", ids)
 

@@ -3,7 +3,7 @@
 The export re-derived from the configuration is the expected side. Walking backwards pairs every expected value with
 the found one that stands in its place, and every weight recipe with the initialiser that is really read there, which
 is what the weight audit then compares. Differences are reported in the expected graph's order, so the first one is
-where the graphs part. Try: ``python -m pytest tests/bench/test_canonical.py``.
+where the graphs differ. Try: ``python -m pytest tests/bench/gate/test_graph_checks.py``.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _constant(node: Any) -> Any:
 
 
 def oddities(model: Any) -> list[Finding]:
-    """Forms of ONNX that no exporter of a decoder needs, and behind which another model can hide from a reader.
+    """Forms of ONNX that no exporter of a decoder needs, and in which another model can hide from a reader.
 
     ONNX Runtime and a walk over nodes may disagree about which of two values of one name counts, a function may bear
     an operator's name, and a constant that is also an input is only a default.
@@ -278,7 +278,7 @@ class _Walk:
         if (node.op_type, standard(node.domain)) != (wanted.op_type, standard(wanted.domain)):
             own = "" if standard(node.domain) == standard(wanted.domain) else f"{node.domain or 'ai.onnx'}::"
             self.report(k, slot, f"is made by {own}{node.op_type} ({node.name}) where {wanted.op_type} belongs")
-            # A node put in between: go on behind it, so that one edit is one finding.
+            # A node put in between: go on after it, so that one edit is one finding.
             for name in node.input:
                 source = self.f.producer(self.f.resolve(name))
                 if source is not None and source.op_type == wanted.op_type:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.data.loading import NEW_TOKENS, Item, prompt_ids
+from bench.data.items import NEW_TOKENS, Item, prompt_ids
 from bench.errors import DatasetError
 from bench.gate.metrics import score_task
 from reports.validation import Example, GeneratedItem, TaskEvidence

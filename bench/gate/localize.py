@@ -32,7 +32,7 @@ TITLES = {
     "attention": "attention (rotary embedding, scale, mask, cache)",
     "o_proj": "the output projection",
     "mlp": "the MLP or the norm in front of it",
-    "output": "the residual behind the MLP",
+    "output": "the residual after the MLP",
     "embedding": "the embedding",
     "head": "the last norm or the head",
 }
@@ -77,7 +77,7 @@ def localize(s: Subject) -> Place | None:
 
 
 def _place(layer: int, operator: str, gap: float, before: float, layers: int) -> Place:
-    where = {-1: "the embedding", layers: "behind the last layer"}.get(layer, f"layer {layer}")
+    where = {-1: "the embedding", layers: "after the last layer"}.get(layer, f"layer {layer}")
     title = "" if layer == -1 else f", {TITLES[operator]}"
     detail = f"{where}{title}: relative error {gap:.2g} where {before:.2g} went in"
     return Place(layer=layer, operator=operator, deviation=gap, before=before, detail=detail)
@@ -120,7 +120,7 @@ def _inner_values(s: Subject, ids: list[int]) -> dict[str, NDArray[Any]]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link where the file system allows it: ONNX Runtime refuses data behind a symbolic one."""
+    """A hard link where the file system allows it: ONNX Runtime refuses data that a symbolic one points to."""
     try:
         os.link(source, target)
     except OSError:
@@ -169,7 +169,7 @@ def inner_names(model: Any) -> dict[str, str]:
 
 
 def _before_norm(value: str, readers: dict[str, list[Any]]) -> str:
-    """The value itself, or behind the additions (bias, zero points) that stand between it and the next norm."""
+    """The value itself, or after the additions (bias, zero points) that stand between it and the next norm."""
     for _ in range(3):
         following = readers.get(value, [])
         addition = next((r for r in following if r.op_type == "Add"), None)

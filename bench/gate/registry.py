@@ -39,7 +39,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "exact",
         "both graphs, node by node, against what the export makes of the configuration",
         "a wrong wire, a residual from the wrong side of a norm, swapped layers, a cache of another layer, an operator "
-        "too many, a function or a second tensor behind a known name",
+        "too many, a function, or a second tensor of a known name",
         graph.graph,
         may_abstain=True,
     ),

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.data.loading import NEW_TOKENS, load_shipped
+from bench.data.items import NEW_TOKENS
+from bench.data.loading import load_shipped
 from bench.gate.checks.numeric import PLACES
 from bench.gate.found import CheckSpec, Found, stopped
 from bench.gate.judge import NOT_APPLICABLE

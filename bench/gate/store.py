@@ -154,7 +154,7 @@ class ResultStore:
         self._write(f"{_name(request)}.logits", [header.ljust(_HEADER, b"\0"), flat.data])
 
     def value(self, request: Any) -> Any | None:
-        """A kept JSON value (generations, figures of a window), or None."""
+        """A kept JSON value (generations, scores of a chunk), or None."""
         path = self.folder / f"{_name(request)}.json"
         if self._off:
             return None

@@ -23,7 +23,7 @@ from export.manifest import MANIFEST_NAME, Manifest
 from reports.validation import ChunkScores, Evidence, GeneratedItem, Scalar
 
 if TYPE_CHECKING:
-    from bench.data.loading import Dataset
+    from bench.data.items import Dataset
     from bench.gate.baseline import Baseline
     from bench.gate.canonical import Pairing
     from bench.gate.generations import Outputs
@@ -81,7 +81,7 @@ class Subject:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The folder's manifest, or the one made up for a folder from elsewhere; hashes are another check's."""
+        """The folder's manifest, or the one derived for a third-party export; hashes are another check's."""
         from runtime.loading import read_folder
 
         return read_folder(self.folder, verify=False)
@@ -178,7 +178,7 @@ class Subject:
     @cached_property
     def windows(self) -> list[list[int]]:
         """Chunks of token ids, from every text in turn so that few of them still see every kind of text."""
-        from bench.data.loading import chunked
+        from bench.data.items import chunked
 
         size = min(self.mode.window, self.baseline.config.max_position_embeddings)
         texts = self.dataset.prose()
@@ -296,7 +296,7 @@ class Subject:
 
 def gate_shapes(s: Subject) -> Shapes:
     """What TensorRT has to build engines for: every batch and length that the checks use."""
-    from bench.data.loading import NEW_TOKENS
+    from bench.data.items import NEW_TOKENS
     from bench.gate.generations import BATCH
     from runtime.tensorrt import Shapes
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from bench.data.loading import Dataset, load_shipped
+from bench.data.items import Dataset
+from bench.data.loading import load_shipped
 from bench.deployment import Deployment
 from bench.errors import BenchError
 from bench.gate.baseline import Baseline

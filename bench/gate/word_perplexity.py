@@ -1,6 +1,6 @@
 """Word perplexity of whole documents, as lm-evaluation-harness computes it for WikiText-2.
 
-The likelihood is of the detokenised text, the count is of words of the *original* text: so figures of models with
+The likelihood is of the detokenised text, the count is of words of the *original* text: so metrics of models with
 different tokenizers may be compared. Try: ``llama-onnx perplexity FOLDER --dataset hf:wikitext``.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.data.loading import Dataset
+from bench.data.items import Dataset
 from bench.errors import DatasetError
 from runtime.session import Session
 
@@ -34,7 +34,7 @@ class Window:
 
 @dataclass(frozen=True)
 class WordPerplexity:
-    """Figures over all documents; ``nats`` is the summed negative log-likelihood of each document."""
+    """Metrics over all documents; ``nats`` is the summed negative log-likelihood of each document."""
 
     nats: tuple[float, ...]
     words: tuple[int, ...]
@@ -124,7 +124,7 @@ def document_windows(dataset: Dataset, tokenizer: Any, context: int, window: int
 
 
 def assemble(dataset: Dataset, windows: Sequence[Window], nats: Sequence[float]) -> WordPerplexity:
-    """Windows' sums -> figures. Words are what lies between white space in the original, as the harness counts."""
+    """Chunks' sums -> metrics. Words are what lies between white space in the original, as the harness counts."""
     originals = [i.fields.get("original", i.fields["text"]) for i in dataset.items if i.task == "perplexity"]
     sums = [math.fsum(n for w, n in zip(windows, nats, strict=True) if w.document == k) for k in range(len(originals))]
     longest = max(len(w.inputs) for w in windows)

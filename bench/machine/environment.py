@@ -1,4 +1,4 @@
-"""Facts about this machine and its software, and the fingerprint that says whose figures may be compared."""
+"""Facts about this machine and its software, and the fingerprint that says whose measurements may be compared."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.gate.statistics import kl_divergence
 from runtime.generate import generate
 from runtime.session import Ids, Session
 
@@ -52,16 +53,6 @@ def peer_parity(peer: Session, baseline: Session, prompts: Ids, new_tokens: int)
         fed = steps[:, n - 1].tolist()
         a = baseline.prefill(prompts, new_tokens) if n == 0 else baseline.step(fed)
         b = peer.prefill(prompts, new_tokens) if n == 0 else peer.step(fed)
-        p, q = _log_softmax(a), _log_softmax(b)
-        klds.append((np.exp(p) * (p - q)).sum(axis=-1))
+        klds.append(kl_divergence(b, a))
         same += int((a.argmax(-1) == b.argmax(-1)).sum())
     return PeerParity(count, same / count, float(np.mean(klds)))
-
-
-def _log_softmax(
-    logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    wide = logits.astype(np.float64)
-    wide = wide - wide.max(axis=-1, keepdims=True)
-    out: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    return out

@@ -262,7 +262,7 @@ def interleaved(
 
 
 def _steps(session: Session, rng: np.random.Generator, context: int, batch: int, steps: int = 16) -> tuple[float, ...]:
-    """Seconds of a prefill and of the median decode step behind it."""
+    """Seconds of a prefill and of the median decode step after it."""
     prompts = [rng.integers(1, VOCAB, context).tolist() for _ in range(batch)]
     started = time.perf_counter()
     session.prefill(prompts, steps + 1)

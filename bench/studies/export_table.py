@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.data.loading import chunked
+from bench.data.items import chunked
 from bench.errors import BenchError
 from bench.gate import statistics as gate
 from bench.gate.modes import SEED

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from bench.data.loading import Dataset, load_dataset
+from bench.data.items import Dataset
+from bench.data.loading import load_dataset
 from bench.deployment import Deployment
 from bench.exported import exported_folder
 from bench.gate.found import CheckSpec

@@ -85,7 +85,7 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def metric_name(metric: str) -> str:
-    """Such as ``decode`` for ``tpot``; a metric from elsewhere keeps its own name."""
+    """Such as ``decode`` for ``tpot``; an unknown metric keeps its own name."""
     return METRIC_NAMES.get(metric, words.shorten(metric, 60))
 
 

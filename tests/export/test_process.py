@@ -28,7 +28,7 @@ print(inside, gone())
 
 
 def test_large_blocks_apart_go_back_at_once() -> None:
-    """In the heap a freed block stays with the process while its neighbours live; behind the block it is so again."""
+    """In the heap a freed block stays with the process while its neighbours live; after the block it is so again."""
     if sys.platform != "linux":
         pytest.skip("glibc's malloc")
     found = {}

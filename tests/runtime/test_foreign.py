@@ -1,4 +1,4 @@
-"""Folders from elsewhere run here, and ours run elsewhere: the real packages, greedy tokens equal."""
+"""Third-party exports run here, and ours run elsewhere: the real packages, greedy tokens equal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def optimum_folder(checkpoints: Folders, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def unsigned(exports: Folders, tmp_path: Path) -> Path:
-    """Our export without its manifest: as far as anyone can tell, a folder from elsewhere."""
+    """Our export without its manifest: as far as anyone can tell, a third-party export."""
     folder = tmp_path / "unsigned"
     shutil.copytree(exports(), folder)
     (folder / "manifest.json").unlink()

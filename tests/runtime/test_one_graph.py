@@ -11,7 +11,7 @@ import pytest
 
 from export.manifest import read_manifest
 from runtime.errors import SessionError
-from runtime.kv_cache import laid
+from runtime.kv_cache import tiled
 from runtime.loading import load
 from runtime.probe import GraphProbe
 from tests.open_sessions import Alive
@@ -89,9 +89,9 @@ def test_a_long_past_in_shared_buffers_gives_the_bits_of_one_that_is_handed_over
     with load(folder, threads=1) as session:
         probe = GraphProbe.of(session)
         for length in (3, 100, 153):
-            whole = [(laid(k, length), laid(v, length)) for k, v in first]
+            whole = [(tiled(k, length), tiled(v, length)) for k, v in first]
             wanted = probe.run(TEXT, whole)["logits"][0]
-            found = probe.behind(TEXT, first, length)  # type: ignore[arg-type]
+            found = probe.after_past(TEXT, first, length)  # type: ignore[arg-type]
             assert found.shape == (len(TEXT), 331)
             np.testing.assert_array_equal(found, wanted)
 
@@ -104,4 +104,4 @@ def test_a_long_past_is_not_copied(exports: Exports, monkeypatch: pytest.MonkeyP
     with load(exports(), threads=1) as session:
         probe = GraphProbe.of(session)
         monkeypatch.setattr(GraphProbe, "run", lambda *_a, **_k: pytest.fail("the past was handed over"))
-        assert np.isfinite(probe.behind(TEXT, first, 90)).all()
+        assert np.isfinite(probe.after_past(TEXT, first, 90)).all()

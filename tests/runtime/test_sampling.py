@@ -172,7 +172,7 @@ def test_finished_rows_are_not_computed_any_more(session: Any) -> None:
     assert [s.tokens.tolist() for s in steps] == [s.tokens.tolist() for s in dropping]  # and none was written over
 
 
-def test_nothing_is_done_behind_the_last_token(session: Any) -> None:
+def test_nothing_is_done_after_the_last_token(session: Any) -> None:
     prompts = [[5, 6], [7, 8], [9, 10]]
     eos = (generate(session, prompts, 4).tokens[1][3],)
     kept: list[Any] = []
@@ -274,7 +274,7 @@ def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
 
 
 class Cleaning:
-    """A tokenizer that joins an apostrophe to what comes behind it when it cleans up, as LLaMA 3's does."""
+    """A tokenizer that joins an apostrophe to what follows it when it cleans up, as LLaMA 3's does."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool = True) -> str:
         text = "".join([" '", " n", " '", " roll"][i] for i in ids)

@@ -30,7 +30,7 @@ def files(s: Subject) -> Found:
     try:
         manifest = read_folder(s.folder, verify=False)
         if not s.sealed:
-            return Found("REPORTED", "no manifest: a folder from elsewhere, no hash to check", notes=manifest.notes)
+            return Found("REPORTED", "no manifest: a third-party export, no hash to check", notes=manifest.notes)
         verify_files(s.folder, manifest, known=s.hashes)
     except (ManifestError, SessionError) as e:
         return exact([Finding(where="folder", what=str(e))], "")

@@ -176,7 +176,7 @@ def _far(s: Subject) -> Rows:
             continue
         first, wanted = s.baseline.continued(text, length, tail)
         trim()  # the past is in memory once at a time
-        logits = s.probe.behind(tail, first, length).astype(np.float32)
+        logits = s.probe.after_past(tail, first, length).astype(np.float32)
         klds = kl_divergence(logits, wanted[-len(logits) :])
         # The mean over the new tokens: a past stacked is no text, its single places are rougher than a text's.
         rows.append((f"{title} (from {length:,})", float(klds.mean())))

@@ -1,6 +1,6 @@
 """Exact checks of what stands around the graph: configuration, tokenizer, chat template, special ids, generation.
 
-A wrong merge or a lost end token changes what every user sees, and no teacher-forced figure sees it.
+A wrong merge or a lost end token changes what every user sees, and no teacher-forced metric sees it.
 Try: ``llama-onnx validate FOLDER --baseline demo --only tokenizer,chat_template,special_ids``.
 """
 

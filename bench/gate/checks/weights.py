@@ -32,7 +32,7 @@ WHOLE = {"rtn": 1.0, "hqq": 1.02, "kquant": 1.3, "gptq": 10.0}
 """The same over a whole tensor."""
 ROW = 30.0
 """The same over one row of the head by gptq: each is one token's, and no statistic sees a rare one's. Elsewhere every
-token goes through every row, and behind inputs with a few huge values an honest row may be off by 176 times."""
+token goes through every row, and after inputs with a few huge values an honest row may be off by 176 times."""
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 

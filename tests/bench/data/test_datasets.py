@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.data.loading import DATA, DatasetError, load_file, load_shipped, prompt_ids
+from bench.data.items import prompt_ids
+from bench.data.loading import DATA, DatasetError, load_file, load_shipped
 
 GOOD = {"id": "a", "task": "qa", "context": "It rained.", "question": "What did it do?", "references": ["rained"]}
 
@@ -59,7 +60,7 @@ def test_own_file_with_and_without_header(tmp_path: Path) -> None:
     [
         ([GOOD, "{not json"], "line 2: not valid JSON"),
         ([GOOD, "", '["a"]'], "line 3: not a JSON object"),
-        ([GOOD | {"task": "poetry"}], "line 1: task 'poetry' is none of"),
+        ([GOOD | {"task": "poetry"}], "line 1: task 'poetry' must be one of"),
         ([{k: v for k, v in GOOD.items() if k != "question"}], "line 1: 'question' is missing"),
         ([GOOD | {"references": []}], "line 1: 'references'"),
         ([GOOD | {"context": 3}], "line 1: 'context'"),

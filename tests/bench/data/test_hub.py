@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.data.loading import Dataset, Item, load_dataset, prompt_ids
+from bench.data.items import Dataset, Item, prompt_ids
+from bench.data.loading import load_dataset
 from bench.errors import DatasetError
 from bench.gate.metrics import rouge_mlperf, score_task
 from bench.gate.word_perplexity import (

@@ -1,4 +1,4 @@
-"""What a check decides once it has its figures, and text checks where only one thing differs: no model is run."""
+"""What a check decides once it has its metrics, and text checks where only one thing differs: no model is run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.data.loading import Item
+from bench.data.items import Item
 from bench.gate import judge
 from bench.gate.checks import text as text_checks
 from bench.gate.generations import Outputs, generated_items

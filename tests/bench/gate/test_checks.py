@@ -209,7 +209,7 @@ def test_chunked_prefill_sees_positions_that_start_again(
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_the_first_step_behind_a_prefill_counts(
+def test_the_first_step_after_a_prefill_counts(
     late: bool, exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = subjects(exports())

@@ -1,6 +1,6 @@
 """`attributes`, `manifest` and `rotary_tables` each alone, where no other check stands in front of them.
 
-A folder from elsewhere has no `graph` check, so these have to find what is theirs by themselves.
+A third-party export has no `graph` check, so these have to find what is theirs by themselves.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.data.loading import Item
+from bench.data.items import Item
 from bench.gate.generations import Outputs, task_evidence
 from bench.gate.judge import FLOOR_SCORE, _tasks_line, items_needed, task_metric
 from bench.gate.metrics import Scored, difference_interval

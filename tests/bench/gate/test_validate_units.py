@@ -150,7 +150,7 @@ def test_one_graph_is_open_at_a_time(
         assert alive.opened == 4
 
 
-def test_the_heap_is_trimmed_behind_each_window(
+def test_the_heap_is_trimmed_after_each_window(
     exports: Exports, opened: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trimmed: list[int] = []
@@ -199,7 +199,7 @@ def test_a_run_stopped_in_a_window_goes_on_there_on_both_sides(
     subject.finish()
     assert not list((tmp_path / "cache" / "unfinished").glob("*/*"))
 
-    again = opened(exports())  # a new run is a new measurement, and gives the same figures
+    again = opened(exports())  # a new run is a new measurement, and gives the same metrics
     with monkeypatch.context() as patch:
         ours = Counted(patch, OrtSession, "score")
         fresh = validate(again, SPECS)

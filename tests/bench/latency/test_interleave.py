@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.data.loading import chunked
+from bench.data.items import chunked
 from bench.errors import BenchError
 from bench.latency import interleave as module
 from bench.latency.interleave import interleave, load_times, warm_up
