@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.data.loading import Item, load_shipped
+from bench.data.items import Item
+from bench.data.loading import load_shipped
 from bench.gate.found import Found
 from bench.gate.metrics import score_task
 from bench.gate.modes import MODES, Terms
