@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.certificate.statement import PAYLOAD_TYPE, CertificateError, require
+from bench.certificate.statement import PAYLOAD_TYPE, CertificateError, canonical, require
 
 if TYPE_CHECKING:
     from securesystemslib.dsse import Envelope
@@ -90,8 +90,7 @@ def seal(statement: Mapping[str, Any], key: Path | None = None) -> dict[str, Any
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
         from securesystemslib.dsse import Envelope
         from securesystemslib.signer import CryptoSigner
-    payload = json.dumps(statement, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    envelope = Envelope(payload, PAYLOAD_TYPE, {})
+    envelope = Envelope(canonical(statement), PAYLOAD_TYPE, {})
     if key is not None:
         try:
             private = load_pem_private_key(_pem(key, "private"), None)
@@ -168,28 +167,40 @@ def read_envelope(path: Path) -> Envelope:
     return envelope
 
 
-def check_signature(envelope: Envelope, key: Key | None, required: bool) -> str:
+def check_signature(envelope: Envelope, keys: Mapping[str, Key], required: Sequence[str] = ()) -> str:
     """What is known about the envelope's signature, in words for the reader.
+
+    Args:
+        envelope: what :func:`read_envelope` gave.
+        keys: public keys that must have signed, by who asks for each (``--key``, ...).
+        required: who asks for a signature.
 
     Raises:
         CertificateError: unsigned where a signature is demanded, signed by another key, or the payload was edited.
     """
-    if key is None:
+    if not keys:
         if required:
             raise CertificateError(
-                "no-key", "--require-signature needs --key PUB.pem: a signature by just anybody proves nothing", 2
+                "no-key", f"{required[0]} needs a key to check by: a signature by just anybody proves nothing", 2
             )
         return "signed, but not checked: no --key given" if envelope.signatures else "unsigned"
-    if not envelope.signatures:
-        raise CertificateError("unsigned", "the certificate is not signed; have it made with --key, or leave --key out")
-    if key.keyid not in envelope.signatures:
-        raise CertificateError("other-key", "the certificate is signed by another key than the one given")
     from securesystemslib.exceptions import VerificationError
 
-    try:
-        envelope.verify([key], 1)
-    except VerificationError:
-        raise CertificateError(
-            "bad-signature", "the signature does not fit the payload: the certificate was edited after signing"
-        ) from None
-    return f"signed by key {key.keyid[:16]}"
+    for name, key in keys.items():
+        if not envelope.signatures:
+            raise CertificateError(
+                "unsigned",
+                f"the certificate is not signed, {name} asks for key {key.keyid[:16]}; certify it with --key",
+            )
+        if key.keyid not in envelope.signatures:
+            theirs = ", ".join(k[:16] for k in envelope.signatures)
+            raise CertificateError(
+                "other-key", f"the certificate is signed by key {theirs}, {name} is {key.keyid[:16]}"
+            )
+        try:
+            envelope.verify([key], 1)
+        except VerificationError:
+            raise CertificateError(
+                "bad-signature", "the signature does not fit the payload: the certificate was edited after signing"
+            ) from None
+    return f"signed by key {', '.join(k.keyid[:16] for k in keys.values())}"

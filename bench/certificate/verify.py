@@ -1,5 +1,8 @@
 """Does a certificate cover this folder, today? Offline: it reads the certificate, the folder and nothing else.
 
+The certified result is judged again from its own evidence (:mod:`bench.gate.replay`), and the statement is built again
+from that result: nothing in it is believed because it stands there. What no evidence can show (the exact checks, and
+that the evidence was measured) rests on the signature.
 Every refusal has a word of its own (:attr:`bench.certificate.statement.CertificateError.reason`). Try:
 ``llama-onnx verify cert.json FOLDER --key mykey.pub.pem --require-signature``.
 """
@@ -14,19 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from bench.certificate.envelope import check_signature, read_envelope, strict_json
+from bench.certificate.envelope import check_signature, read_envelope, read_public_key, strict_json
+from bench.certificate.policy import Policy
 from bench.certificate.statement import (
     CLOCK_SKEW,
     EXTENSION,
     CertificateError,
-    Evidence,
-    Progress,
+    Extension,
+    build_statement,
+    canonical,
     check_form,
-    derived_verdict,
-    folder_digest,
-    hash_baseline,
-    hash_folder,
+    check_result,
+    first_problem,
+    statement_digest,
 )
+from bench.digests import Progress, baseline_digest, folder_digest, hash_baseline, hash_folder
+from reports.validation import Validation
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Key
@@ -37,9 +43,14 @@ class Verified:
     """A certificate that holds: how it is signed, what it says, and how many files were hashed."""
 
     signature: str
-    evidence: Evidence
+    extension: Extension
     files: int
     baseline_checked: bool
+
+    @property
+    def validation(self) -> Validation:
+        """The certified result."""
+        return self.extension.validation
 
 
 def verify_certificate(
@@ -49,17 +60,27 @@ def verify_certificate(
     key: Key | None = None,
     require_signature: bool = False,
     max_age_days: float | None = None,
+    policy: Policy | None = None,
     baseline: Path | None = None,
     now: datetime.datetime | None = None,
     progress: Progress | None = None,
 ) -> Verified:
-    """Check, in this order: envelope, signature, form, verdict, dates, every file, and the baseline if given.
+    """Check, in this order: envelope, signature, form, digest of the statement, the result by its evidence, that every
+    field follows from it, verdict, policy, dates, every file, and the baseline if given.
+
+    ``policy`` adds to the other demands: with two keys both have to have signed, of two ages the smaller counts.
 
     Raises:
         CertificateError: refused; ``reason`` says why.
+        DigestError: nothing to hash in folder or checkpoint.
     """
+    policy = policy or Policy()
+    keys = {"--key": key} if key else {}
+    if policy.key:
+        keys["the policy's key"] = read_public_key(Path(policy.key))
+    demands = {"--require-signature": require_signature, "the policy's require_signature": policy.require_signature}
     envelope = read_envelope(certificate)
-    signature = check_signature(envelope, key, require_signature)
+    signature = check_signature(envelope, keys, [name for name, wanted in demands.items() if wanted])
     try:
         statement = strict_json(envelope.payload)
     except ValueError as e:
@@ -67,74 +88,112 @@ def verify_certificate(
     if not isinstance(statement, dict):
         raise CertificateError("malformed", f"the payload of {certificate} is no in-toto statement", 2)
     check_form(statement)
-    evidence = _evidence(statement["predicate"])
-    _check_verdict(statement["predicate"], evidence)
-    _check_dates(evidence, max_age_days, now or datetime.datetime.now(datetime.UTC))
+    extension = _extension(statement)
     stated = _digests(statement["subject"], "subject")
-    if folder_digest(stated) != evidence.folder_sha256:
-        raise CertificateError("contradiction", "the certificate's list of files does not fit its own digest")
+    roles = _roles(statement["predicate"])
+    check_result(extension.validation, 1)
+    _check_fields(statement, extension, stated, roles)
+    _check_verdict(statement["predicate"], extension.validation)
+    policy.check(extension.validation)
+    ages = {"--max-age": max_age_days, "the policy's max_age_days": policy.max_age_days}
+    _check_dates(extension, ages, now or datetime.datetime.now(datetime.UTC))
     files = hash_folder(folder, progress)
     _compare(stated, files, str(folder))
     if baseline is not None:
-        _check_baseline(statement["predicate"], baseline, progress)
-    return Verified(signature, evidence, len(files), baseline is not None)
+        _compare(_by_role(roles), _by_role(hash_baseline(baseline, progress)), str(baseline), "baseline-")
+    return Verified(signature, extension, len(files), baseline is not None)
 
 
-def _evidence(predicate: Mapping[str, Any]) -> Evidence:
+def _extension(statement: Mapping[str, Any]) -> Extension:
+    """What stands under our key, if the statement still has the digest with which it was made."""
     try:
-        evidence = Evidence.model_validate(predicate.get(EXTENSION))
-        if evidence.created_utc.tzinfo is None or evidence.expires_utc.tzinfo is None:
-            raise CertificateError("malformed", "the certificate's times have no time zone", 2)
-        return evidence
+        extension = Extension.model_validate_json(canonical(statement["predicate"].get(EXTENSION)), strict=True)
     except ValidationError as e:
-        place = ".".join(str(p) for p in e.errors()[0]["loc"])
         raise CertificateError(
-            "malformed", f"the certificate's {EXTENSION}.{place}: {e.errors()[0]['msg']}; made by another version?", 2
+            "malformed", f"the certificate's {EXTENSION}.{first_problem(e)}; made by another version?", 2
         ) from None
-
-
-def _check_verdict(predicate: Mapping[str, Any], evidence: Evidence) -> None:
-    """The verdict has to be PASS, and the predicate, the verdict and the checks have to say the same."""
-    statuses = [str(c.get("status")) for c in [*evidence.checks, *evidence.tasks]]
-    says_passed = predicate.get("result") in ("PASSED", "WARNED") and not predicate.get("failedTests")
-    if says_passed != (evidence.verdict == "PASS") or (
-        evidence.verdict == "PASS" and derived_verdict(statuses) != "PASS"
-    ):
+    if statement_digest(statement) != extension.statement_sha256:
         raise CertificateError(
-            "contradiction", "the certificate's verdict, result and checks contradict each other: it was edited"
+            "contradiction", "the certificate does not have the SHA-256 that it names for itself: it was edited"
         )
-    if evidence.verdict == "PASS":
-        return
-    failed = ", ".join(str(n) for n in predicate.get("failedTests", [])) or "no check named"
-    raise CertificateError(
-        "not-passed",
-        f"the certified verdict is {evidence.verdict} ({failed}): this folder may not be shipped",
-        1 if evidence.verdict == "FAIL" else 3,
-    )
+    return extension
 
 
-def _check_dates(evidence: Evidence, max_age_days: float | None, now: datetime.datetime) -> None:
-    if evidence.created_utc > now + CLOCK_SKEW:
+def _check_fields(
+    statement: Mapping[str, Any], extension: Extension, files: Mapping[str, str], roles: Mapping[str, Mapping[str, str]]
+) -> None:
+    """The statement has to be the one that its result gives, and the result to be of the files that it names."""
+    v = extension.validation
+    found = {
+        "subject": folder_digest(files) == v.folder_sha256,
+        "configuration": baseline_digest(roles) == v.baseline_sha256 and roles["data"] == {v.dataset: v.dataset_sha256},
+    }
+    built = build_statement(v, files, roles, extension.created_utc, extension.expires_utc)
+    parts = [*((n, statement.get(n), built[n]) for n in built if n != "predicate")]
+    parts += [(n, statement["predicate"].get(n), value) for n, value in built["predicate"].items()]
+    wrong = [n for n, good in found.items() if not good]
+    wrong += [n for n, have, wanted in parts if canonical(have) != canonical(wanted) and n not in wrong]
+    if wrong or canonical(statement) != canonical(built):
+        what = ", ".join(wrong) or "a field that test results do not have"
         raise CertificateError(
-            "not-yet-valid", f"the certificate is from the future ({evidence.created_utc:%Y-%m-%d %H:%M} UTC)"
+            "contradiction", f"the certificate does not fit the result in it ({what}): it was edited"
         )
-    if now >= evidence.expires_utc:
-        raise CertificateError("expired", f"the certificate expired on {evidence.expires_utc:%Y-%m-%d %H:%M} UTC")
-    if max_age_days is not None and not max_age_days >= 0:
-        raise CertificateError("dates", f"--max-age {max_age_days:g} is no number of days", 2)
-    age = (now - evidence.created_utc).total_seconds() / 86400
-    if max_age_days is not None and age > max_age_days:
-        raise CertificateError("too-old", f"the certificate is {age:.1f} days old, --max-age allows {max_age_days:g}")
 
 
-def _digests(descriptors: list[dict[str, Any]], what: str) -> dict[str, str]:
+def _check_verdict(predicate: Mapping[str, Any], validation: Validation) -> None:
+    if validation.verdict != "PASS":
+        failed = ", ".join(predicate["failedTests"])
+        raise CertificateError(
+            "not-passed", f"the certified verdict is FAIL ({failed}): this folder may not be shipped"
+        )
+
+
+def _check_dates(extension: Extension, ages: Mapping[str, float | None], now: datetime.datetime) -> None:
+    """A certificate's age is that of its measurement: certifying an old result anew makes it no younger."""
+    created, expires = extension.created_utc, extension.expires_utc
+    try:
+        measured = datetime.datetime.fromisoformat(extension.validation.created_utc)
+        early = measured <= created + CLOCK_SKEW
+    except (ValueError, TypeError):
+        raise CertificateError("malformed", "the certified result has no date with a time zone", 2) from None
+    if not early or created > now + CLOCK_SKEW:
+        raise CertificateError(
+            "not-yet-valid",
+            f"the certificate or its result is from the future ({max(created, measured):%Y-%m-%d %H:%M} UTC)",
+        )
+    if now >= expires:
+        raise CertificateError("expired", f"the certificate expired on {expires:%Y-%m-%d %H:%M} UTC")
+    age = (now - measured).total_seconds() / 86400
+    for name, most in ages.items():
+        if most is not None and not most >= 0:
+            raise CertificateError("dates", f"{name} {most:g} is no number of days", 2)
+        if most is not None and age > most:
+            raise CertificateError("too-old", f"the result is {age:.2f} days old, {name} allows {most:g}")
+
+
+def _digests(descriptors: Any, what: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for d in descriptors:
-        name, digest = d.get("name"), d.get("digest", {}).get("sha256")
+        name, digest = d.get("name"), (d.get("digest") or {}).get("sha256")
         if not name or not digest or name in found:
             raise CertificateError("malformed", f"a {what} without name or SHA-256, or named twice: {name!r}", 2)
         found[name] = digest
     return found
+
+
+def _roles(predicate: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """``configuration`` by role: baseline, tokenizer, data."""
+    roles: dict[str, dict[str, str]] = {"baseline": {}, "tokenizer": {}, "data": {}}
+    for name, digest in _digests(predicate.get("configuration") or [], "dependency").items():
+        role, _, rest = name.partition("/")
+        if role not in roles:
+            raise CertificateError("malformed", f"a dependency of no role: {name!r}", 2)
+        roles[role][rest] = digest
+    return roles
+
+
+def _by_role(roles: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {f"{role}/{name}": digest for role in ("baseline", "tokenizer") for name, digest in roles[role].items()}
 
 
 def _compare(stated: Mapping[str, str], there: Mapping[str, str], where: str, prefix: str = "") -> None:
@@ -154,10 +213,3 @@ def _compare(stated: Mapping[str, str], there: Mapping[str, str], where: str, pr
         reason = next(kind for kind in ("changed", "missing", "extra") if kinds[kind])
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         raise CertificateError(f"{prefix}file-{reason}", f"{where}: {'; '.join(found[:4])}{more}")
-
-
-def _check_baseline(predicate: Mapping[str, Any], checkpoint: Path, progress: Progress | None) -> None:
-    stated = _digests(predicate.get("configuration", []), "dependency")
-    roles = hash_baseline(checkpoint, progress)
-    there = {f"{role}/{name}": digest for role, members in roles.items() for name, digest in members.items()}
-    _compare({n: d for n, d in stated.items() if not n.startswith("data/")}, there, str(checkpoint), "baseline-")

@@ -18,7 +18,7 @@ HELP = "write a certificate that this folder got this result: an in-toto stateme
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The result, the folder, what it rests on, and the certificate."""
-    parser.add_argument("result", type=Path, help="record.json of `bench`, or validation.json of `validate`")
+    parser.add_argument("result", type=Path, help="validation.json, or a record or comparison that holds one")
     parser.add_argument("folder", type=Path, help="the exported folder that was measured")
     parser.add_argument(
         "--baseline", metavar="MODEL", required=True, help="'demo', a checkpoint folder, a .gguf file or a hub id"
@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="the data that was measured on (default: the project's own)")
     parser.add_argument("--certificate", type=Path, metavar="FILE", required=True, help="the file to write")
     parser.add_argument("--key", type=Path, metavar="FILE", help="sign with this private key (PEM, see keygen)")
+    parser.add_argument(
+        "--allow-quick", action="store_true", help="accept a run in mode quick; the certificate says so"
+    )
     parser.add_argument(
         "--valid-days", type=float, default=180.0, metavar="DAYS", help="days until it expires (default 180)"
     )
@@ -44,9 +47,9 @@ def _result(path: Path) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Certify; exit code 1 or 3 where the result is no PASS."""
+    """Certify; exit code 1 where the result is a FAIL."""
     from bench.certificate.envelope import seal, write_envelope
-    from bench.certificate.statement import CertificateError, make_certificate
+    from bench.certificate.statement import CertificateError, make_certificate, read_validation
     from bench.data.loading import load_dataset
     from export.source import resolve
 
@@ -58,19 +61,21 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = resolve(args.baseline).folder
     with hashing(folder, checkpoint) as on_chunk:
         statement = make_certificate(
-            _result(args.result),
+            read_validation(_result(args.result)),
             folder,
             checkpoint,
             load_dataset(args.dataset),
+            allow_quick=args.allow_quick,
             valid_days=args.valid_days,
             progress=on_chunk,
         )
     write_envelope(args.certificate, seal(statement, args.key))
     predicate = statement["predicate"]
+    mode = f"mode {predicate['llamaOnnxBench']['mode']}"
     signed = "signed" if args.key else "NOT signed (no --key)"
     show(
         args,
         {"certificate": str(args.certificate), "signed": bool(args.key), "statement": statement},
-        f"{args.certificate}: {predicate['result']}, {len(statement['subject'])} files, {signed}",
+        f"{args.certificate}: {predicate['result']}, {mode}, {len(statement['subject'])} files, {signed}",
     )
-    return {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}[predicate["llamaOnnxBench"]["verdict"]]
+    return int(predicate["result"] == "FAILED")

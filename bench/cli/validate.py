@@ -6,7 +6,6 @@ Try: ``llama-onnx validate --list-checks``.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -70,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key", type=Path, metavar="FILE", help="sign the certificate with this private key (PEM, see keygen)"
     )
+    parser.add_argument(
+        "--allow-quick", action="store_true", help="certify a run in mode quick; the certificate says so"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
         return _list(args)
     if args.folder is None or not args.baseline:
         raise BenchError("give the exported folder and --baseline MODEL (a checkpoint folder, or 'demo')")
-    if args.certificate and (args.only or args.mode != "standard"):
-        raise BenchError("a certificate stands for every check in mode standard; leave out --only and --mode")
+    if args.certificate and (args.only or (args.mode == "quick" and not args.allow_quick)):
+        raise BenchError("a certificate stands for every check in mode standard or full; --allow-quick takes quick too")
     from bench.data.loading import load_dataset
     from bench.deployment import Deployment
     from bench.gate.validate import chosen_checks, expected, make_subject, mode_of, validate
@@ -119,16 +121,19 @@ def run(args: argparse.Namespace) -> int:
     print_verdict(found, out)
     page = write_validation(found, args.out)
     out.print(f"page: {page.resolve()}", markup=False, highlight=False, soft_wrap=True)
+    subject.finish()
+    if args.json:
+        write_json(found)
     if args.certificate:
         from bench.certificate.envelope import seal, write_envelope
         from bench.certificate.statement import make_certificate
 
-        statement = make_certificate(json.loads(found.to_json()), args.folder, subject.baseline.checkpoint, dataset)
+        statement = make_certificate(
+            found, args.folder, subject.baseline.checkpoint, dataset, allow_quick=args.allow_quick
+        )
         write_envelope(args.certificate, seal(statement, args.key))
-        out.print(f"{args.certificate}: {'signed' if args.key else 'NOT signed (no --key)'}", markup=False)
-    subject.finish()
-    if args.json:
-        write_json(found)
+        signed = "signed" if args.key else "NOT signed (no --key)"
+        out.print(f"{args.certificate}: mode {found.mode}, {signed}", markup=False)
     return found.exit_code
 
 

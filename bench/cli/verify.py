@@ -19,16 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("certificate", type=Path, help="the file that `certify` or `validate` wrote")
     parser.add_argument("folder", type=Path, help="the exported folder")
     parser.add_argument("--key", type=Path, metavar="FILE", help="the public key that must have signed it (PEM)")
-    parser.add_argument("--require-signature", action="store_true", help="an error where --key is missing")
-    parser.add_argument("--max-age", type=float, metavar="DAYS", help="refuse certificates older than this")
+    parser.add_argument("--require-signature", action="store_true", help="an error where no key is given")
+    parser.add_argument("--max-age", type=float, metavar="DAYS", help="refuse results older than this")
+    parser.add_argument("--policy", type=Path, metavar="FILE", help="your own demands, YAML or JSON (docs/trust.md)")
     parser.add_argument("--baseline", metavar="MODEL", help="also hash this checkpoint's weights and tokenizer again")
 
 
 def run(args: argparse.Namespace) -> int:
     """Verify; a refusal is printed with its reason and returns its exit code."""
     from bench.certificate.envelope import read_public_key
+    from bench.certificate.policy import read_policy
     from bench.certificate.statement import CertificateError
     from bench.certificate.verify import verify_certificate
+    from bench.digests import DigestError
 
     folder, baseline = args.folder.expanduser(), None
     if args.baseline:
@@ -43,15 +46,16 @@ def run(args: argparse.Namespace) -> int:
                 key=read_public_key(args.key) if args.key else None,
                 require_signature=args.require_signature,
                 max_age_days=args.max_age,
+                policy=read_policy(args.policy) if args.policy else None,
                 baseline=baseline,
                 progress=on_chunk,
             )
-    except CertificateError as e:
+    except (CertificateError, DigestError) as e:
         if args.json:
             write_json({"valid": False, "reason": e.reason, "message": str(e)})
             return e.exit_code
         raise CertificateError(e.reason, f"refused ({e.reason}): {e}", e.exit_code) from None
-    evidence = found.evidence
+    v, extension = found.validation, found.extension
     show(
         args,
         {
@@ -59,9 +63,11 @@ def run(args: argparse.Namespace) -> int:
             "signature": found.signature,
             "files": found.files,
             "baseline_checked": found.baseline_checked,
-            **evidence.model_dump(mode="json", include={"verdict", "tier", "created_utc", "expires_utc", "notes"}),
+            **v.model_dump(mode="json", include={"verdict", "tier", "mode", "session", "notes"}),
+            "measured_utc": v.created_utc,
+            **extension.model_dump(mode="json", include={"created_utc", "expires_utc"}),
         },
-        f"valid: {evidence.verdict} in tier {evidence.tier}, {found.files} files as certified, {found.signature}, "
-        f"until {evidence.expires_utc:%Y-%m-%d}" + "".join(f"\nnote: {n}" for n in evidence.notes),
+        f"valid: {v.verdict} in tier {v.tier}, mode {v.mode}, {found.files} files as certified, {found.signature}, "
+        f"until {extension.expires_utc:%Y-%m-%d}" + "".join(f"\nnote: {n}" for n in v.notes),
     )
     return 0

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench.digests import DigestError, baseline_digest, hash_baseline
 from bench.gate.store import ResultStore, Say, baseline_key
 from export.cache import CACHE_ENV, cache_dir
 from export.convert import Conversion, convert, head_dim_of
@@ -109,19 +110,15 @@ class Baseline:
 
     @cached_property
     def hashes(self) -> dict[str, dict[str, str]]:
-        """SHA-256 of its files, read once; see :func:`bench.certificate.statement.hash_baseline`."""
-        from bench.certificate.statement import hash_baseline
-
+        """SHA-256 of its files, read once; see :func:`bench.digests.hash_baseline`."""
         return hash_baseline(self.checkpoint)
 
     @property
     def digest(self) -> str:
         """One SHA-256 over names and contents of its weights, configuration and tokenizer; "" without weights."""
-        from bench.certificate.statement import CertificateError, baseline_digest
-
         try:
             return baseline_digest(self.hashes)
-        except CertificateError:
+        except DigestError:
             return ""
 
     @cached_property

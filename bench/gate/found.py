@@ -32,7 +32,8 @@ class CheckSpec:
     """One named check: what it looks at in one sentence, and what it catches (both stand in docs/gate.md).
 
     ``judge`` gives the same result from the evidence that ``run`` left, without a model; None for exact checks, whose
-    result follows from their findings.
+    result follows from their findings. ``may_abstain``: whether an exact check may leave a folder unjudged, as a
+    third-party export whose graph or weights it cannot read.
     """
 
     name: str
@@ -41,6 +42,7 @@ class CheckSpec:
     catches: str
     run: Callable[[Subject], Found]
     judge: Callable[[Evidence, Terms], Found] | None = None
+    may_abstain: bool = False
 
 
 def exact(findings: Sequence[Finding], good: str, notes: Sequence[str] = ()) -> Found:
@@ -50,3 +52,8 @@ def exact(findings: Sequence[Finding], good: str, notes: Sequence[str] = ()) -> 
     first = findings[0]
     more = f" (+{len(findings) - 1} more)" if len(findings) > 1 else ""
     return Found("FAIL", f"{first.where}: {first.what}{more}", findings=findings, notes=notes)
+
+
+def stopped(name: str, why: str) -> Found:
+    """FAIL of a check that raised."""
+    return Found("FAIL", f"stopped: {why}", [Finding(where=name, what=f"stopped: {why}")])

@@ -36,8 +36,11 @@ FLOOR_SCORE = 5.0
 """Below so many points of 100 the baseline itself cannot do a task: references say nothing about a candidate there."""
 NO_PROSE = "the dataset has no prose to score"
 NO_ITEMS = "the dataset has nothing to generate from"
-UNPROBED = "a bf16 cache cannot be stacked: numpy has no such type"
 TOO_SHORT = "the texts or the context are too short"
+UNPROBED = "a bf16 cache cannot be stacked: numpy has no such type"
+SHORT_FLOATS_ONLY = "judged for fp16 and bf16 only"
+NOT_APPLICABLE = (UNPROBED, SHORT_FLOATS_ONLY)
+"""Why a check has nothing to say about a folder of this precision, however much evidence there is."""
 Judge = Callable[[Evidence, Terms], Found]
 
 
@@ -90,7 +93,7 @@ def judge_tokens(
     """
     tier, mode = terms.tier, terms.mode
     if name == "null_ratio" and not terms.short_floats:
-        return Found("SKIPPED", "judged for fp16 and bf16 only")
+        return Found("SKIPPED", SHORT_FLOATS_ONLY)
     if not scores:
         return Found("SKIPPED", NO_PROSE)
     if name == "perplexity_ratio":

@@ -17,6 +17,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "size and SHA-256 of every file, paths, operators that may not be trusted, graphs that nothing else looks at",
         "a flipped byte, a file of another export, a link out of the folder, another model under the usual name",
         graph.files,
+        may_abstain=True,
     ),
     CheckSpec(
         "manifest",
@@ -31,6 +32,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "config.json against the baseline's",
         "a changed rope base, head count or norm epsilon",
         text.config,
+        may_abstain=True,
     ),
     CheckSpec(
         "graph",
@@ -39,6 +41,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "a wrong wire, a residual from the wrong side of a norm, swapped layers, a cache of another layer, an operator "
         "too many, a function, or a second tensor of a known name",
         graph.graph,
+        may_abstain=True,
     ),
     CheckSpec(
         "attributes",
@@ -46,6 +49,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "heads, scale, rotary flags, window, softcap and epsilon of every node",
         "an epsilon of 1e-3 in one layer, a scale off by 2 %, an interleaved rotary embedding, a window of 512",
         graph.attributes,
+        may_abstain=True,
     ),
     CheckSpec(
         "rotary_tables",
@@ -53,6 +57,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "cosine and sine row by row against transformers' frequencies in fp64",
         "a rope base off by 0.01 %, rotary scaling left out beyond the original context",
         graph.rotary_tables,
+        may_abstain=True,
     ),
     CheckSpec(
         "weights",
@@ -60,6 +65,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "every checkpoint tensor where the graph reads it, bit for bit after the cast, or inside the quantiser's bound",
         "another fine-tune's file, swapped rows, one zeroed row, int4 under a claimed fp16",
         weights.weights,
+        may_abstain=True,
     ),
     CheckSpec(
         "tokenizer",
@@ -74,6 +80,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "what the template makes of three conversations, and the template itself (comments aside)",
         "a template of another model, or one that answers otherwise to one word",
         text.chat_template,
+        may_abstain=True,
     ),
     CheckSpec(
         "special_ids",
@@ -88,6 +95,7 @@ CHECKS: tuple[CheckSpec, ...] = (
         "generation_config.json",
         "another temperature, a lost end token",
         text.generation_config,
+        may_abstain=True,
     ),
     CheckSpec(
         "prefill_logits",

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.certificate.statement import folder_digest, hash_baseline
+from bench.digests import folder_digest, hash_baseline
 from bench.errors import BenchError
 from export.cache import cache_dir
 from runtime.session import Logits

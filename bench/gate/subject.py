@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.deployment import Deployment
+from bench.digests import DigestError, folder_digest, hash_folder
 from bench.gate.modes import Mode, Terms
 from export.manifest import MANIFEST_NAME, Manifest
 from reports.validation import ChunkScores, Evidence, GeneratedItem, Scalar
@@ -68,18 +69,14 @@ class Subject:
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every file by name, read once for all that ask; {} where a certificate could not cover them."""
-        from bench.certificate.statement import CertificateError, hash_folder
-
         try:
             return hash_folder(self.folder)
-        except (CertificateError, OSError):
+        except (DigestError, OSError):
             return {}  # links or unreadable files: the check `files` says so
 
     @property
     def digest(self) -> str:
         """One SHA-256 over names and contents of the folder, "" where there is none."""
-        from bench.certificate.statement import folder_digest
-
         return folder_digest(self.hashes) if self.hashes else ""
 
     @cached_property

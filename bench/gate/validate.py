@@ -18,7 +18,7 @@ from bench.data.loading import load_shipped
 from bench.deployment import Deployment
 from bench.errors import BenchError
 from bench.gate.baseline import Baseline
-from bench.gate.found import CheckSpec, Found
+from bench.gate.found import CheckSpec, Found, stopped
 from bench.gate.localize import localize
 from bench.gate.modes import MODES, Mode
 from bench.gate.registry import BY_NAME, CHECKS
@@ -27,7 +27,7 @@ from bench.machine.environment import machine, versions
 from export.manifest import ManifestError
 from export.source import Source, resolve
 from export.spec import METHODS, PRECISIONS, TARGETS
-from reports.validation import CheckResult, Evidence, Finding, Place, Validation, decide_verdict
+from reports.validation import CheckResult, Evidence, Place, Validation, decide_verdict
 from runtime.errors import ProviderUnavailableError
 from runtime.trim import trim
 
@@ -218,7 +218,7 @@ def _run(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
         raise
     except Exception as e:  # the runtime's, the graph's or the data's: all of them mean that it cannot be shipped so
         text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:240]}"
-        found = Found("FAIL", f"stopped: {text}", [Finding(where=spec.name, what=f"stopped: {text}")])
+        found = stopped(spec.name, text)
     finally:
         trim()  # what one check needed is not kept beside the next one's
     result = CheckResult(

@@ -21,6 +21,7 @@ PACKAGES = (
     "optimum-onnx",
     "onnx",
     "numpy",
+    "scipy",
     "pytest",
     "pytest-benchmark",
     "sacrebleu",

@@ -2,7 +2,8 @@
 the declared quantiser, at the place where the graph reads it, and no weight is left over.
 
 Statistics cannot do this: one rare token's zeroed embedding row, or one matrix in int4 under a claimed fp16, moves no
-mean. Tensors are streamed: the largest one is in memory, never the model.
+mean. Tensors are streamed: the largest one is in memory, never the model. torch is imported where tensors are read: who
+replays a document needs the list of checks and no torch.
 Try: ``llama-onnx validate FOLDER --baseline demo --only weights``.
 """
 
@@ -12,16 +13,16 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from bench.gate.canonical import constants_of, read_by_outputs
 from bench.gate.found import Found, exact
 from bench.gate.subject import Subject
-from bench.gate.tensors import TensorReader
 from reports.validation import Finding
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from bench.gate.tensors import TensorReader
     from export.convert import WeightRecipe
 
 RATIO = {"rtn": 1.0, "hqq": 1.02, "kquant": 1.3, "gptq": float("inf")}
@@ -39,6 +40,8 @@ def weights(s: Subject) -> Found:
     """The audit; of folders made elsewhere by content, whatever the names."""
     if not s.ours:
         return _by_content(s)
+    from bench.gate.tensors import TensorReader
+
     findings: list[Finding] = []
     audited: set[tuple[str, str]] = set()
     reader = TensorReader(s.folder)
@@ -106,6 +109,8 @@ def _audit(s: Subject, reader: TensorReader, places: dict[str, str], tensors: di
 
 
 def _floats(found: Tensor, recipe: WeightRecipe, sources: list[Tensor]) -> str | None:
+    import torch
+
     from export.weights import make_initialiser
 
     wanted = make_initialiser(recipe, sources)
@@ -153,6 +158,8 @@ def _quantised(
     sources: list[Tensor],
 ) -> str | None:
     """Dequantise what is stored and hold its error against round-to-nearest on the same blocks."""
+    import torch
+
     from export.quantize import Packed, dequantize, error_bound, quantize
 
     base = recipe.name.removesuffix(".codes")
@@ -217,6 +224,9 @@ def _quantised(
 
 def _by_content(s: Subject) -> Found:
     """Any folder: look for each checkpoint tensor among the stored ones, as it is, transposed or in a join of QKV."""
+    import torch
+
+    from bench.gate.tensors import TensorReader
     from export.convert import TORCH_DTYPE
 
     reader = TensorReader(s.folder)
@@ -259,6 +269,8 @@ def _by_content(s: Subject) -> Found:
 def _joined(
     s: Subject, reader: TensorReader, stored: dict[tuple[Any, ...], list[Any]], dtype: torch.dtype, missing: list[str]
 ) -> tuple[int, list[Finding]]:
+    import torch
+
     groups: dict[str, list[str]] = {}
     for name in missing:
         found = re.match(r"(.*)\.([qkv])_proj\.(weight|bias)$", name)

@@ -80,7 +80,7 @@ def test_every_file_is_read_once(
     exports: Exports, checkpoints: Exports, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The check `files` and the digest of the record share one pass, and it still sees a flipped byte."""
-    from bench.certificate import statement as certificate
+    from bench import digests
     from export import manifest
 
     read: Counter[str] = Counter()
@@ -91,7 +91,7 @@ def test_every_file_is_read_once(
             read[path.name] += 1
         return real(path, *rest)
 
-    monkeypatch.setattr(certificate, "sha256_of", counted)
+    monkeypatch.setattr(digests, "sha256_of", counted)
     monkeypatch.setattr(manifest, "sha256_of", counted)
     assert main(["validate", str(exports()), "--baseline", str(checkpoints()), "--only", "files", "--no-cache"]) == 0
     assert read == Counter(p.name for p in exports().iterdir())

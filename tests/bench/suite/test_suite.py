@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.defects.__main__ import DEFECTS
+from bench.defects.workshop import Workshop
+
 ROOT = Path(__file__).parents[3]
 Paths = Callable[..., Path]
 
@@ -74,6 +77,31 @@ def test_another_models_export_fails_the_gate(
     assert "FAIL: Mean KL divergence: " in done.stdout
     assert "FAIL: Weights: " in done.stdout
     assert "FAIL" in (tmp_path / "report" / "report.md").read_text().splitlines()[0].upper()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention scale off in the decode graph alone",
+        "one matrix rounded to a shorter type",
+        "wrong chat template",
+    ],
+)
+def test_a_defect_of_the_catalogue_fails_pytest_bench(
+    name: str, checkpoints: Paths, exports: Paths, dataset: Path, tmp_path: Path
+) -> None:
+    """Also in the smallest profile; which defects there are, and by which check each fails, is the catalogue's test."""
+    defect = next(d for d in DEFECTS if d.name == name)
+    shop = Workshop(exports(), tmp_path / "bad", checkpoints())
+    defect.change(shop)
+    shop.reseal()
+    done = bench(
+        *("--model", checkpoints(), "--exported", shop.folder, "--dataset", dataset),
+        *("--report-dir", tmp_path / "report", "-k", "test_check"),
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert f"FAILED bench/test_gate.py::test_check[{defect.first}]" in done.stdout
 
 
 def test_gpt_neo_goes_through_export_run_and_gate(
