@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from bench.errors import BenchError
 from bench.latency.workload import latency_prompts
@@ -107,7 +108,7 @@ def load_times(openers: dict[str, Callable[[], Session]], samples: int, tick: Ti
     return [Load(side=label, samples_s=values) for label, values in times.items()]
 
 
-def peak_memory(label: str, case: Case, arguments: dict[str, str | int | None]) -> Memory:
+def peak_memory(label: str, case: Case, arguments: dict[str, Any]) -> Memory:
     """Peak resident memory of a fresh process that loads a side and generates once (see
     :mod:`bench.latency.peak_memory`).
 

@@ -12,21 +12,21 @@ from typing import Any
 
 import psutil
 
+from bench.deployment import Deployment
 from bench.errors import run_child
 from bench.process.peak import peak_bytes
 
 
 def main(arguments: dict[str, Any]) -> dict[str, int]:
-    """``arguments``: kind, path, precision, provider, threads, batch, prompt, new_tokens."""
+    """``arguments``: kind, path, precision, deployment (the fields of one), batch, prompt, new_tokens."""
     from runtime.generate import generate
     from runtime.session import Session
 
     session: Session
+    where = Deployment(**arguments["deployment"])
     if arguments["kind"] == "onnxruntime":
-        from runtime.loading import load
-
         baseline = psutil.Process().memory_info().rss
-        session = load(arguments["path"], arguments["provider"], arguments["threads"], verify=False)
+        session = where.open(Path(arguments["path"]))
     elif arguments["kind"] == "pytorch":
         from runtime.torch_session import TorchSession
 
@@ -34,14 +34,14 @@ def main(arguments: dict[str, Any]) -> dict[str, int]:
         session = TorchSession(
             Path(arguments["path"]),
             arguments["precision"],
-            arguments["provider"],
-            threads=arguments["threads"],
+            where.device,
+            threads=where.threads,
         )
     else:
         from bench.peers.optimum_ort import OptimumSession
 
         baseline = psutil.Process().memory_info().rss
-        session = OptimumSession(Path(arguments["path"]), arguments["threads"])
+        session = OptimumSession(Path(arguments["path"]), where.threads)
     prompts = [[1 + k % 50 for k in range(arguments["prompt"])] for _ in range(arguments["batch"])]
     generate(session, prompts, arguments["new_tokens"])
     return {"peak_bytes": peak_bytes(), "baseline_bytes": baseline}
