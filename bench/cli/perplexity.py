@@ -8,12 +8,12 @@ Try: ``llama-onnx perplexity FOLDER --dataset hf:wikitext --baseline demo``.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import deployment
 from bench.cli.output import show, status
 from bench.progress import progress
 
@@ -41,18 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, metavar="N", help="tokens scored at once (default: the context, at most 2048)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents")
-    parser.add_argument("--provider", default="cpu", help="cpu (default), cuda or tensorrt")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each worker (default: every core)")
+    deployment.add_options(parser.add_argument)
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that share the work, through Ray (default 1)"
     )
-
-
-def open_candidate(folder: Path, provider: str, threads: int) -> Session:
-    """The folder on ONNX Runtime; hashes were checked by the caller."""
-    from runtime.loading import load
-
-    return load(folder, provider, threads, verify=False)
 
 
 def open_baseline(checkpoint: Path, device: str, threads: int) -> Session:
@@ -73,7 +65,7 @@ def scored(
 ) -> list[float]:
     """Nats of every window; those that an earlier run finished are taken from the disk.
 
-    ``key`` holds what decides them besides the windows: the digest of the files, provider, threads.
+    ``key`` holds what decides them besides the windows: the digests of the files, the deployment.
     """
     from bench.gate.store import ResultStore, key_of
     from bench.gate.word_perplexity import window_nats
@@ -129,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
     from bench.data.loading import load_dataset
     from bench.gate.word_perplexity import assemble, document_windows
     from bench.machine.environment import versions
+    from export.manifest import sha256_of
     from export.source import resolve
     from runtime.loading import read_folder
     from runtime.text import load_tokenizer
@@ -137,23 +130,23 @@ def run(args: argparse.Namespace) -> int:
     manifest = read_folder(folder)
     dataset = limited(load_dataset(args.dataset), args.limit)
     windows = document_windows(dataset, load_tokenizer(folder), manifest.context_length, args.window)
-    threads = args.threads or len(os.sched_getaffinity(0))
-    device = "cpu" if args.provider == "cpu" else "cuda"
-    gpus = 0 if device == "cpu" else 1
-    files = sorted((name, entry.sha256) for name, entry in manifest.files.items())
-    key = ["candidate", files, args.provider, threads, versions()]
+    where = deployment.Deployment.of(args)
+    gpus = 0 if where.device == "cpu" else 1
+    # A third-party export's manifest has no hashes.
+    files = sorted((name, entry.sha256 or sha256_of(folder / name)) for name, entry in manifest.files.items())
+    key = ["candidate", files, where.settings(), versions()]
     found: dict[str, Any] = {"dataset": dataset.name, "dataset_sha256": dataset.sha256, "workers": args.workers}
     with progress("candidate", len(windows)) as bar:
-        opener = partial(open_candidate, folder, args.provider, threads)
+        opener: Callable[[], Session] = partial(where.open, folder)
         nats = scored(opener, windows, key, args.workers, status, bar.tick, gpus)
     found["candidate"] = metrics(assemble(dataset, windows, nats))
     if args.baseline:
         from bench.gate.store import baseline_key
 
         checkpoint = resolve(args.baseline, status=status).folder
-        key = ["baseline", baseline_key(checkpoint, device, threads)]
+        key = ["baseline", baseline_key(checkpoint, where.device, where.threads)]
         with progress("baseline", len(windows)) as bar:
-            opener = partial(open_baseline, checkpoint, device, threads)
+            opener = partial(open_baseline, checkpoint, where.device, where.threads)
             nats = scored(opener, windows, key, args.workers, status, bar.tick, gpus)
         found["baseline"] = metrics(assemble(dataset, windows, nats))
         found["ratio"] = found["candidate"]["word_perplexity"] / found["baseline"]["word_perplexity"]

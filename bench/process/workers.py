@@ -81,7 +81,7 @@ def run_units(
         work: must not depend on earlier units; sent to workers by cloudpickle, as ``opener`` is.
         units: picklable.
         workers: processes; more than there are units are not started.
-        gpus_per_worker: GPUs that Ray sets aside for each.
+        gpus_per_worker: GPUs that Ray sets aside for each, where its cluster has any.
         retries: how often a unit may lose its worker and be given to a new one.
         say: told in a line when Ray is missing and when a worker died.
         done: called here with (place, answer) as answers come in, in any order; for what is kept and progress bars.
@@ -203,6 +203,8 @@ def _on_ray(
     started = _start_ray(workers)
     answers: dict[int, Answer] = {}
     try:
+        if not ray.cluster_resources().get("GPU"):
+            gpus = 0  # nothing could be scheduled; the session says whether it runs without one
         # Over all machines: Ray's own choice fills the first one before it takes the next.
         make = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")(_Worker)
 

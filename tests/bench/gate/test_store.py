@@ -174,13 +174,14 @@ def test_a_killed_evaluation_goes_on(
     exports: Callable[..., Path], checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scoring stops in its fourth window; the second run computes the rest and gives the digits of a whole run."""
-    from bench.cli.perplexity import open_candidate, scored
+    from bench.cli.perplexity import scored
+    from bench.deployment import Deployment
     from bench.gate import word_perplexity
     from bench.gate.word_perplexity import Window
 
     monkeypatch.setenv("LLAMA_ONNX_CACHE", str(tmp_path))
     windows = [Window(0, tuple(range(k + 5, k + 15)), tuple(range(k + 6, k + 16))) for k in range(8)]
-    opener = partial(open_candidate, exports(), "cpu", 1)
+    opener = partial(Deployment(threads=1).open, exports())
     whole = scored(opener, windows, ["whole"], 1, print, lambda: None)
     real, calls = word_perplexity.window_nats, []
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.cli.perplexity import open_candidate
+from bench.deployment import Deployment
 from bench.errors import BenchError
 from bench.gate.word_perplexity import Window, window_nats
 from bench.process import pool, workers
@@ -58,12 +58,19 @@ def test_without_ray_one_process_and_a_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_workers_give_the_digits_of_one(ray: Any, exports: Callable[..., Path]) -> None:
-    opener = partial(open_candidate, exports(), "cpu", 1)
+    opener = partial(Deployment(threads=1).open, exports())
     alone = run_units(opener, window_nats, WINDOWS)
     seen: dict[int, float] = {}
     shared = run_units(opener, window_nats, WINDOWS, workers=2, done=lambda k, a: seen.__setitem__(k, a))
     assert shared == alone  # to the last digit, in the windows' order
     assert [seen[k] for k in range(len(WINDOWS))] == alone
+
+
+@pytest.mark.timeout(120)
+def test_a_provider_that_falls_back_is_scheduled_without_a_gpu(ray: Any, exports: Callable[..., Path]) -> None:
+    opener = partial(Deployment("cuda", 1, allow_fallback=True).open, exports())
+    alone = run_units(opener, window_nats, WINDOWS[:2])
+    assert run_units(opener, window_nats, WINDOWS[:2], workers=2, gpus_per_worker=1) == alone
 
 
 def first_tokens(session: Session, prompts: list[list[int]]) -> tuple[tuple[int, ...], ...]:
@@ -73,7 +80,7 @@ def first_tokens(session: Session, prompts: list[list[int]]) -> tuple[tuple[int,
 
 def test_generations_too(ray: Any, exports: Callable[..., Path]) -> None:
     batches = [[[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14, 15]], [[3]]]
-    opener = partial(open_candidate, exports(), "cpu", 1)
+    opener = partial(Deployment(threads=1).open, exports())
     assert run_units(opener, first_tokens, batches, workers=2) == run_units(opener, first_tokens, batches)
 
 
