@@ -62,10 +62,11 @@ def test_a_part_without_a_report_is_not_covered_by_an_earlier_one(tmp_path):
 
 
 def test_the_export_is_made_anew_and_the_gate_knows_what_it_has_to_be(tmp_path):
-    assert run(tmp_path, PRECISION="int4", TARGET="plain") == 0
-    export, bench = (tmp_path / "calls.txt").read_text(encoding="utf-8").splitlines()
+    assert run(tmp_path, PRECISION="int4", TARGET="plain", BASE_EXPORT="base") == 0
+    export, bench, compare = (tmp_path / "calls.txt").read_text(encoding="utf-8").splitlines()
     assert "--force" in export.split()
     assert "--precision int4 --target plain" in bench
+    assert "--expect precision=int4,target=plain" in compare
 
 
 def test_a_comparison_goes_on_only_where_it_was_cut_off_over_the_same_files(tmp_path):

@@ -83,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the candidate's checkpoint: also decide whether it is still that model ('demo', a folder, .gguf, hub id)",
     )
     parser.add_argument("--mode", default="standard", help="with --model: quick, standard (default) or full")
+    parser.add_argument(
+        "--expect",
+        metavar="KEY=VALUE,...",
+        help="with --model: what the candidate has to be: precision, target, method (default: the folder's manifest)",
+    )
     parser.add_argument("--dataset", help="with --model: a JSONL file, hf:NAME, or own+FILE (default: the project's)")
     parser.add_argument("--seed", type=int, default=SEED, metavar="N", help="of the order and the prompts")
     parser.add_argument(
@@ -177,6 +182,10 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
     from reports.compare import judge, verdict_of
     from reports.comparison import Comparison
 
+    if args.expect:
+        from bench.gate.validate import expected  # torch
+
+        expected(args.expect)  # refused before anything is measured
     base, candidate = parse_side("base", args.base), parse_side("candidate", args.candidate)
     plan = Plan(
         base=base,
@@ -277,6 +286,7 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     command = [sys.executable, "-m", "bench.cli", "validate", candidate.folder, "--baseline", args.model]
     command += ["--mode", args.mode, "--out", str(out), *candidate.as_options()]
     command += ["--dataset", args.dataset] if args.dataset else []
+    command += ["--expect", args.expect] if args.expect else []
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     # Python ends with 1 after any traceback, so the code alone is no verdict.
     found = read_validation(document) if document.is_file() else None
@@ -308,6 +318,8 @@ def _from_files(args: argparse.Namespace, started: float) -> Comparison:
 def run(args: argparse.Namespace) -> int:
     """Measure or read, judge, write the report, print; the exit code is the verdict's (0, 1 or 3)."""
     started = time.time()
+    if args.expect and (args.files or not args.model):
+        raise BenchError("--expect is a demand on parity, which is looked at with --base, --candidate and --model only")
     if len(args.files) == 2 and not (args.base or args.candidate):
         made = _from_files(args, started)
     elif args.base and args.candidate and not args.files:

@@ -56,7 +56,8 @@ if [ -n "$BASE_EXPORT" ]; then
     mode=$PROFILE
     if [ "$mode" = smoke ]; then mode=quick; fi
     llama-onnx compare --base "$BASE_EXPORT,provider=$PROVIDER" --candidate "$OUT/export,provider=$PROVIDER" \
-        --model "$MODEL" --mode "$mode" --pairs "$PAIRS" --wait "$WAIT" --resume --out "$OUT/compare"
+        --model "$MODEL" --mode "$mode" --expect "precision=$PRECISION,target=$TARGET" --pairs "$PAIRS" \
+        --wait "$WAIT" --resume --out "$OUT/compare"
     compare=$?
     note "$compare" compare
 fi

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench.cli import compare
+from bench.cli.main import main
 from bench.errors import BenchError
 from bench.latency.sides import SideSpec
 from reports.validation import Validation
@@ -68,3 +69,21 @@ def test_an_exit_code_of_a_verdict_without_its_document_is_an_error(
     gate_ends(4, "error: no GPU\n", None)
     with pytest.raises(BenchError, match=r"exit code 4\): no GPU"):
         compare.measure_parity(asked, candidate)
+
+
+def test_what_the_candidate_has_to_be_is_passed_on(
+    asked: argparse.Namespace, gate_ends: Ended, exports: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = gate_ends(0, "", example_validation())
+    candidate = SideSpec("candidate", "folder", "folder")
+    compare.measure_parity(asked, candidate)
+    asked.expect = "precision=int4,target=ort"
+    compare.measure_parity(asked, candidate)
+    assert "--expect" not in commands[0]
+    assert commands[1][-2:] == ["--expect", asked.expect]
+    sides = ["compare", "--base", str(exports()), "--candidate", str(exports()), "--out", str(asked.out / "out")]
+    assert main([*sides, "--model", "demo", "--expect", "precision=int5"]) == 2
+    assert "cannot be met by any folder" in capsys.readouterr().err
+    assert main([*sides, "--expect", "precision=int4"]) == 2
+    assert "--model" in capsys.readouterr().err
+    assert not (asked.out / "out").exists()
