@@ -22,7 +22,7 @@ from reports.targets import Target, targets_of
 from reports.validation import EXIT_CODES, Status, Validation, overall
 from reports.validation import Verdict as Word
 
-ParityAnswer = Literal["same", "different", "undecided", "not examined"]
+ParityAnswer = Literal["same", "different", "undecided", "in part", "not examined"]
 MINIMUM_ROUNDS = 6
 """A median has its 95 % interval from so many rounds."""
 ANSWERS: dict[Word, ParityAnswer] = {"PASS": "same", "FAIL": "different", "INCONCLUSIVE": "undecided"}
@@ -31,6 +31,7 @@ PARITY_WORDS: dict[ParityAnswer, str] = {
     "same": "Same model",
     "different": "Different model",
     "undecided": "Parity undecided",
+    "in part": "Parity examined in part",
     "not examined": "Parity not examined",
 }
 
@@ -88,7 +89,8 @@ def judge(record: RunRecord) -> Verdict:
     speed = _speed(record)
     failed_tests = tuple(o.test for o in other_outcomes(record) if o.outcome in ("failed", "error"))
     aims = targets_of(record)
-    outcome = overall([*([validation.verdict] if validation else []), *("FAIL" for _ in failed_tests)])
+    examined: list[Word] = [] if parity == "in part" or validation is None else [validation.verdict]
+    outcome = overall([*examined, *("FAIL" for _ in failed_tests)])
 
     def titles(*statuses: Status) -> tuple[str, ...]:
         return tuple(r.title for r in validation.of(*statuses)) if validation else ()
@@ -115,8 +117,10 @@ def judge(record: RunRecord) -> Verdict:
 
 
 def parity_answer(validation: Validation | None) -> ParityAnswer:
-    """The gate's verdict as an answer to "is it the same model?"."""
-    return ANSWERS[validation.verdict] if validation else "not examined"
+    """The gate's verdict as an answer to "is it the same model?"; some checks alone cannot say yes."""
+    if validation is None:
+        return "not examined"
+    return "in part" if validation.verdict == "PASS" and not validation.complete else ANSWERS[validation.verdict]
 
 
 def other_outcomes(record: RunRecord) -> list[Outcome]:

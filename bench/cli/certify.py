@@ -1,6 +1,6 @@
 """``llama-onnx certify``: what was measured of a folder becomes a statement that can be signed and checked later.
 
-Try: ``llama-onnx certify record.json FOLDER --baseline demo --certificate cert.json``.
+Try: ``llama-onnx certify validation.json FOLDER --baseline demo --certificate cert.json``.
 """
 
 from __future__ import annotations
@@ -46,18 +46,35 @@ def _result(path: Path) -> dict[str, Any]:
     return raw
 
 
+def refuse_inside(certificate: Path, folder: Path) -> None:
+    """CertificateError where a certificate would change the folder that it covers."""
+    from bench.certificate.statement import CertificateError
+
+    if certificate.absolute().resolve().is_relative_to(folder.resolve()):
+        raise CertificateError(
+            "inside", f"{certificate} would be one more file of the folder that it certifies; put it beside", 2
+        )
+
+
+def write_certificate(statement: dict[str, Any], args: argparse.Namespace) -> str:
+    """Sign where ``--key`` is given, and write ``--certificate``; a line that says what it is."""
+    from bench.certificate.envelope import seal, write_envelope
+
+    write_envelope(args.certificate, seal(statement, args.key))
+    predicate = statement["predicate"]
+    mode = f"mode {predicate['llamaOnnxBench']['mode']}"
+    signed = "signed" if args.key else "NOT signed (no --key)"
+    return f"{args.certificate}: {predicate['result']}, {mode}, {len(statement['subject'])} files, {signed}"
+
+
 def run(args: argparse.Namespace) -> int:
     """Certify; exit code 1 where the result is a FAIL."""
-    from bench.certificate.envelope import seal, write_envelope
-    from bench.certificate.statement import CertificateError, make_certificate, read_validation
+    from bench.certificate.statement import make_certificate, read_validation
     from bench.data.loading import load_dataset
     from export.source import resolve
 
     folder = args.folder.expanduser()
-    if args.certificate.absolute().resolve().is_relative_to(folder.resolve()):
-        raise CertificateError(
-            "inside", f"{args.certificate} would be one more file of the folder that it certifies; put it beside", 2
-        )
+    refuse_inside(args.certificate, folder)
     checkpoint = resolve(args.baseline).folder
     with hashing(folder, checkpoint) as on_chunk:
         statement = make_certificate(
@@ -69,13 +86,6 @@ def run(args: argparse.Namespace) -> int:
             valid_days=args.valid_days,
             progress=on_chunk,
         )
-    write_envelope(args.certificate, seal(statement, args.key))
-    predicate = statement["predicate"]
-    mode = f"mode {predicate['llamaOnnxBench']['mode']}"
-    signed = "signed" if args.key else "NOT signed (no --key)"
-    show(
-        args,
-        {"certificate": str(args.certificate), "signed": bool(args.key), "statement": statement},
-        f"{args.certificate}: {predicate['result']}, {mode}, {len(statement['subject'])} files, {signed}",
-    )
-    return int(predicate["result"] == "FAILED")
+    text = write_certificate(statement, args)
+    show(args, {"certificate": str(args.certificate), "signed": bool(args.key), "statement": statement}, text)
+    return int(statement["predicate"]["result"] == "FAILED")

@@ -10,7 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
-ERR = Console(stderr=True)
+
+class Output(Console):
+    """A terminal; where its reader is gone, that is told from a verdict."""
+
+    def on_broken_pipe(self) -> None:
+        """What rich calls."""
+        raise BrokenPipeError
+
+
+ERR = Output(stderr=True)
 
 
 def status(message: str) -> None:
@@ -31,4 +40,4 @@ def show(args: argparse.Namespace, document: Any, text: str | Callable[[Console]
     elif isinstance(text, str):
         print(text)
     else:
-        text(Console())
+        text(Output())

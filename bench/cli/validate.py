@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from bench import deployment
-from bench.cli.output import ERR, show, status, write_json
-from bench.errors import BenchError
+from bench.cli.certify import refuse_inside, write_certificate
+from bench.cli.output import ERR, Output, show, status, write_json
+from bench.errors import BenchError, check_writable
 from bench.progress import progress
 
 HELP = "is this exported folder still the model? Runs named checks and gives a verdict"
@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what it was exported from: 'demo', a checkpoint folder, a .gguf file or a hub id",
     )
     parser.add_argument(
-        "--mode", default="standard", help="quick (under a minute), standard (default) or full (every text and item)"
+        "--mode",
+        default="standard",
+        metavar="MODE",
+        help="quick (under a minute), standard (default) or full (every text and item)",
     )
     parser.add_argument(
         "--expect",
@@ -93,11 +96,14 @@ def run(args: argparse.Namespace) -> int:
     from reports.publish import write_validation
     from reports.render.validation import print_check, print_verdict
 
+    folder = args.folder.expanduser()
+    if args.certificate:
+        refuse_inside(args.certificate, folder)
     specs, mode = chosen_checks(args.only), mode_of(args.mode)
-    out = ERR if args.json else Console()
+    out = ERR if args.json else Output()
     dataset = load_dataset(args.dataset)
     subject = make_subject(
-        args.folder,
+        folder,
         args.baseline,
         mode,
         dataset,
@@ -107,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         expect=expected(args.expect),
     )
+    check_writable(args.out)
     with progress("validate") as bar:
         bar.say("reading the folder")
         subject.tick, subject.progress = bar.say, bar.at
@@ -125,15 +132,18 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(found)
     if args.certificate:
-        from bench.certificate.envelope import seal, write_envelope
-        from bench.certificate.statement import make_certificate
+        from bench.certificate.statement import CertificateError, make_certificate
 
-        statement = make_certificate(
-            found, args.folder, subject.baseline.checkpoint, dataset, allow_quick=args.allow_quick
-        )
-        write_envelope(args.certificate, seal(statement, args.key))
-        signed = "signed" if args.key else "NOT signed (no --key)"
-        out.print(f"{args.certificate}: mode {found.mode}, {signed}", markup=False)
+        try:
+            statement = make_certificate(
+                found, folder, subject.baseline.checkpoint, dataset, allow_quick=args.allow_quick
+            )
+        except CertificateError as error:
+            if found.exit_code == 0:
+                raise
+            status(f"no certificate: {error}")  # the verdict is the answer
+        else:
+            out.print(write_certificate(statement, args), markup=False, soft_wrap=True)
     return found.exit_code
 
 

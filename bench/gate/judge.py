@@ -31,6 +31,7 @@ from reports.validation import (
 )
 
 LENGTH_BAND = (0.9, 1.1)
+LEAST_CHUNKS = 2
 LEAST_ITEMS = 12
 FLOOR_SCORE = 5.0
 """Below so many points of 100 the baseline itself cannot do a task: references say nothing about a candidate there."""
@@ -108,6 +109,9 @@ def judge_tokens(
     else:
         found = statistics.null_ratio(scores[: len(null)], null, SEED)
     undecided = found.status == "INCONCLUSIVE" and name == "null_ratio"
+    if found.status == "PASS" and len(scores) < LEAST_CHUNKS and name in ("perplexity_ratio", "mean_kld"):
+        detail = f"one chunk of text has no spread to bound; {LEAST_CHUNKS} or more decide"
+        found = found.model_copy(update={"status": "INCONCLUSIVE", "detail": detail})
     tails = found.status != "FAIL" and name in ("tail_kld", "top1_agreement")
     if not mode.judges_tails and (undecided or tails):
         found = found.model_copy(update={"status": "REPORTED"})

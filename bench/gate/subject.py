@@ -150,10 +150,13 @@ class Subject:
     @cached_property
     def candidate(self) -> OrtSession:
         """The folder on ONNX Runtime, as it is deployed; one graph at a time, beside PyTorch."""
-        opened = self.opener()
-        info = opened.info
-        self.session = {"runtime": info.runtime, "provider": info.provider, **info.details}
-        return opened
+        return self.opener()
+
+    def observe(self) -> None:
+        """Take down what the candidate runs on, once more after each check: a graph that opens later may fall back."""
+        if "candidate" in vars(self):
+            info = self.candidate.info
+            self.session.update({"runtime": info.runtime, "provider": info.provider, **info.details})
 
     @property
     def opener(self) -> Callable[[], OrtSession]:

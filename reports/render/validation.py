@@ -77,7 +77,7 @@ def _ran_on(v: Validation) -> str:
     asked = str(v.settings.get("provider", "cpu"))
     if not v.session:
         return f"{asked} (nothing was run)"
-    details = [f"{name} {v.session[name]}" for name in ("onnxruntime", "attention_kernel") if name in v.session]
+    details = [f"{name} {v.session[name]}" for name in ("onnxruntime", "attention") if name in v.session]
     ran = str(v.session.get("provider", asked))
     more = f", asked for {asked}" if ran != asked else ""
     return ", ".join([ran + more, *details])

@@ -22,6 +22,8 @@ from reports.validation import Evidence, Finding, PlaceScore
 from runtime.trim import trim
 
 Rows = list[tuple[str, float]]
+LEAST_TEXT = 8
+"""Tokens that the shortest of these comparisons needs."""
 PLACES: dict[str, judge.Judge] = {
     "prefill_logits": judge.places("prefill_logits", "Logits of prefill", "candidate against baseline"),
     "decode_steps": judge.places("decode_steps", "Step-by-step decode", "cache against one pass"),
@@ -56,7 +58,8 @@ null_ratio = _tokens("null_ratio")
 
 
 def _places(name: str, s: Subject, look: Callable[[Subject], Rows]) -> Found:
-    rows = [] if name in ("chunked_prefill", "long_context") and s.manifest.kv.dtype == "bf16" else look(s)
+    unprobed = name in ("chunked_prefill", "long_context") and s.manifest.kv.dtype == "bf16"
+    rows = [] if unprobed or len(_text(s, LEAST_TEXT)) < LEAST_TEXT else look(s)
     evidence = Evidence(places={name: [PlaceScore(place=place, kld=kld) for place, kld in rows]})
     return replace(PLACES[name](evidence, s.terms), evidence=evidence)
 
@@ -90,7 +93,8 @@ def _text(s: Subject, length: int) -> list[int]:
     """Ids of the dataset's prose, as many as asked for if there are so many, and a few less than the context."""
     length = min(length, s.manifest.context_length - 4)
     out: list[int] = []
-    for window in s.windows:
+    # Data without prose, or with lines shorter than a chunk: the same places can be looked at in any other text.
+    for window in s.windows or ([i for t in s.dataset.texts() for i in s.tokenizer(t)["input_ids"]],):
         out += window
         if len(out) >= length:
             break
@@ -186,6 +190,8 @@ def _far(s: Subject) -> Rows:
 def determinism(s: Subject) -> Found:
     """The same prompt and step twice give the same bits."""
     text = _text(s, 60)
+    if len(text) < 2:
+        return Found("SKIPPED", judge.TOO_SHORT)
 
     def once() -> list[NDArray[np.float32]]:
         first = s.candidate.prefill([text[:-1]], reserve=1).copy()

@@ -197,6 +197,34 @@ def test_an_item_that_exceeds_the_context_is_wrong_input(
     assert not out.exists()
 
 
+def test_some_checks_alone_are_no_verdict(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
+    arguments = ["--model", checkpoints(), "--exported", exports(), "--report-dir", tmp_path, "-k", "files"]
+    done = bench(*arguments)
+    assert done.returncode == 3, done.stdout[-2000:]
+    assert "Parity examined in part" in done.stdout
+    assert "Same model" not in done.stdout
+
+
+def test_a_failure_of_a_plugin_is_not_talked_away(
+    checkpoints: Paths, exports: Paths, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_plugin.py").write_text(
+        "import pytest\n\n@pytest.hookimpl(tryfirst=True)\ndef pytest_sessionfinish(session):\n"
+        "    session.exitstatus = 1\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = ["--model", checkpoints(), "--exported", exports(), "--dataset", dataset, "-k", "test_check"]
+    assert bench(*arguments, "--report-dir", tmp_path / "report").returncode == 0
+    assert bench(*arguments, "--report-dir", tmp_path / "report", "-p", "failing_plugin").returncode == 1
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = bench("--model", checkpoints(), "--exported", exports(), "--report-dir", tmp_path / "file" / "report")
+    assert done.returncode == 2
+    assert "cannot be written" in done.stdout + done.stderr
+
+
 def test_what_an_exported_folder_has_to_be(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
     arguments = ["--model", checkpoints(), "--exported", exports(), "--report-dir", tmp_path, "--precision", "int4"]
     done = bench(*arguments, "-k", "test_check and manifest")
