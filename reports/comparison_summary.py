@@ -7,6 +7,7 @@ Try: ``python -c "from reports.comparison_summary import Digest; help(Digest)"``
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,8 +80,8 @@ class Digest:
     @cached_property
     def counts(self) -> dict[ChangeStatus, int]:
         """Results by status, zeros included, in the order of ``STATUS_ORDER``."""
-        found = self.comparison.counts()
-        return {status: found.get(status, 0) for status in STATUS_ORDER}
+        found = Counter(r.status for r in self.comparison.results)
+        return {status: found[status] for status in STATUS_ORDER}
 
     @cached_property
     def by_importance(self) -> list[Result]:

@@ -1,7 +1,7 @@
 """The answer of one run: is it still the same model, is it faster, and may a pipeline go on.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.verdict as v;
-print(v.judge(r.read_record(pathlib.Path('reports/out/record.json'))).headline)"``.
+print(v.judge(r.RunRecord.read(pathlib.Path('reports/out/record.json'))).headline)"``.
 """
 
 from __future__ import annotations

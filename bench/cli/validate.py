@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from bench.deployment import Deployment
     from bench.gate.validate import chosen_checks, expected, make_subject, mode_of, validate
     from bench.process.workers import cluster
-    from reports.publish import write_validation
+    from reports.publish import write_report
     from reports.render.validation import print_check, print_verdict
 
     specs, mode = chosen_checks(args.only), mode_of(args.mode)
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
             subject.close()
             subject.baseline.close()
     print_verdict(found, out)
-    page = write_validation(found, args.out)
+    page = write_report(found, args.out)
     out.print(f"page: {page.resolve()}", markup=False, highlight=False, soft_wrap=True)
     subject.finish()
     if args.json:

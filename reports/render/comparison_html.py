@@ -5,7 +5,7 @@ the page, the rest wait in an inert ``<template>`` for the script; the forest pl
 the page says by how much.
 
 Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_html as h;
-print(len(h.render_comparison(c.Comparison.model_validate_json(pathlib.Path('comparison.json').read_text()))))"``.
+print(len(h.render_comparison(c.Comparison.read(pathlib.Path('comparison.json')))))"``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A failure is what makes the exit code: a gating result that is worse, missing, u
 without parity, a parity check. The first test case is the verdict itself, so the file and the exit code agree.
 
 Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_junit as j;
-print(j.render_comparison_junit(c.Comparison.model_validate_json(pathlib.Path('comparison.json').read_text())))"``.
+print(j.render_comparison_junit(c.Comparison.read(pathlib.Path('comparison.json'))))"``.
 """
 
 from __future__ import annotations

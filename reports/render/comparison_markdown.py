@@ -1,7 +1,7 @@
 """``report.md`` of a comparison: fit for a pull-request comment, the verdict in its first line, always cut cleanly.
 
 Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_markdown as m;
-print(m.render_comparison_markdown(c.Comparison.model_validate_json(pathlib.Path('comparison.json').read_text())))"``.
+print(m.render_comparison_markdown(c.Comparison.read(pathlib.Path('comparison.json'))))"``.
 """
 
 from __future__ import annotations

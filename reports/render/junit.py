@@ -3,7 +3,7 @@
 One suite for the tests that ran and one for parity, with a test case per check and task metric.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.render.junit as j;
-print(j.render_junit(r.read_record(pathlib.Path('reports/out/record.json'))))"``.
+print(j.render_junit(r.RunRecord.read(pathlib.Path('reports/out/record.json'))))"``.
 """
 
 from __future__ import annotations

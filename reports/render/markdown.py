@@ -3,7 +3,7 @@
 Everything from the record is escaped: it neither becomes markup, nor a link, nor a mention.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.render.markdown as m;
-print(m.render_markdown(r.read_record(pathlib.Path('reports/out/record.json'))))"``.
+print(m.render_markdown(r.RunRecord.read(pathlib.Path('reports/out/record.json'))))"``.
 """
 
 from __future__ import annotations

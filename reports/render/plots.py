@@ -3,7 +3,7 @@
 Every plot has a description in words. Sides differ by marker and name as well as by colour (Okabe-Ito hues).
 
 Try: ``python -c "import pathlib, reports.record as r, reports.render.plots as p;
-print(p.all_plots(r.read_record(pathlib.Path('reports/out/record.json')))[0].svg)"``.
+print(p.all_plots(r.RunRecord.read(pathlib.Path('reports/out/record.json')))[0].svg)"``.
 """
 
 from __future__ import annotations

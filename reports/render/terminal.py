@@ -1,7 +1,7 @@
 """The summary at the end of a run: rich tables that fit 80 columns, the verdict last, where the eye is.
 
 Try: ``python -c "import pathlib, rich.console as c, reports.record as r, reports.render.terminal as t;
-t.print_summary(r.read_record(pathlib.Path('reports/out/record.json')), c.Console())"``.
+t.print_summary(r.RunRecord.read(pathlib.Path('reports/out/record.json')), c.Console())"``.
 """
 
 from __future__ import annotations
