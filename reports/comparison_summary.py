@@ -25,7 +25,6 @@ STATUS_ORDER: tuple[ChangeStatus, ...] = (
 )
 """What a reviewer has to look at first stands first."""
 
-_RANK = {status: rank for rank, status in enumerate(STATUS_ORDER)}
 _METRIC_ORDER = ("tpot", "ttft", "total", "load", "peak_memory")
 
 
@@ -112,11 +111,6 @@ class Digest:
         ]
         return sorted(groups, key=lambda g: min(importance(r) for r in g.results))
 
-    @cached_property
-    def case_index(self) -> dict[str, int]:
-        """Place of each case in the file: the number in its anchor."""
-        return {g.case: g.index for g in self.cases}
-
     @property
     def parity_fails(self) -> bool:
         """Whether the candidate was shown to be another model: then no speed-up counts."""
@@ -137,7 +131,7 @@ class Digest:
 def importance(result: Result) -> tuple[int, bool, float]:
     """Sort key: pressing statuses first, gating before not gating, larger changes before smaller ones."""
     size = abs(result.ratio - 1) if result.ratio is not None else 0.0
-    return _RANK[result.status], not result.gating, -size
+    return STATUS_ORDER.index(result.status), not result.gating, -size
 
 
 def samples_by_side(records: Iterable[CaseRecord], metric: str) -> dict[SideName, list[float]]:

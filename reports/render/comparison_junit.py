@@ -18,13 +18,6 @@ from reports.render import comparison_words as cw
 from reports.render import parity
 from reports.render.junit import add, case_of, clean, finished, parity_cases, suite_of
 
-_FAILING = {
-    "REGRESSION": "regression",
-    "MISSING": "missing",
-    "INCONCLUSIVE": "inconclusive",
-    "INVALID": "invalid",
-}
-
 
 def render_comparison_junit(comparison: Comparison) -> str:
     """JUnit XML of a comparison (the Jenkins dialect that GitHub, GitLab and Jenkins viewers read)."""
@@ -71,13 +64,10 @@ def _result(r: Result, digest: Digest, seconds: float, troubles: list[CaseRecord
     )
     if r.status == "IMPROVED":
         message += f"; {parity.short(digest.comparison.validation)}"
-    kind = _FAILING.get(r.status)
-    if r.status == "IMPROVED" and digest.parity_fails:
-        kind = "parity"
     for record in troubles[:3]:
         message += f"\n{record.side or 'unpaired'}, {record.outcome}: " + "\n".join(record.last_lines[-10:])
-    if kind and r.gating and not digest.comparison.advisory:
-        add(case, "failure", kind, message)
+    if cw.tone(r.status, digest) in ("fail", "open") and r.gating and not digest.comparison.advisory:
+        add(case, "failure", "parity" if r.status == "IMPROVED" else r.status.lower(), message)
     else:
         note = "advisory, does not gate. " if digest.comparison.advisory else "" if r.gating else "does not gate. "
         ET.SubElement(case, "system-out").text = clean(note + message)

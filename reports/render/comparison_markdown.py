@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import shlex
 
-from reports.comparison import ChangeStatus, Comparison, Result
+from reports.comparison import Comparison, Result
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
 from reports.render import parity, words
-from reports.render.markdown import LIMIT, LISTED, escape, fenced, parity_blocks, table, within
+from reports.render.markdown import LIMIT, LISTED, SIGNS, escape, fenced, parity_blocks, table, within
+from reports.verdict import WORDS
 
-_MARKS: dict[ChangeStatus, str] = {
-    "REGRESSION": "🔺",
-    "MISSING": "➖",
-    "INVALID": "🚫",
-    "INCONCLUSIVE": "❔",
-    "IMPROVED": "🔽",
-    "NEW": "🆕",
-    "EQUIVALENT": "▫️",
-}
-_OUTCOMES = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔"}
 _OPEN_ROWS, _FOLDED_ROWS = 30, 60
 
 
@@ -31,7 +22,7 @@ def render_comparison_markdown(comparison: Comparison) -> str:
     """GitHub-flavoured Markdown under 65,000 characters, whatever the comparison holds."""
     c, digest = comparison, Digest(comparison)
     first, second = cw.verdict_sentences(digest)
-    blocks = [f"**{_OUTCOMES[c.verdict.outcome]} {cw.OUTCOMES[c.verdict.outcome]}: {escape(first, 600)}**"]
+    blocks = [f"**{SIGNS[c.verdict.outcome]} {WORDS[c.verdict.outcome]}: {escape(first, 600)}**"]
     if second:
         blocks.append(escape(second, 1200))
     if c.advisory:
@@ -46,7 +37,7 @@ def render_comparison_markdown(comparison: Comparison) -> str:
 
 
 def _counts(digest: Digest) -> str:
-    told = [f"{_MARKS[s]} {n:,} {s.lower()}" for s, n in digest.counts.items() if n]
+    told = [f"{cw.LOOKS[s].sign} {n:,} {s.lower()}" for s, n in digest.counts.items() if n]
     return " · ".join(told) or "no results"
 
 
@@ -67,7 +58,7 @@ def _facts(digest: Digest) -> str:
 
 
 def _parity_sign(c: Comparison) -> str:
-    return _OUTCOMES[c.validation.verdict] if c.validation else "❔"
+    return SIGNS[c.validation.verdict] if c.validation else "❔"
 
 
 def _reasons(c: Comparison) -> list[str]:
@@ -103,7 +94,7 @@ def _table(results: list[Result], digest: Digest, rows: int) -> str:
 
 
 def _cells(r: Result, digest: Digest) -> list[str]:
-    status = f"{_MARKS[r.status]} {r.status}"
+    status = f"{cw.LOOKS[r.status].sign} {r.status}"
     if r.status == "IMPROVED":
         c = digest.comparison
         status += f", {escape(parity.short(c.validation))} {_parity_sign(c)}"

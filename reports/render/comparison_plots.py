@@ -20,15 +20,6 @@ from reports.render import comparison_words as cw
 from reports.render import svg, words
 from reports.render.svg import Axis, Plot, StripRow
 
-SHAPES: dict[ChangeStatus, str] = {
-    "REGRESSION": "right",
-    "IMPROVED": "left",
-    "EQUIVALENT": "circle",
-    "INCONCLUSIVE": "ring",
-    "INVALID": "cross",
-    "NEW": "ring",
-    "MISSING": "cross",
-}
 PAIRS_HEIGHT = 190
 _SIDES = {"candidate": ("circle", "k0"), "base": ("square", "k1")}
 _DISPLAYED = {"s": ("ms", 1e3), "seconds": ("ms", 1e3), "B": ("MB", 1e-6), "bytes": ("MB", 1e-6)}
@@ -218,7 +209,7 @@ def _forest_row(r: Result, axis: Axis) -> str:
             body.append(_at_middle("cap" if inside else arrow, place, f"edge {klass}"))
     if r.ratio and r.ratio > 0:
         if axis.holds(math.log(r.ratio)):
-            body.append(_at_middle(SHAPES[r.status], axis.place(math.log(r.ratio)), klass))
+            body.append(_at_middle(cw.LOOKS[r.status].shape, axis.place(math.log(r.ratio)), klass))
     else:
         body.append(
             f'<text x="{zero:.2f}%" y="50%" dy="4" text-anchor="middle" class="t">{_empty_word(r.status)}</text>'

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from reports.comparison import ChangeStatus, Comparison, Result
 from reports.comparison_summary import Digest, MetricGroup
@@ -29,39 +30,36 @@ METRIC_TITLES = {
     "load": "Load time",
     "peak_memory": "Peak memory",
 }
-STATUS_MEANINGS: dict[ChangeStatus, str] = {
-    "REGRESSION": "slower (or larger) beyond the margin, and surely not noise",
-    "MISSING": "the base has it, the candidate could not be measured",
-    "INVALID": "the machine was disturbed, nothing can be said",
-    "INCONCLUSIVE": "the interval is too wide to decide",
-    "IMPROVED": "faster (or smaller) beyond the margin, and surely not noise",
-    "NEW": "the candidate has it, the base does not",
-    "EQUIVALENT": "shown to lie within the margin",
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a status is shown: CSS class, glyph, mark of the forest plot, sign in Markdown, and what it means.
+
+    Shapes, so that a status needs no colour: the glyphs point where the marks of the forest plot lie.
+    """
+
+    tone: str
+    glyph: str
+    shape: str
+    sign: str
+    meaning: str
+
+
+LOOKS: dict[ChangeStatus, Look] = {
+    "REGRESSION": Look("fail", "▶", "right", "🔺", "slower (or larger) beyond the margin, and surely not noise"),
+    "MISSING": Look("fail", "−", "cross", "➖", "the base has it, the candidate could not be measured"),
+    "INVALID": Look("open", "✕", "cross", "🚫", "the machine was disturbed, nothing can be said"),
+    "INCONCLUSIVE": Look("open", "○", "ring", "❔", "the interval is too wide to decide"),
+    "IMPROVED": Look("pass", "◀", "left", "🔽", "faster (or smaller) beyond the margin, and surely not noise"),
+    "NEW": Look("plain", "+", "ring", "🆕", "the candidate has it, the base does not"),
+    "EQUIVALENT": Look("plain", "●", "circle", "▫️", "shown to lie within the margin"),
 }
-TONES: dict[ChangeStatus, str] = {
-    "REGRESSION": "fail",
-    "MISSING": "fail",
-    "INVALID": "open",
-    "INCONCLUSIVE": "open",
-    "IMPROVED": "pass",
-    "NEW": "plain",
-    "EQUIVALENT": "plain",
-}
-GLYPHS: dict[ChangeStatus, str] = {
-    "REGRESSION": "▶",
-    "MISSING": "−",
-    "INVALID": "✕",
-    "INCONCLUSIVE": "○",
-    "IMPROVED": "◀",
-    "NEW": "+",
-    "EQUIVALENT": "●",
-}
-"""Shapes, so that a status needs no colour: the triangles point where the marks of the forest plot lie."""
 
 GLOSSARY = (
     *(
-        Term(status.capitalize(), f"{told.capitalize()}.", mark=GLYPHS[status], tone=TONES[status])
-        for status, told in STATUS_MEANINGS.items()
+        Term(status.capitalize(), f"{look.meaning.capitalize()}.", mark=look.glyph, tone=look.tone)
+        for status, look in LOOKS.items()
     ),
     Term("Ratio", "The candidate against the base, the geometric mean over pairs. 1.041 is 4.1\u00a0% slower."),
     Term("Pair", "Base and candidate measured back to back, each in a fresh process; the order alternates."),
@@ -78,10 +76,14 @@ GLOSSARY = (
     NULL_CONTROL,
 )
 
-OUTCOMES = {"PASS": "PASSED", "FAIL": "FAILED", "INCONCLUSIVE": "INCONCLUSIVE"}
 _PERCENT = "\u00a0%"
 _UNITS_OF_TIME = ("s", "seconds", "ms", "us", "ns")
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+def tone(status: ChangeStatus, digest: Digest) -> str:
+    """CSS class of a status; a speed-up of another model is no success."""
+    return "fail" if status == "IMPROVED" and digest.parity_fails else LOOKS[status].tone
 
 
 def metric_name(metric: str) -> str:

@@ -1,6 +1,6 @@
 """What all pages share: the template environment, filters for numbers and statuses, machine and command.
 
-Try: ``python -c "from reports.render.environment import tone; print(tone('PASS'))"``.
+Used by ``llama-onnx report record.json --out /tmp/page``.
 """
 
 from __future__ import annotations
@@ -17,17 +17,7 @@ from reports.record import RunRecord
 from reports.render import svg, words
 from reports.validation import Measurement, Validation
 
-_TONES = {
-    "pass": ("PASS", "PASSED", "MET"),
-    "fail": ("FAIL", "FAILED", "MISSED", "ERROR"),
-    "open": ("INCONCLUSIVE", "SUSPICIOUS"),
-}
 _MARKS = {"pass": "✓", "fail": "✕", "open": "?", "plain": "·"}
-
-
-def tone(word: str) -> str:
-    """CSS class of a status word."""
-    return next((name for name, members in _TONES.items() if word in members), "plain")
 
 
 def render(
@@ -63,8 +53,8 @@ def render(
         when=words.when,
         measured=_measured,
         is_hash=lambda name: name.endswith("SHA-256") or name in ("Spec digest", "Fingerprint"),
-        tone=tone,
-        mark=lambda word: "!" if word == "SUSPICIOUS" else _MARKS[tone(word)],
+        tone=words.tone,
+        mark=lambda word: "!" if word == "SUSPICIOUS" else _MARKS[words.tone(word)],
         cap=words.capitalised,
         finding=words.finding,
         svg=Markup,

@@ -25,7 +25,7 @@ LIMIT = 64_000
 
 ROWS, LISTED, EXAMPLES, EXAMPLE_CHARS = 60, 20, 5, 600
 EXAMPLES_ROOM = 16_000
-_MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SUSPICIOUS": "⚠️", "REPORTED": "▫️", "SKIPPED": "▫️"}
+SIGNS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SUSPICIOUS": "⚠️", "REPORTED": "▫️", "SKIPPED": "▫️"}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!~$])")
 
 
@@ -50,7 +50,7 @@ def render_markdown(record: RunRecord) -> str:
     """The report as GitHub-flavoured Markdown, under 65,000 characters whatever the record holds."""
     verdict = judge(record)
     blocks = [
-        f"**{_MARKS[verdict.outcome]} {verdict.word}: {escape(verdict.headline, 400)}**",
+        f"**{SIGNS[verdict.outcome]} {verdict.word}: {escape(verdict.headline, 400)}**",
         *_answers(record, verdict),
         *_warnings(verdict),
         *_latency(record),
@@ -195,7 +195,7 @@ def parity_blocks(validation: Validation | None) -> list[str]:
         # What an exact check says stands in full where it failed, else its name is enough.
         said = told or [escape(r.summary, 200) if r.status == "FAIL" else words.DASH, words.DASH]
         samples = f"{m.samples:,}" if m else words.DASH
-        cells.append([escape(r.title, 80), f"{_MARKS[r.status]} {r.status}", *said, limit, samples])
+        cells.append([escape(r.title, 80), f"{SIGNS[r.status]} {r.status}", *said, limit, samples])
     found = [
         "### Parity\n\n" + where,
         table(["Check", "Status", "Value", "95\u00a0% bound", "Limit", "Samples"], cells, 2),
@@ -204,7 +204,7 @@ def parity_blocks(validation: Validation | None) -> list[str]:
         cells = [
             [
                 f"{escape(t.task, 60)}, {escape(t.metric, 40)}",
-                f"{_MARKS[t.status]} {t.status}",
+                f"{SIGNS[t.status]} {t.status}",
                 words.score(t.candidate),
                 words.score(t.baseline),
                 words.difference(t.difference_bound),

@@ -21,16 +21,18 @@ from reports.targets import Target
 from reports.validation import Validation
 from reports.verdict import judge, speed_sentence
 
-STYLES = {
-    "PASS": "green",
-    "PASSED": "bold green",
-    "MET": "green",
-    "FAIL": "bold red",
-    "FAILED": "bold red",
-    "MISSED": "bold red",
-    "INCONCLUSIVE": "yellow",
-    "SUSPICIOUS": "yellow",
-}
+COLOURS = {"fail": "bold red", "open": "yellow", "pass": "green", "plain": "dim"}
+"""Style of a tone."""
+
+
+def style(word: str) -> str:
+    """Style of a status word."""
+    return COLOURS[words.tone(word)]
+
+
+def print_end(word: str, headline: str, console: Console) -> None:
+    """The verdict, the last line of a run or a comparison."""
+    console.print(Text.assemble((word, f"bold {style(word)}"), f": {headline}"))
 
 
 def print_summary(record: RunRecord, console: Console) -> None:
@@ -56,7 +58,7 @@ def print_summary(record: RunRecord, console: Console) -> None:
     if record.validation is None:
         console.print("\nParity: not examined.")
     for r in record.validation.of("FAIL", "INCONCLUSIVE", "SUSPICIOUS") if record.validation else []:
-        console.print(Text.assemble((r.status, STYLES[r.status]), f" {r.title}: {words.shorten(r.reason, 300)}"))
+        console.print(Text.assemble((r.status, style(r.status)), f" {r.title}: {words.shorten(r.reason, 300)}"))
     console.print()
     if verdict.random_weights:
         console.print(Text("RANDOM WEIGHTS: answers and task scores mean nothing.", style="bold yellow"))
@@ -65,7 +67,7 @@ def print_summary(record: RunRecord, console: Console) -> None:
     if verdict.not_examined:
         console.print(Text(f"not examined: {', '.join(verdict.not_examined)}", style="dim"))
     console.print(Text(f"speed: {speed_sentence(verdict.speed)}"))
-    console.print(Text.assemble((verdict.word, STYLES.get(verdict.word, "bold yellow")), f": {verdict.headline}"))
+    print_end(verdict.word, verdict.headline, console)
 
 
 def latency_table(rows: list[LatencyRow]) -> Table:
@@ -131,14 +133,14 @@ def parity_table(validation: Validation | None) -> Table | None:
             Text(words.shorten(r.title, 32)),
             Text(words.shorten(words.number(held, m.unit, m.limit), 16) if m else words.DASH),
             Text(words.shorten(words.limit_text(m.limit, m.better, m.unit), 16) if m else words.DASH),
-            Text(r.status, style=STYLES.get(r.status, "dim")),
+            Text(r.status, style=style(r.status)),
         )
     for t in validation.tasks:
         table.add_row(
             Text(words.shorten(f"{t.task}: {t.metric}", 32)),
             words.difference(t.difference_bound),
             words.difference(t.limit),
-            Text("; ".join(filter(None, (t.status, t.would_decide))), style=STYLES.get(t.status, "dim")),
+            Text("; ".join(filter(None, (t.status, t.would_decide))), style=style(t.status)),
         )
     return table
 
@@ -151,7 +153,7 @@ def targets_table(targets: Sequence[Target]) -> Table | None:
     for t in targets:
         word = "MET" if t.met else "MISSED"
         limit = f"{words.limit_text(t.limit, t.better)} {t.unit}"
-        table.add_row(t.name, limit, words.fixed(t.value), Text(word, style=STYLES[word]))
+        table.add_row(t.name, limit, words.fixed(t.value), Text(word, style=style(word)))
     return table
 
 

@@ -14,18 +14,11 @@ from rich.text import Text
 from reports.render import parity, words
 from reports.render.environment import render
 from reports.render.junit import finished, parity_cases, suite_of
-from reports.render.markdown import EXAMPLES_ROOM, LIMIT, escape, example_blocks, fenced, parity_blocks, within
+from reports.render.markdown import EXAMPLES_ROOM, LIMIT, SIGNS, escape, example_blocks, fenced, parity_blocks, within
+from reports.render.terminal import style
 from reports.validation import CheckResult, Validation
 from reports.verdict import PARITY_WORDS, WORDS, parity_answer, unexamined
 
-STYLE = {
-    "PASS": "green",
-    "FAIL": "bold red",
-    "INCONCLUSIVE": "yellow",
-    "SUSPICIOUS": "yellow",
-    "REPORTED": "dim",
-    "SKIPPED": "dim",
-}
 SOURCE = "validation.json"
 SECTIONS = (("parity", "Checks"), ("reproduce", "Reproduce"), ("glossary", "Glossary"))
 TERMS = ("KLD", "Perplexity ratio", "Tolerance tier", "Null control", "Bound")
@@ -35,7 +28,7 @@ _NAME = 18
 def print_check(result: CheckResult, console: Console) -> None:
     """Name, status, summary and seconds; up to three findings below a failed one."""
     line = Text(f"{result.name:<{_NAME}} ")
-    line.append(f"{result.status:<12} ", style=STYLE[result.status])
+    line.append(f"{result.status:<12} ", style=style(result.status))
     line.append(f"{result.seconds:6.1f} s  ", style="dim")
     line.append(result.summary)
     console.print(line, soft_wrap=True)
@@ -45,7 +38,7 @@ def print_check(result: CheckResult, console: Console) -> None:
 
 def print_verdict(found: Validation, console: Console) -> None:
     """The verdict, the place, and the reasons."""
-    head = Text(f"\n{found.verdict}", style=STYLE[found.verdict])
+    head = Text(f"\n{found.verdict}", style=style(found.verdict))
     head.append(
         f"  {found.folder} against {found.baseline}, tolerance tier {found.tier}, mode {found.mode}, "
         f"{found.seconds:.0f} s",
@@ -111,14 +104,13 @@ def render_validation(v: Validation) -> str:
 
 def render_validation_markdown(v: Validation) -> str:
     """GitHub-flavoured Markdown under 65,000 characters."""
-    mark = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔"}[v.verdict]
     lines = [
         f"- **Folder:** {escape(v.folder)}, against {escape(v.baseline)}",
         f"- **Ran on:** {escape(_ran_on(v))}",
         f"- **How sure:** {_sure(v)}",
         f"- **Not examined:** {escape(', '.join(unexamined(v)), 600) or words.DASH}",
     ]
-    blocks = [f"**{mark} {WORDS[v.verdict]}: {escape(headline(v), 400)}**", "\n".join(lines)]
+    blocks = [f"**{SIGNS[v.verdict]} {WORDS[v.verdict]}: {escape(headline(v), 400)}**", "\n".join(lines)]
     told = [*(v.reasons if v.verdict != "PASS" else []), *v.notes]
     if told:
         blocks.append("### Read this first\n\n" + "\n".join(f"- {escape(r, 400)}" for r in told[:20]))

@@ -78,7 +78,17 @@ GLOSSARY = (
     Term("Spread", "How much rounds differ from each other (robust deviation / median). Above 2.5\u00a0% is noisy."),
 )
 
+_TONES = {
+    "pass": ("PASS", "PASSED", "MET"),
+    "fail": ("FAIL", "FAILED", "MISSED", "ERROR"),
+    "open": ("INCONCLUSIVE", "SUSPICIOUS"),
+}
 UNITS = {"nat": "nats", "fraction": "", "ratio": "", "1": "", "percent": "%"}
+
+
+def tone(word: str) -> str:
+    """CSS class of a status word."""
+    return next((name for name, members in _TONES.items() if word in members), "plain")
 
 
 def fixed(value: float) -> str:
