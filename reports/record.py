@@ -117,6 +117,11 @@ class Memory(Frozen):
     baseline_bytes: int
     case: Case
 
+    @property
+    def own_bytes(self) -> int:
+        """What the model, its cache and its buffers added to interpreter and libraries."""
+        return self.peak_bytes - self.baseline_bytes
+
 
 class Floor(Frozen):
     """The memory-bandwidth floor: a decode step cannot be faster than reading its bytes once.

@@ -6,13 +6,11 @@ print(m.render_comparison_markdown(c.Comparison.read(pathlib.Path('comparison.js
 
 from __future__ import annotations
 
-import shlex
-
 from reports.comparison import Comparison, Result
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
 from reports.render import parity, words
-from reports.render.markdown import LIMIT, LISTED, SIGNS, escape, fenced, parity_blocks, table, within
+from reports.render.markdown import LIMIT, LISTED, SIGNS, bullets, escape, parity_blocks, repeat, table, within
 from reports.verdict import WORDS
 
 _OPEN_ROWS, _FOLDED_ROWS = 30, 60
@@ -27,11 +25,12 @@ def render_comparison_markdown(comparison: Comparison) -> str:
         blocks.append(escape(second, 1200))
     if c.advisory:
         blocks.append(f"> **Advisory, nothing gates:** {escape(c.advisory_reason or 'not measured in pairs', 400)}")
-    blocks += [_counts(digest), _facts(digest), *_reasons(c), *_results(digest)]
+    reasons = [*(c.verdict.reasons if c.verdict.exit_code else []), *c.warnings]
+    blocks += [_counts(digest), _facts(digest), *bullets("Read this first", reasons), *_results(digest)]
     blocks += [
         *parity_blocks(c.validation),
         *_history(c),
-        "### Repeat\n\n" + fenced(words.shorten(shlex.join(c.command), 2000)),
+        repeat(c.command),
     ]
     return within(blocks, LIMIT) + "\n"
 
@@ -59,16 +58,6 @@ def _facts(digest: Digest) -> str:
 
 def _parity_sign(c: Comparison) -> str:
     return SIGNS[c.validation.verdict] if c.validation else "❔"
-
-
-def _reasons(c: Comparison) -> list[str]:
-    reasons = [*(c.verdict.reasons if c.verdict.exit_code else []), *c.warnings]
-    if not reasons:
-        return []
-    lines = [f"- {escape(r, 400)}" for r in reasons[:LISTED]]
-    if len(reasons) > LISTED:
-        lines.append(f"- … {len(reasons) - LISTED} more are in index.html.")
-    return ["### Read this first\n\n" + "\n".join(lines)]
 
 
 def _results(digest: Digest) -> list[str]:

@@ -52,15 +52,32 @@ def render_markdown(record: RunRecord) -> str:
     blocks = [
         f"**{SIGNS[verdict.outcome]} {verdict.word}: {escape(verdict.headline, 400)}**",
         *_answers(record, verdict),
-        *_warnings(verdict),
+        *bullets("Warnings", verdict.warnings, 500),
         *_latency(record),
         *_targets(verdict.targets),
         *parity_blocks(record.validation),
         *_memory(record),
-        "### Repeat\n\n" + fenced(words.shorten(shlex.join(record.command), 2000)),
+        repeat(record.command),
     ]
+    return with_examples(blocks, record.validation, "record.json")
+
+
+def bullets(title: str, lines: Sequence[str], limit: int = 400) -> list[str]:
+    """A section that lists sentences, and how many more there are; none without a sentence."""
+    told = [f"- {escape(text, limit)}" for text in lines[:LISTED]]
+    told += [f"- … {len(lines) - LISTED} more are in index.html."] * (len(lines) > LISTED)
+    return [f"### {title}\n\n" + "\n".join(told)] if told else []
+
+
+def repeat(command: Sequence[str]) -> str:
+    """The section with the command."""
+    return "### Repeat\n\n" + fenced(words.shorten(shlex.join(command), 2000))
+
+
+def with_examples(blocks: Sequence[str], validation: Validation | None, source: str) -> str:
+    """The report, and as many examples as there is room for."""
     text = within(blocks, LIMIT - EXAMPLES_ROOM)
-    return "\n\n".join([text, *example_blocks(record.validation, LIMIT - len(text), "record.json")]) + "\n"
+    return "\n\n".join([text, *example_blocks(validation, LIMIT - len(text), source)]) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -109,19 +126,10 @@ def _answers(record: RunRecord, verdict: Verdict) -> list[str]:
         if names:
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
             lines.append(f"- **{title}:** {'; '.join(told(n) for n in names[:LISTED])}{more}")
-    if verdict.random_weights:
+    if record.model.random_weights:
         note = "> **Random weights:** this model was never trained; its answers and task scores mean nothing."
         return [note, "\n".join(lines)]
     return ["\n".join(lines)]
-
-
-def _warnings(verdict: Verdict) -> list[str]:
-    if not verdict.warnings:
-        return []
-    lines = [f"- {escape(w, 500)}" for w in verdict.warnings[:LISTED]]
-    if len(verdict.warnings) > LISTED:
-        lines.append(f"- … {len(verdict.warnings) - LISTED} more warnings are in index.html.")
-    return ["### Warnings\n\n" + "\n".join(lines)]
 
 
 def _timing(estimate: Estimate | None) -> str:
@@ -249,7 +257,7 @@ def example_blocks(validation: Validation | None, room: int, source: str) -> lis
 def _memory(record: RunRecord) -> list[str]:
     found = []
     if rows := memory_rows(record):
-        cells = [[escape(r.side.title, 60), words.size(r.memory.peak_bytes), words.size(r.own_bytes)] for r in rows]
+        cells = [[escape(side.title, 60), words.size(m.peak_bytes), words.size(m.own_bytes)] for side, m in rows]
         found.append("### Memory and load\n\n" + table(["Side", "Peak", "Added by the model"], cells))
     if loads := load_rows(record):
         cells = [[escape(side.title, 60), _timing(e), str(e.n)] for side, e in loads]

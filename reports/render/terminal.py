@@ -60,7 +60,7 @@ def print_summary(record: RunRecord, console: Console) -> None:
     for r in record.validation.of("FAIL", "INCONCLUSIVE", "SUSPICIOUS") if record.validation else []:
         console.print(Text.assemble((r.status, style(r.status)), f" {r.title}: {words.shorten(r.reason, 300)}"))
     console.print()
-    if verdict.random_weights:
+    if record.model.random_weights:
         console.print(Text("RANDOM WEIGHTS: answers and task scores mean nothing.", style="bold yellow"))
     for warning in verdict.warnings:
         console.print(Text.assemble(("warning: ", "yellow"), words.shorten(warning, 400)))
@@ -109,12 +109,12 @@ def memory_table(record: RunRecord) -> Table | None:
     if not rows:
         return None
     table = plain_table("Memory and load", "Side", "peak", "model's part", "load")
-    for r in rows:
-        load = loads.get(r.side.label)
+    for side, memory in rows:
+        load = loads.get(side.label)
         table.add_row(
-            Text(words.shorten(r.side.title, 34)),
-            words.size(r.memory.peak_bytes),
-            words.size(r.own_bytes),
+            Text(words.shorten(side.title, 34)),
+            words.size(memory.peak_bytes),
+            words.size(memory.own_bytes),
             words.ms(load.value if load else None),
         )
     return table

@@ -5,16 +5,13 @@ Try: ``llama-onnx validate FOLDER --baseline demo --mode quick --out /tmp/valida
 
 from __future__ import annotations
 
-import shlex
-from xml.etree import ElementTree as ET
-
 from rich.console import Console
 from rich.text import Text
 
 from reports.render import parity, words
 from reports.render.environment import render
-from reports.render.junit import finished, parity_cases, suite_of
-from reports.render.markdown import EXAMPLES_ROOM, LIMIT, SIGNS, escape, example_blocks, fenced, parity_blocks, within
+from reports.render.junit import document, parity_cases
+from reports.render.markdown import SIGNS, bullets, escape, parity_blocks, repeat, with_examples
 from reports.render.terminal import style
 from reports.validation import CheckResult, Validation
 from reports.verdict import PARITY_WORDS, WORDS, parity_answer, unexamined
@@ -112,14 +109,10 @@ def render_validation_markdown(v: Validation) -> str:
     ]
     blocks = [f"**{SIGNS[v.verdict]} {WORDS[v.verdict]}: {escape(headline(v), 400)}**", "\n".join(lines)]
     told = [*(v.reasons if v.verdict != "PASS" else []), *v.notes]
-    if told:
-        blocks.append("### Read this first\n\n" + "\n".join(f"- {escape(r, 400)}" for r in told[:20]))
-    blocks += [*parity_blocks(v), "### Repeat\n\n" + fenced(words.shorten(shlex.join(v.command), 2000))]
-    text = within(blocks, LIMIT - EXAMPLES_ROOM)
-    return "\n\n".join([text, *example_blocks(v, LIMIT - len(text), SOURCE)]) + "\n"
+    blocks += [*bullets("Read this first", told), *parity_blocks(v), repeat(v.command)]
+    return with_examples(blocks, v, SOURCE)
 
 
 def render_validation_junit(v: Validation) -> str:
     """JUnit XML: one test case a check and a task metric."""
-    root = ET.Element("testsuites", name="llama-onnx-bench validate")
-    return finished(root, [suite_of(root, "parity", parity_cases(v), v.created_utc)], v.seconds)
+    return document("llama-onnx-bench validate", {"parity": parity_cases(v)}, v.created_utc, v.seconds)
