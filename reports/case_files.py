@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from reports.base import parse, read_text, validate
 from reports.comparison import CASE_SCHEMA_VERSION, CaseRecord, Comparison, SideName
 from reports.documents import first_document, kind_of
@@ -151,17 +149,13 @@ def from_pytest_benchmark(raw: dict[str, Any], path: Path) -> list[CaseRecord]:
         name = one.get("fullname") or one.get("name")
         if not name or not values:
             raise RecordError(f"{path}: benchmark {k} has no name or no times; is this --benchmark-json output?")
-        try:
-            made.append(
-                CaseRecord(
-                    schema_version=1,
-                    case=str(name),
-                    metrics={"time": values},
-                    units={"time": "s"},
-                    parameters={p: v for p, v in (one.get("params") or {}).items() if isinstance(v, str | int | float)},
-                    fingerprint=identity,
-                )
-            )
-        except ValidationError as e:
-            raise RecordError(f"{path}: benchmark {name}: {e.errors()[0]['msg']}") from None
+        record = {
+            "schema_version": 1,
+            "case": str(name),
+            "metrics": {"time": values},
+            "units": {"time": "s"},
+            "parameters": {p: v for p, v in (one.get("params") or {}).items() if isinstance(v, str | int | float)},
+            "fingerprint": identity,
+        }
+        made.append(validate(record, CaseRecord, f"{path}: benchmark {name}"))
     return made

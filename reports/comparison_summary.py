@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from reports.base import grouped
 from reports.comparison import CaseRecord, ChangeStatus, Comparison, Result, SideName
 
 STATUS_ORDER: tuple[ChangeStatus, ...] = (
@@ -90,21 +91,15 @@ class Digest:
     @cached_property
     def metrics(self) -> list[MetricGroup]:
         """Results by metric: gating ones first, decode before prefill before the rest."""
-        found: dict[str, list[Result]] = {}
-        for r in self.comparison.results:
-            found.setdefault(r.metric, []).append(r)
+        found = grouped(self.comparison.results, lambda r: r.metric)
         groups = [MetricGroup(metric, tuple(results)) for metric, results in found.items()]
         return sorted(groups, key=lambda g: (not g.gating, _metric_rank(g.metric)))
 
     @cached_property
     def cases(self) -> list[CaseGroup]:
         """Results and records by case, the most pressing case first; ``index`` is the case's place in the file."""
-        results: dict[str, list[Result]] = {}
-        records: dict[str, list[CaseRecord]] = {}
-        for r in self.comparison.results:
-            results.setdefault(r.case, []).append(r)
-        for record in self.comparison.records:
-            records.setdefault(record.case, []).append(record)
+        results = grouped(self.comparison.results, lambda r: r.case)
+        records = grouped(self.comparison.records, lambda r: r.case)
         groups = [
             CaseGroup(case, i, tuple(sorted(found, key=lambda r: _metric_rank(r.metric))), tuple(records.get(case, ())))
             for i, (case, found) in enumerate(results.items())

@@ -268,10 +268,6 @@ class Validation(Document):
         """Whether every check of the set was run."""
         return [r.name for r in self.results] == self.checks
 
-    def result(self, name: str) -> CheckResult | None:
-        """One check's result; None where it was not run."""
-        return next((r for r in self.results if r.name == name), None)
-
     def of(self, *statuses: Status) -> list[CheckResult]:
         """Results with one of these statuses, in order."""
         return [r for r in self.results if r.status in statuses]

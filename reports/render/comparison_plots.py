@@ -29,26 +29,20 @@ _FURTHEST = math.log(1.6)
 
 
 @dataclass(frozen=True)
-class ForestRow:
-    """One line of the forest plot: the result and its drawing (decoration: the numbers are beside it as text)."""
-
-    result: Result
-    svg: str
-
-
-@dataclass(frozen=True)
 class Forest:
-    """A forest plot: rows that share one axis; ``axis_svg`` carries its ticks."""
+    """A forest plot: results with their drawings (decoration: the numbers are beside them as text) on one axis.
 
-    rows: tuple[ForestRow, ...]
+    ``axis_svg`` carries the ticks, ``cut`` counts the results that are not shown.
+    """
+
+    rows: tuple[tuple[Result, str], ...]
     axis_svg: str
     cut: int
-    """Results that are not shown."""
 
 
 def forest(results: Sequence[Result], axis: Axis, cut: int = 0) -> Forest:
     """One row for every result, on one logarithmic axis of the ratio candidate / base."""
-    return Forest(tuple(ForestRow(r, _forest_row(r, axis)) for r in results), _forest_ticks(axis), cut)
+    return Forest(tuple((r, _forest_row(r, axis)) for r in results), _forest_ticks(axis), cut)
 
 
 def forest_axis(results: Sequence[Result]) -> Axis:
@@ -252,31 +246,15 @@ def _pairs_caption(result: Result) -> str:
     )
 
 
-def _cpu_mhz(r: CaseRecord) -> float | None:
-    return r.after.cpu_mhz if r.after else None
-
-
-def _load(r: CaseRecord) -> float | None:
-    return r.before.load_1m if r.before else None
-
-
 def _taken(r: CaseRecord) -> float | None:
     shares = [s for s in (r.steal_fraction, r.others_fraction) if s is not None]
     return 100 * sum(shares) if shares else None
 
 
-def _gpu_clock(r: CaseRecord) -> float | None:
-    return r.after.gpus[0].sm_clock_mhz if r.after and r.after.gpus else None
-
-
-def _gpu_heat(r: CaseRecord) -> float | None:
-    return r.after.gpus[0].temperature_c if r.after and r.after.gpus else None
-
-
 _TRACES: tuple[tuple[str, Callable[[CaseRecord], float | None], int], ...] = (
-    ("CPU clock after, MHz", _cpu_mhz, 0),
-    ("Load before, 1 min", _load, 2),
+    ("CPU clock after, MHz", lambda r: r.after.cpu_mhz if r.after else None, 0),
+    ("Load before, 1 min", lambda r: r.before.load_1m if r.before else None, 2),
     ("Taken by others, % of all cores", _taken, 1),
-    ("GPU clock after, MHz", _gpu_clock, 0),
-    ("GPU temperature after, °C", _gpu_heat, 0),
+    ("GPU clock after, MHz", lambda r: r.after.gpus[0].sm_clock_mhz if r.after and r.after.gpus else None, 0),
+    ("GPU temperature after, °C", lambda r: r.after.gpus[0].temperature_c if r.after and r.after.gpus else None, 0),
 )

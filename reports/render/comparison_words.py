@@ -78,7 +78,7 @@ GLOSSARY = (
 
 _PERCENT = "\u00a0%"
 _UNITS_OF_TIME = ("s", "seconds", "ms", "us", "ns")
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
 
 
 def tone(status: ChangeStatus, digest: Digest) -> str:
@@ -176,18 +176,9 @@ def tidy(sentence: str) -> str:
     return sentence.replace(" %", _PERCENT)
 
 
-def number_word(count: int) -> str:
-    """Small numbers as words, as in a sentence."""
-    return _NUMBERS[count] if count < len(_NUMBERS) else f"{count:,}"
-
-
 def headline(digest: Digest) -> str:
     """The whole verdict in a few words: what moved, how sure, what did not, what is still open."""
     return " ".join(part for part in verdict_sentences(digest) if part)
-
-
-def _outcome(c: Comparison) -> str | None:
-    return c.validation.verdict if c.validation else None
 
 
 def verdict_sentences(digest: Digest) -> tuple[str, str]:
@@ -207,7 +198,7 @@ def verdict_sentences(digest: Digest) -> tuple[str, str]:
             first.append(told)
     elif not first:
         first, rest = rest[:1], rest[1:]
-    if _outcome(c) in (None, "PASS") and any(r.status == "IMPROVED" for r in c.results):
+    if (c.validation is None or c.validation.verdict == "PASS") and any(r.status == "IMPROVED" for r in c.results):
         # A speed-up never stands without its parity.
         rest.insert(0, f"{parity.short(c.validation).capitalize()}.")
     beside = _moved(digest, gating=False)
@@ -270,12 +261,13 @@ def differences(comparison: Comparison) -> list[str]:
 
 
 def _parity_part(digest: Digest) -> list[str]:
-    c = digest.comparison
-    if c.validation is not None and c.validation.verdict == "FAIL":
-        tier = f" at tier {words.shorten(c.validation.tier, 20)}"
-        lost = any(r.status == "IMPROVED" for r in c.results)
-        return [f"Not the same model: parity fails{tier}{', so no speed-up counts' if lost else ''}."]
-    return ["Parity is undecided."] if _outcome(c) == "INCONCLUSIVE" else []
+    v = digest.comparison.validation
+    if v is None or v.verdict == "PASS":
+        return []
+    if v.verdict == "INCONCLUSIVE":
+        return ["Parity is undecided."]
+    lost = ", so no speed-up counts" * any(r.status == "IMPROVED" for r in digest.comparison.results)
+    return [f"Not the same model: parity fails at tier {words.shorten(v.tier, 20)}{lost}."]
 
 
 def _moved(digest: Digest, gating: bool) -> list[str]:
@@ -340,8 +332,8 @@ def _within_text(comparison: Comparison) -> str:
 
 
 def _counted(count: int) -> str:
-    """A number that begins a sentence."""
-    return number_word(count).capitalize()
+    """A number that begins a sentence; a small one as a word."""
+    return _NUMBERS[count] if count < len(_NUMBERS) else f"{count:,}"
 
 
 def _joined(parts: Sequence[str]) -> str:

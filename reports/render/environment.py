@@ -15,7 +15,7 @@ from markupsafe import Markup
 from reports.comparison import Comparison
 from reports.record import RunRecord
 from reports.render import svg, words
-from reports.validation import Measurement, Validation
+from reports.validation import Validation
 
 _MARKS = {"pass": "✓", "fail": "✕", "open": "?", "plain": "·"}
 
@@ -40,9 +40,8 @@ def render(
     env.filters.update(
         ms=words.ms,
         bare_ms=words.bare_ms,
-        ms_interval=words.ms_interval,
         times=words.times,
-        times_interval=words.times_interval,
+        interval=words.interval,
         fixed=words.fixed,
         size=words.size,
         share=words.share,
@@ -51,7 +50,7 @@ def render(
         limit=words.limit_text,
         short=words.shorten,
         when=words.when,
-        measured=_measured,
+        measured=lambda m, name: words.number(getattr(m, name), m.unit, m.limit),
         is_hash=lambda name: name.endswith("SHA-256") or name in ("Spec digest", "Fingerprint"),
         tone=words.tone,
         mark=lambda word: "!" if word == "SUSPICIOUS" else _MARKS[words.tone(word)],
@@ -70,7 +69,3 @@ def render(
     }
     env.globals.update(shared)
     return env.get_template(template).render(context)
-
-
-def _measured(m: Measurement, name: str) -> str:
-    return words.number(getattr(m, name), m.unit, m.limit)

@@ -133,11 +133,11 @@ def _answers(record: RunRecord, verdict: Verdict) -> list[str]:
 
 
 def _timing(estimate: Estimate | None) -> str:
-    return f"{words.bare_ms(estimate.value if estimate else None)} {words.ms_interval(estimate)}".strip()
+    return f"{words.bare_ms(estimate.value if estimate else None)} {words.interval(estimate, 1e3)}".strip()
 
 
 def _gain(estimate: Estimate | None, role: str) -> str:
-    return "baseline" if role == "baseline" else f"{words.times(estimate)} {words.times_interval(estimate)}".strip()
+    return "baseline" if role == "baseline" else f"{words.times(estimate)} {words.interval(estimate)}".strip()
 
 
 def _latency(record: RunRecord) -> list[str]:

@@ -37,16 +37,8 @@ class SideStyle:
 
     side: Side
     index: int
-
-    @property
-    def glyph(self) -> str:
-        """The marker as a character."""
-        return GLYPHS[self.index]
-
-    @property
-    def shape(self) -> str:
-        """The marker in a plot."""
-        return SHAPES[self.index]
+    shape: str
+    glyph: str
 
     @property
     def klass(self) -> str:
@@ -60,7 +52,7 @@ def side_styles(record: RunRecord) -> dict[str, SideStyle]:
     for side in ordered_sides(record):
         index = {"candidate": 0, "baseline": 1}.get(side.role, 2 + peers % 4)
         peers += side.role == "peer"
-        styles[side.label] = SideStyle(side, index)
+        styles[side.label] = SideStyle(side, index, SHAPES[index], GLYPHS[index])
     return styles
 
 

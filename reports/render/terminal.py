@@ -177,5 +177,5 @@ def _gain(estimate: Estimate | None, role: str) -> str:
         return "1"
     if estimate is None:
         return words.DASH
-    interval = words.times_interval(estimate)
+    interval = words.interval(estimate)
     return f"{words.fixed(estimate.value)}x" + (f"\n{interval.strip('[]').replace(', ', '-')}" if interval else "")

@@ -111,23 +111,16 @@ def bare_ms(seconds: float | None) -> str:
     return DASH if seconds is None else fixed(seconds * 1e3)
 
 
-def ms_interval(estimate: Estimate | None) -> str:
-    """Such as ``[24.6, 25.0]`` in ms; empty where no interval could be had."""
-    if estimate is None or estimate.low is None or estimate.high is None:
-        return ""
-    return f"[{bare_ms(estimate.low)}, {bare_ms(estimate.high)}]"
-
-
 def times(estimate: Estimate | None) -> str:
     """Such as ``2.79×``."""
     return DASH if estimate is None else f"{fixed(estimate.value)}×"
 
 
-def times_interval(estimate: Estimate | None) -> str:
-    """Such as ``[2.71, 2.87]``; empty where no interval could be had."""
+def interval(estimate: Estimate | None, scale: float = 1.0) -> str:
+    """Such as ``[2.71, 2.87]``, the ends times ``scale``; empty where no interval could be had."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return ""
-    return f"[{fixed(estimate.low)}, {fixed(estimate.high)}]"
+    return f"[{fixed(estimate.low * scale)}, {fixed(estimate.high * scale)}]"
 
 
 def share(value: float | None) -> str:

@@ -213,7 +213,7 @@ def test_forest_draws_intervals_inside_and_arrows_beyond():
     r = example_comparison().results[1]
     far = r.model_copy(update={"ratio": 3.0, "low": 1.02, "high": 9.0})
     axis = forest_axis([r, far])
-    inside, beyond = (row.svg for row in forest([r, far], axis).rows)
+    inside, beyond = (drawn for _, drawn in forest([r, far], axis).rows)
     assert inside.count("#mark-cap") == 2
     assert beyond.count("#mark-cap") == 1
     assert "#mark-right" in beyond

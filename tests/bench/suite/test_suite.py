@@ -162,6 +162,6 @@ def test_the_demo_model_through_the_whole_gate(demo_checkpoint: Path, tmp_path: 
     assert not record.model.random_weights
     assert record.validation is not None
     assert record.validation.verdict == "PASS"
-    greedy = record.validation.result("greedy")
+    greedy = next(r for r in record.validation.results if r.name == "greedy")
     assert greedy is not None
     assert greedy.measurements[0].value == 1.0
