@@ -30,9 +30,10 @@ def run(args: argparse.Namespace) -> int:
     # pytest's own codes: 0 passed, 1 failed, 2 interrupted, 3 internal error, 4 usage, 5 nothing collected; what the
     # suite ends with by itself (this tool's own codes) comes through unchanged.
     started = time.time()
+    began = _Began()
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        code = int(pytest.main([*SUITE, *args.options]))
-    if code == 5:
+        code = int(pytest.main([*SUITE, *args.options], plugins=[began]))
+    if code == 5 or (code == 4 and not began.session):
         return 2
     path = _report_dir(args.options) / "record.json"
     if args.json and path.is_file() and path.stat().st_mtime >= started:  # an older record says nothing about this run
@@ -40,6 +41,15 @@ def run(args: argparse.Namespace) -> int:
 
         write_json(RunRecord.read(path))
     return code
+
+
+class _Began:
+    """A pytest plugin that knows whether the options were accepted: pytest's code for wrong ones is this tool's 4."""
+
+    session = False
+
+    def pytest_sessionstart(self) -> None:
+        self.session = True
 
 
 def _report_dir(options: Sequence[str]) -> Path:

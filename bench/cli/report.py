@@ -9,12 +9,14 @@ from rich.console import Console
 
 from bench.cli.output import show
 
-HELP = "render the page of a record.json or a comparison.json again"
+HELP = "render the page of a record.json, comparison.json or validation.json again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The document, and where its page goes."""
-    parser.add_argument("file", type=Path, help="record.json of `bench`, or comparison.json of `compare`")
+    parser.add_argument(
+        "file", type=Path, help="record.json of `bench`, comparison.json of `compare` or validation.json of `validate`"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("reports/out"), help="folder of the page (default reports/out)"
     )

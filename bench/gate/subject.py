@@ -243,7 +243,9 @@ class Subject:
         from bench.gate.units import Batch, generate_batches
 
         items = [item for members in self.dataset.groups(self.mode.items).values() for item in members]
-        batches = batches_of(items, self.tokenizer, self.manifest.context_length, self.mode.new_tokens)
+        # The baseline's context: an item that exceeds it is wrong data, one that exceeds a folder's alone its defect.
+        context = self.baseline.config.max_position_embeddings
+        batches = batches_of(items, self.tokenizer, context, self.mode.new_tokens)
         eos = tuple(self.manifest.eos_token_ids)
         made = generate_batches(self, [Batch(b.prompts, b.limit, eos) for b in batches])
         return outputs_in_order(items, batches, made)

@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.data.items import Dataset
 from bench.data.loading import load_shipped
 from bench.deployment import Deployment
-from bench.errors import BenchError
+from bench.errors import BenchError, DatasetError
 from bench.gate.baseline import Baseline
 from bench.gate.found import CheckSpec, Found, stopped
 from bench.gate.localize import localize
@@ -104,6 +104,7 @@ class Gate:
 
         Raises:
             ProviderUnavailableError: this machine cannot run the folder, which says nothing about the folder.
+            DatasetError: an item does not fit the model's context, which says nothing about the folder either.
         """
         if spec.name not in self._done:
             _ = self._digests
@@ -202,7 +203,7 @@ class Gate:
             notes.append(f"not run on {s.deployment.provider}: {s.session['fallback']}")
         if self._readable:
             if not s.ours:
-                notes.append("not a fused folder of ours: attributes, weights by content and numbers were checked")
+                notes.append("not our fused export: attributes, weights by content and numbers were checked")
             open_ = [r.name for r in results if r.kind == "exact" and r.status in ("SKIPPED", "REPORTED")]
             if verdict == "PASS" and open_:
                 notes.append(f"exact checks that could not judge this folder: {', '.join(open_)}")
@@ -214,9 +215,9 @@ def _run(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
     started = time.perf_counter()
     try:
         found = spec.run(subject)
-    except (KeyboardInterrupt, MemoryError, ProviderUnavailableError):
+    except (KeyboardInterrupt, MemoryError, ProviderUnavailableError, DatasetError):
         raise
-    except Exception as e:  # the runtime's, the graph's or the data's: all of them mean that it cannot be shipped so
+    except Exception as e:  # the runtime's or the graph's: all of them mean that it cannot be shipped so
         text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:240]}"
         found = stopped(spec.name, text)
     finally:

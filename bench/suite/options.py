@@ -49,7 +49,7 @@ class Options:
 def add_options(add: Callable[..., Any]) -> None:
     """Define them; ``add`` is pytest's ``addoption`` or argparse's ``add_argument``."""
     add("--model", default="demo", help="'demo', a checkpoint folder, a .gguf file or a hub id")
-    add("--exported", type=Path, help="test this exported folder; --model is then its baseline")
+    add("--exported", type=Path, help="test this exported folder against --model; other options say what it has to be")
     add("--precision", default="auto", help="fp32, fp16, bf16, int8, int4 or auto (fp32 on the CPU, fp16 on a GPU)")
     add("--target", default="auto", help="ort, tensorrt, plain or auto (ort for a LLaMA, else plain)")
     add("--method", help="int8 and int4: rtn, hqq, kquant or gptq")

@@ -19,7 +19,7 @@ from bench.exported import exported_folder
 from bench.gate.found import CheckSpec
 from bench.gate.modes import MODES, SEED
 from bench.gate.subject import Subject
-from bench.gate.validate import Gate, make_subject
+from bench.gate.validate import Gate, expected, make_subject
 from bench.latency.workload import PROFILES, Profile, choose_profile
 from bench.machine.environment import machine, versions
 from bench.progress import progress as progress_bar
@@ -85,8 +85,18 @@ class Run:
     def subject(self) -> Subject:
         """The folder beside its baseline, as the gate takes it."""
         mode = MODES[PROFILES[self.options.profile].mode]
+        o = self.options
+        asked = {"precision": o.precision, "target": o.target, "method": o.method}
+        expect = {k: v for k, v in asked.items() if v not in (None, "auto")}
         return make_subject(
-            self.folder, self.source, mode, self.dataset, self.deployment, keep=True, workers=self.options.workers
+            self.folder,
+            self.source,
+            mode,
+            self.dataset,
+            self.deployment,
+            keep=True,
+            workers=o.workers,
+            expect=expected(",".join(f"{k}={v}" for k, v in expect.items())),
         )
 
     @property

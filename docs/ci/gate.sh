@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# The gate as a plain script, for any CI system: bench and parity of this revision, then a paired comparison with the
-# base revision's export. Everything that a reader needs lands in $OUT; the exit code is the worst of both parts:
-#   0 passed   1 a gate failed   2 wrong input   3 inconclusive   4 this machine cannot run what was asked
+# The gate as a plain script, for any CI system: the checks and the latency of this revision's export, then a paired
+# comparison with the base revision's. Everything that a reader needs lands in $OUT; the exit code is the worst of both:
+#   0 passed   1 failed   2 wrong input   3 inconclusive   4 this machine cannot run what was asked
 # Settings, all by environment variable:
-#   MODEL      checkpoint folder, .gguf file, hub id or 'demo'      BASE_EXPORT  export of the base (skips the comparison if unset)
-#   PRECISION  fp32, fp16, bf16, int8, int4                          PROVIDER     cpu, cuda, tensorrt
-#   PROFILE    smoke, standard, full                                 PAIRS        interleaved pairs (10)
-#   OUT        folder of the reports (gate-out)                      WAIT         seconds to wait for another measurement (3600)
+#   MODEL      checkpoint folder, .gguf file, hub id or 'demo'      BASE_EXPORT      export of the base (unset: no comparison)
+#   PRECISION  fp32, fp16, bf16, int8, int4                         TARGET           ort, tensorrt, plain
+#   PROVIDER   cpu, cuda, tensorrt, tensorrt-rtx                    EXPORT_PROVIDER  any, cuda: what the graph has to run on
+#   PROFILE    smoke, standard, full                                PAIRS            interleaved pairs (10)
+#   OUT        folder of the reports (gate-out)                     WAIT             seconds to wait for another measurement (3600)
 set -uo pipefail
 
 MODEL=${MODEL:-demo}
 PRECISION=${PRECISION:-fp32}
+TARGET=${TARGET:-ort}
 PROVIDER=${PROVIDER:-cpu}
+EXPORT_PROVIDER=${EXPORT_PROVIDER:-any}
 PROFILE=${PROFILE:-standard}
 PAIRS=${PAIRS:-10}
 WAIT=${WAIT:-3600}
@@ -30,18 +33,20 @@ note() {
 }
 
 : >"$OUT/summary.txt"
-llama-onnx export "$MODEL" "$OUT/export" --precision "$PRECISION" --provider "${EXPORT_PROVIDER:-any}"
+llama-onnx export "$MODEL" "$OUT/export" --precision "$PRECISION" --target "$TARGET" --provider "$EXPORT_PROVIDER"
 code=$?
 note "$code" export
 if [ "$code" -ne 0 ]; then exit "$worst"; fi
 
-llama-onnx bench --model "$MODEL" --exported "$OUT/export" --precision "$PRECISION" --provider "$PROVIDER" \
-    --profile "$PROFILE" --report-dir "$OUT/gate"
+llama-onnx bench --model "$MODEL" --exported "$OUT/export" --provider "$PROVIDER" --profile "$PROFILE" \
+    --wait "$WAIT" --report-dir "$OUT/gate"
 note $? gate
 
 if [ -n "$BASE_EXPORT" ]; then
+    mode=$PROFILE
+    if [ "$mode" = smoke ]; then mode=quick; fi
     llama-onnx compare --base "$BASE_EXPORT,provider=$PROVIDER" --candidate "$OUT/export,provider=$PROVIDER" \
-        --model "$MODEL" --pairs "$PAIRS" --wait "$WAIT" --resume --out "$OUT/compare"
+        --model "$MODEL" --mode "$mode" --pairs "$PAIRS" --wait "$WAIT" --resume --out "$OUT/compare"
     note $? compare
 fi
 

@@ -122,6 +122,17 @@ def test_options_of_other_commands_are_not_swallowed(capsys: pytest.CaptureFixtu
     assert "--profile" in capsys.readouterr().err
 
 
+def test_an_option_that_the_suite_lacks_is_exit_code_2() -> None:
+    """Not pytest's own 4, which here means that the machine cannot run it."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "bench.cli", "bench", "--nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    assert done.returncode == 2
+    assert "--nonsense" in done.stderr
+
+
 def test_bench_takes_the_suites_options(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
     """In a process of its own: pytest inside pytest shares too much."""
     import subprocess

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.cli.main import main
+from bench.defects.__main__ import DEFECTS
+from bench.defects.workshop import Workshop
+
 ROOT = Path(__file__).parents[3]
 Paths = Callable[..., Path]
 
@@ -74,6 +78,31 @@ def test_another_models_export_fails_the_gate(
     assert "FAIL: Mean KL divergence: " in done.stdout
     assert "FAIL: Weights: " in done.stdout
     assert "FAIL" in (tmp_path / "report" / "report.md").read_text().splitlines()[0].upper()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention scale off in the decode graph alone",
+        "one matrix rounded to a shorter type",
+        "wrong chat template",
+    ],
+)
+def test_a_defect_of_the_catalogue_fails_pytest_bench(
+    name: str, checkpoints: Paths, exports: Paths, dataset: Path, tmp_path: Path
+) -> None:
+    """Also in the smallest profile; which defects there are, and by which check each fails, is the catalogue's test."""
+    defect = next(d for d in DEFECTS if d.name == name)
+    shop = Workshop(exports(), tmp_path / "bad", checkpoints())
+    defect.change(shop)
+    shop.reseal()
+    done = bench(
+        *("--model", checkpoints(), "--exported", shop.folder, "--dataset", dataset),
+        *("--report-dir", tmp_path / "report", "-k", "test_check"),
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert f"FAILED bench/test_gate.py::test_check[{defect.first}]" in done.stdout
 
 
 def test_gpt_neo_goes_through_export_run_and_gate(
@@ -149,6 +178,30 @@ def test_what_is_undecided_is_exit_code_3(checkpoints: Paths, exports: Paths, wo
     assert done.returncode == 3, done.stdout[-2000:]
     assert "INCONCLUSIVE: Top-1 agreement" in done.stdout
     assert "tokens would decide" in done.stdout
+
+
+def test_an_item_that_exceeds_the_context_is_wrong_input(
+    checkpoints: Paths, exports: Paths, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Through both entries; it says nothing about the folder."""
+    item = {"id": "long", "task": "summarization", "text": " ".join(words * 12), "references": ["the cat"]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(item))
+    common = ["--dataset", str(tmp_path / "long.jsonl")]
+    out = tmp_path / "report"
+    done = bench("--model", checkpoints(), "--exported", exports(), *common, "--report-dir", out, "-k", "greedy")
+    assert done.returncode == 2, done.stdout[-2000:]
+    assert "item long has" in done.stdout + done.stderr
+    arguments = ["validate", str(exports()), "--baseline", str(checkpoints()), "--only", "greedy", *common]
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert "shorten it or leave it out" in capfd.readouterr().err
+    assert not out.exists()
+
+
+def test_what_an_exported_folder_has_to_be(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
+    arguments = ["--model", checkpoints(), "--exported", exports(), "--report-dir", tmp_path, "--precision", "int4"]
+    done = bench(*arguments, "-k", "test_check and manifest")
+    assert done.returncode == 1
+    assert "int4" in done.stdout
 
 
 @pytest.mark.slow
