@@ -269,7 +269,7 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     Raises:
         BenchError: the gate could not be run; its last line is quoted.
     """
-    from reports.validation import read_validation
+    from reports.validation import Validation
 
     out = args.out / "validation"
     command = [sys.executable, "-m", "bench.cli", "validate", candidate.folder, "--baseline", args.model]
@@ -279,7 +279,7 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     if done.returncode not in (0, 1, 3):
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise BenchError(f"the gate could not be run: {last.removeprefix('error: ')}")
-    return read_validation(out / "validation.json")
+    return Validation.read(out / "validation.json")
 
 
 def _from_files(args: argparse.Namespace, started: float) -> Comparison:
@@ -310,9 +310,9 @@ def run(args: argparse.Namespace) -> int:
         made = _measured(args, started)
     else:
         raise BenchError("give either --base SIDE --candidate SIDE, or two files: BASE.jsonl CANDIDATE.jsonl")
-    from reports.publish import write_comparison
+    from reports.publish import write_report
 
-    page = write_comparison(made, args.out)
+    page = write_report(made, args.out)
 
     def printed(console: Console) -> None:
         from reports.render.comparison_terminal import print_comparison

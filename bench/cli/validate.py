@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from bench.deployment import Deployment
     from bench.gate.validate import chosen_checks, expected, make_subject, mode_of, validate
     from bench.process.workers import cluster
-    from reports.publish import write_validation
+    from reports.publish import write_report
     from reports.render.validation import print_check, print_verdict
 
     folder = args.folder.expanduser()
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
             subject.close()
             subject.baseline.close()
     print_verdict(found, out)
-    page = write_validation(found, args.out)
+    page = write_report(found, args.out)
     out.print(f"page: {page.resolve()}", markup=False, highlight=False, soft_wrap=True)
     subject.finish()
     if args.json:

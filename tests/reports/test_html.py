@@ -145,7 +145,7 @@ def test_deterministic_across_processes(make_record, tmp_path):
     code = (
         "import pathlib, sys, reports.record as r, reports.render.html as h\n"
         "sys.stdout.reconfigure(encoding='utf-8')\n"
-        "print(h.render_html(r.read_record(pathlib.Path(sys.argv[1]))), end='')"
+        "print(h.render_html(r.RunRecord.read(pathlib.Path(sys.argv[1]))), end='')"
     )
     env = {**os.environ, "PYTHONHASHSEED": "99", "SOURCE_DATE_EPOCH": "1"}
     found = subprocess.run(

@@ -15,8 +15,9 @@ from rich.console import Console
 
 import reports.validation as module
 from bench.cli.main import main
+from reports.base import schema_text
 from reports.errors import RecordError
-from reports.publish import publish, read_any, write_validation
+from reports.publish import publish, read_any, write_report
 from reports.render.markdown import parity_blocks
 from reports.render.parity import FINDINGS_SHOWN
 from reports.render.validation import (
@@ -26,7 +27,7 @@ from reports.render.validation import (
     render_validation_junit,
     render_validation_markdown,
 )
-from reports.validation import Status, Validation, read_validation, validation_schema
+from reports.validation import Status, Validation
 from tests.reports.comparison_examples import example_comparison
 from tests.reports.test_html import Page
 from tests.reports.validation_examples import HOSTILE, WRONG_WEIGHTS, example_validation
@@ -57,8 +58,8 @@ def told(v: Validation) -> dict[str, str]:
 
 
 def test_schema_file_is_current_and_takes_a_validation():
-    assert SCHEMA.read_text(encoding="utf-8") == validation_schema()
-    validator = jsonschema.Draft202012Validator(json.loads(validation_schema()))
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text(Validation)
+    validator = jsonschema.Draft202012Validator(json.loads(schema_text(Validation)))
     raw = json.loads(example_validation(failing="mean_kld").to_json())
     assert list(validator.iter_errors(raw)) == []
     raw["results"][3]["status"] = "GOOD"
@@ -67,8 +68,8 @@ def test_schema_file_is_current_and_takes_a_validation():
 
 def test_round_trip_keeps_the_evidence(tmp_path):
     made = example_validation(failing="weights")
-    path = write_validation(made, tmp_path).with_name("validation.json")
-    assert read_validation(path) == made
+    path = write_report(made, tmp_path).with_name("validation.json")
+    assert Validation.read(path) == made
     # A reader may page through it: the long lists stand in one line.
     assert len(path.read_text(encoding="utf-8").splitlines()) < 1000
 
@@ -88,13 +89,13 @@ def test_a_broken_validation_names_the_place(tmp_path, change, message):
     path = tmp_path / "validation.json"
     path.write_text(json.dumps(json.loads(example_validation().to_json()) | change), encoding="utf-8")
     with pytest.raises(RecordError, match=message):
-        read_validation(path)
+        Validation.read(path)
 
 
 def test_writes_four_files_and_equal_bytes(tmp_path):
     made = example_validation()
-    assert write_validation(made, tmp_path / "a") == tmp_path / "a" / "index.html"
-    write_validation(made, tmp_path / "b")
+    assert write_report(made, tmp_path / "a") == tmp_path / "a" / "index.html"
+    write_report(made, tmp_path / "b")
     files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     assert sorted(files) == ["index.html", "junit.xml", "report.md", "validation.json"]
     assert {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()} == files
@@ -122,7 +123,7 @@ def test_publish_takes_each_kind(make_record, tmp_path, failing, code):
 
 
 def test_report_command_recognises_a_validation(tmp_path, capsys):
-    source = write_validation(example_validation(failing="weights"), tmp_path / "in").with_name("validation.json")
+    source = write_report(example_validation(failing="weights"), tmp_path / "in").with_name("validation.json")
     assert main(["report", str(source), "--out", str(tmp_path / "out")]) == 1
     assert FIRST in capsys.readouterr().out
 

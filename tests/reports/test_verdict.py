@@ -110,7 +110,6 @@ def test_headline_case_is_smallest_batch_then_nearest_128(make_record):
 
 def test_speed_is_baseline_over_candidate(make_record):
     speed = judge(make_record()).speed
-    assert (speed.candidate, speed.baseline) == ("onnx", "pytorch")
     assert speed.decode.speedup.value == pytest.approx(2.86, abs=0.05)
     assert speed.prefill.speedup.low < speed.prefill.speedup.value < speed.prefill.speedup.high
     assert speed_sentence(speed).startswith("2.86 times as fast (95 % interval 2.8")

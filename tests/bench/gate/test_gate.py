@@ -81,7 +81,7 @@ def test_the_evidence_is_what_was_measured(exports: Exports, subjects: Callable[
             assert (made.status, made.summary, list(made.measurements), list(made.tasks)) == same
             again += 1
     assert again == sum(c.judge is not None for c in CHECKS) == 14
-    assert read.tokens_scored == found.result("mean_kld").measurements[0].samples  # type: ignore[union-attr]
+    assert read.tokens_scored == next(r for r in found.results if r.name == "mean_kld").measurements[0].samples
     assert read.evidence != Evidence()
 
 

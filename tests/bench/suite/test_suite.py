@@ -48,9 +48,9 @@ def test_a_run_leaves_page_record_and_junit(checkpoints: Paths, dataset: Path, t
     assert done.stdout.count("test_check[") == 0  # one line of dots a file, 26 checks in it
     assert {p.name for p in out.iterdir()} == {"index.html", "report.md", "record.json", "junit.xml"}
     assert done.stdout.rstrip().splitlines()[-2].startswith(f"page: {out.resolve()}/index.html")
-    from reports.record import read_record
+    from reports.record import RunRecord
 
-    record = read_record(out / "record.json")
+    record = RunRecord.read(out / "record.json")
     assert [s.label for s in record.sides] == ["onnxruntime-cpu", "pytorch-cpu"]
     assert [c.label for c in record.cases()] == ["batch 1, prompt 32", "batch 2, prompt 32"]
     assert all(len(r.at_s) == 4 for s in record.series for r in s.rounds)
@@ -109,13 +109,13 @@ def test_gpt_neo_goes_through_export_run_and_gate(
     decoders: Callable[[str], tuple[Path, Path]], dataset: Path, tmp_path: Path
 ) -> None:
     """The stand-in of the source material, on optimum's plain graph, which --target auto chooses."""
-    from reports.record import read_record
+    from reports.record import RunRecord
 
     checkpoint, folder = decoders("gpt_neo")
     common = ["--dataset", dataset, "--new-tokens", 4, "-k", "test_check or prefill"]
     done = bench("--model", checkpoint, "--report-dir", tmp_path / "good", *common, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    record = read_record(tmp_path / "good" / "record.json")
+    record = RunRecord.read(tmp_path / "good" / "record.json")
     assert record.model.target == "plain"
     assert record.validation is not None
     assert record.validation.verdict == "PASS"
@@ -236,13 +236,13 @@ def test_what_an_exported_folder_has_to_be(checkpoints: Paths, exports: Paths, t
 def test_the_demo_model_through_the_whole_gate(demo_checkpoint: Path, tmp_path: Path) -> None:
     done = bench("--report-dir", tmp_path / "report")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    from reports.record import read_record
+    from reports.record import RunRecord
 
-    record = read_record(tmp_path / "report" / "record.json")
+    record = RunRecord.read(tmp_path / "report" / "record.json")
     assert record.model.node_count <= 350
     assert not record.model.random_weights
     assert record.validation is not None
     assert record.validation.verdict == "PASS"
-    greedy = record.validation.result("greedy")
+    greedy = next(r for r in record.validation.results if r.name == "greedy")
     assert greedy is not None
     assert greedy.measurements[0].value == 1.0
