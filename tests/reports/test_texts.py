@@ -132,7 +132,7 @@ def test_terminal_fits_80_columns_and_ends_with_the_verdict(make_record):
     for said in (
         "2.86x",
         "2.85-2.91",
-        "Mean KLD",
+        "Mean KL divergence",
         "≤ 1e-8 nats",
         "MISSED",
         "1.43",
@@ -145,7 +145,9 @@ def test_terminal_fits_80_columns_and_ends_with_the_verdict(make_record):
 
 
 def test_terminal_names_why_a_check_failed(make_record):
-    assert "FAIL Mean KLD: 0.0032, limit 1e-08 (2040 tokens in 8 chunks)" in _terminal(make_record(failing_check=True))
+    assert "FAIL Mean KL divergence: 0.0032, limit 1e-08 (2040 tokens in 8 chunks)" in _terminal(
+        make_record(failing_check=True)
+    )
     assert "RANDOM WEIGHTS" in _terminal(make_record(random_weights=True))
 
 

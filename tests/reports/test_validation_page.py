@@ -154,7 +154,7 @@ def test_every_status_stands_everywhere():
         (
             {},
             "PASSED",
-            "Same model: 17 of 17 checks pass, tolerance tier fp32, mode standard, 1 suspicious (Tail KLD).",
+            "Same model: 17 of 17 checks pass, tolerance tier fp32, mode standard, 1 suspicious (99.9 % KL divergence).",
         ),
         ({"failing": "weights"}, "FAILED", f"Different model: weights: {FIRST} (and 4 more)."),
         ({"statuses": ["INCONCLUSIVE", "PASS"]}, "INCONCLUSIVE", "Parity undecided: c0: 10 files as published."),
@@ -178,7 +178,7 @@ def test_failed_and_undecided_checks_stand_first():
     v = example_validation(failing="mean_kld")
     results = [r.model_copy(update={"status": "INCONCLUSIVE"}) if r.name == "greedy" else r for r in v.results]
     v = v.model_copy(update={"results": results})
-    first = ["Mean KLD", "Greedy", "Tail KLD", "Files", "Manifest"]
+    first = ["Mean KL divergence", "Equal greedy generations", "99.9 % KL divergence", "Files", "Manifest"]
     page = Page(render_validation(v))
     assert [t.strip() for t in page.by_tag["b"] if t.strip() in {r.title for r in v.results}][:5] == first
     rows = re.findall(r"^\| ([A-Z].*?) \|", "\n".join(parity_blocks(v)), flags=re.M)
@@ -208,7 +208,7 @@ def test_many_findings_are_cut_and_counted():
 def test_a_measured_check_shows_value_bound_limit_and_null_control():
     texts = told(example_validation(failing="mean_kld"))
     assert "✕ FAIL 0.0032 nats 0.0039 nats ≤ 1e-8 nats 8e-12 nats 2,040" in texts["page"]
-    assert "| Mean KLD | ❌ FAIL | 0.0032 nats | 0.0039 nats | ≤ 1e-8 nats | 2,040 |" in texts["markdown"]
+    assert "| Mean KL divergence | ❌ FAIL | 0.0032 nats | 0.0039 nats | ≤ 1e-8 nats | 2,040 |" in texts["markdown"]
 
 
 def test_the_place_where_it_begins_and_the_notes_stand_everywhere():
