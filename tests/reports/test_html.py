@@ -109,7 +109,8 @@ def test_first_screen_answers(make_record):
     top = Page(text[: text.index("</header>")] + "</header></body></html>").words
     for answer in (
         "PASSED",
-        "Same model as PyTorch? Yes 17 of 17 checks pass, tolerance tier fp32, mode standard, 1 suspicious (99.9 % KL divergence)",
+        "Same model as PyTorch? Yes 17 of 17 checks pass, tolerance tier fp32, mode standard, "
+        "1 suspicious (99.9 % KL divergence)",
         "2.86×",
         "95 % interval 2.85 to 2.91",
         "1.77×",
