@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.cli.output import show
+from bench.cli.output import add_out, show
 
 HELP = "render the page of a record.json or a comparison.json again"
 
@@ -15,9 +15,7 @@ HELP = "render the page of a record.json or a comparison.json again"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The document, and where its page goes."""
     parser.add_argument("file", type=Path, help="record.json of `bench`, or comparison.json of `compare`")
-    parser.add_argument(
-        "--out", type=Path, default=Path("reports/out"), help="folder of the page (default reports/out)"
-    )
+    add_out(parser, "folder of the page", "reports/out")
 
 
 def run(args: argparse.Namespace) -> int:
