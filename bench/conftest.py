@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def _progress(config: pytest.Config, title: str, total: int | None) -> Iterator[Bar]:
     """A progress bar on the real terminal."""
     capture = config.pluginmanager.getplugin("capturemanager")
-    with _uncaptured(capture), progress(title, total) as bar:
+    with capture.global_and_fixture_disabled() if capture else nullcontext(), progress(title, total) as bar:
         yield bar
-
-
-@contextmanager
-def _uncaptured(capture: Any) -> Iterator[None]:
-    if capture is None:
-        yield
-        return
-    with capture.global_and_fixture_disabled():
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -116,12 +107,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Keep how each test ended, for the record and junit.xml."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
-    interesting = report.when == "call" or report.outcome == "failed" or report.skipped
-    if interesting:
+    if report.when == "call" or report.outcome == "failed" or report.skipped:
         from reports.record import Outcome
 
-        message = "" if report.passed else str(getattr(report, "longrepr", "") or "").strip().splitlines()[-1:]
-        text = message if isinstance(message, str) else (message[0] if message else "")
+        said = "" if report.passed else str(getattr(report, "longrepr", "") or "").strip()
+        text = (said.splitlines() or [""])[-1]
         kind: Any = "error" if report.failed and report.when != "call" else report.outcome
         item.config.stash[RUN].outcomes.append(
             Outcome(test=item.name, outcome=kind, seconds=max(0.0, report.duration), message=text[:500])
@@ -154,12 +144,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     from reports.render.terminal import print_summary
 
     page, record = found
-    width = terminalreporter._tw.fullwidth
-    print_summary(record, Console(file=terminalreporter._tw._file, width=max(80, width)))
+    console = Console(file=terminalreporter._tw._file, width=max(80, terminalreporter._tw.fullwidth))
+    print_summary(record, console)
     if config.stash[RUN].options.peers:
         from bench.peers.table import peer_rows, print_peers
 
-        console = Console(file=terminalreporter._tw._file, width=max(80, width))
         print_peers(peer_rows(record), config.stash[RUN].measuring.peers.skipped, console)
     terminalreporter.write_line(f"page: {page.resolve()}")
 

@@ -18,20 +18,15 @@ HELP = "write a certificate that this folder got this result: an in-toto stateme
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The result, the folder, what it rests on, and the certificate."""
-    parser.add_argument("result", type=Path, help="validation.json, or a record or comparison that holds one")
-    parser.add_argument("folder", type=Path, help="the exported folder that was measured")
-    parser.add_argument(
-        "--baseline", metavar="MODEL", required=True, help="'demo', a checkpoint folder, a .gguf file or a hub id"
-    )
-    parser.add_argument("--dataset", help="the data that was measured on (default: the project's own)")
-    parser.add_argument("--certificate", type=Path, metavar="FILE", required=True, help="the file to write")
-    parser.add_argument("--key", type=Path, metavar="FILE", help="sign with this private key (PEM, see keygen)")
-    parser.add_argument(
-        "--allow-quick", action="store_true", help="accept a run in mode quick; the certificate says so"
-    )
-    parser.add_argument(
-        "--valid-days", type=float, default=180.0, metavar="DAYS", help="days until it expires (default 180)"
-    )
+    add = parser.add_argument
+    add("result", type=Path, help="validation.json, or a record or comparison that holds one")
+    add("folder", type=Path, help="the exported folder that was measured")
+    add("--baseline", metavar="MODEL", required=True, help="'demo', a checkpoint folder, a .gguf file or a hub id")
+    add("--dataset", help="the data that was measured on (default: the project's own)")
+    add("--certificate", type=Path, metavar="FILE", required=True, help="the file to write")
+    add("--key", type=Path, metavar="FILE", help="sign with this private key (PEM, see keygen)")
+    add("--allow-quick", action="store_true", help="accept a run in mode quick; the certificate says so")
+    add("--valid-days", type=float, default=180.0, metavar="DAYS", help="days until it expires (default 180)")
 
 
 def _result(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
-from bench.cli.output import show, status
+from bench.cli.output import add_out, show, status
 from bench.errors import BenchError
 from bench.progress import progress
 
@@ -37,78 +36,63 @@ SEED = 20_261_124
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
+    add = parser.add_argument
     side = "FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE][,venv=PATH][,rev=GITREV]"
-    parser.add_argument(
+    add(
         "files",
         nargs="*",
         type=Path,
         help="BASE CANDIDATE: two files instead of measuring (JSON Lines of cases, comparison.json, record.json, or "
         "pytest-benchmark's JSON)",
     )
-    parser.add_argument("--base", metavar="SIDE", help=f"the reference: {side}")
-    parser.add_argument("--candidate", metavar="SIDE", help="the side under test, in the same form")
-    parser.add_argument(
+    add("--base", metavar="SIDE", help=f"the reference: {side}")
+    add("--candidate", metavar="SIDE", help="the side under test, in the same form")
+    add(
         "--pairs",
         type=int,
         default=10,
         metavar="N",
         help="pairs of each case (default 10); half as many more if undecided",
     )
-    parser.add_argument(
-        "--cases", default=DEFAULT_CASES, help=f"batch size, prompt length, new tokens (default {DEFAULT_CASES})"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=10, metavar="N", help="generations measured in each process (default 10)"
-    )
-    parser.add_argument(
+    add("--cases", default=DEFAULT_CASES, help=f"batch size, prompt length, new tokens (default {DEFAULT_CASES})")
+    add("--rounds", type=int, default=10, metavar="N", help="generations measured in each process (default 10)")
+    add(
         "--turns",
         choices=("auto", "rounds", "processes"),
         default="auto",
         help="what alternates in a pair: rounds while both processes are alive (twice the memory, a third of the noise "
         "on a shared machine), or whole processes; auto: rounds on the CPU where both models fit",
     )
-    parser.add_argument(
+    add(
         "--margin",
         default="",
         help="how much slower passes as equal: 0.03, or by metric: ttft=0.05,tpot=0.02 (default 0.03)",
     )
-    parser.add_argument(
+    add(
         "--gate",
         default="ttft,tpot",
         metavar="METRICS",
         help="metrics that decide the verdict (default ttft,tpot); total, load and peak_memory are reported",
     )
-    parser.add_argument(
+    add(
         "--model",
         help="the candidate's checkpoint: also decide whether it is still that model ('demo', a folder, .gguf, hub id)",
     )
-    parser.add_argument("--mode", default="standard", help="with --model: quick, standard (default) or full")
-    parser.add_argument("--dataset", help="with --model: a JSONL file, hf:NAME, or own+FILE (default: the project's)")
-    parser.add_argument("--seed", type=int, default=SEED, metavar="N", help="of the order and the prompts")
-    parser.add_argument(
-        "--limit", type=float, default=600.0, metavar="S", help="stop a process after so many seconds (default 600)"
-    )
-    parser.add_argument(
+    add("--mode", default="standard", help="with --model: quick, standard (default) or full")
+    add("--dataset", help="with --model: a JSONL file, hf:NAME, or own+FILE (default: the project's)")
+    add("--seed", type=int, default=SEED, metavar="N", help="of the order and the prompts")
+    add("--limit", type=float, default=600.0, metavar="S", help="stop a process after so many seconds (default 600)")
+    add(
         "--max-steal",
         type=float,
         default=0.02,
         metavar="SHARE",
         help="repeat a pair if the hypervisor took more of the CPU time (default 0.02)",
     )
-    parser.add_argument(
-        "--max-others", type=float, default=0.10, metavar="SHARE", help="the same for other processes (default 0.10)"
-    )
-    parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="S", help="seconds to wait while something else measures here"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("reports/out/compare"),
-        metavar="DIR",
-        help="folder of records and page (default reports/out/compare)",
-    )
+    add("--max-others", type=float, default=0.10, metavar="SHARE", help="the same for other processes (default 0.10)")
+    add("--wait", type=float, default=0.0, metavar="S", help="seconds to wait while something else measures here")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add_out(parser, "folder of records and page", "reports/out/compare")
 
 
 def parse_margins(text: str) -> tuple[float, dict[str, float]]:
@@ -218,7 +202,7 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
         history=past(judged.results, here.fingerprint, measured.model),
         records=records,
         versions=versions(),
-        warnings=[*warnings_of(records), *without_parity(judged.results, validation)],
+        warnings=warnings_of(records, judged.results, validation),
     )
 
 
@@ -237,8 +221,8 @@ def past(results: Sequence[Any], fingerprint: str, model: str | None) -> list[Hi
     return [h for h in found if h is not None]
 
 
-def warnings_of(records: Sequence[CaseRecord]) -> list[str]:
-    """What a reader has to know of the measuring: repeated pairs, failures, warm-ups that never became steady."""
+def warnings_of(records: Sequence[CaseRecord], results: Sequence[Any], validation: Validation | None) -> list[str]:
+    """What a reader has to know: repeated pairs, warm-ups that never became steady, a speed-up without parity."""
     said = []
     disturbed = [r for r in records if r.disturbed]
     if disturbed:
@@ -246,14 +230,9 @@ def warnings_of(records: Sequence[CaseRecord]) -> list[str]:
     unsteady = sum(1 for r in records if r.steady is False)
     if unsteady:
         said.append(f"{unsteady} of {len(records)} warm-ups reached their cap before two rounds agreed within 5 %")
+    if validation is None and any(r.status == "IMPROVED" for r in results):
+        said.append("faster, but nobody looked whether it is still the same model: add --model CHECKPOINT for parity")
     return said
-
-
-def without_parity(results: Sequence[Any], validation: Validation | None) -> list[str]:
-    """A speed-up without parity beside it proves little, and says so."""
-    if validation is not None or not any(r.status == "IMPROVED" for r in results):
-        return []
-    return ["faster, but nobody looked whether it is still the same model: add --model CHECKPOINT for parity"]
 
 
 def command_of(args: argparse.Namespace) -> list[str]:
@@ -269,16 +248,14 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     Raises:
         BenchError: the gate could not be run; its last line is quoted.
     """
+    from bench.process.child import output_of
     from reports.validation import Validation
 
     out = args.out / "validation"
     command = [sys.executable, "-m", "bench.cli", "validate", candidate.folder, "--baseline", args.model]
     command += ["--mode", args.mode, "--out", str(out), *candidate.as_options()]
     command += ["--dataset", args.dataset] if args.dataset else []
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode not in (0, 1, 3):
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BenchError(f"the gate could not be run: {last.removeprefix('error: ')}")
+    output_of(command, "the gate could not be run: ", good=(0, 1, 3))
     return Validation.read(out / "validation.json")
 
 

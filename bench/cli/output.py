@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,11 @@ ERR = Output(stderr=True)
 def status(message: str) -> None:
     """A line on standard error about what is being done."""
     ERR.print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def add_out(parser: argparse.ArgumentParser, what: str, default: str) -> None:
+    """The option ``--out DIR``."""
+    parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=f"{what} (default {default})")
 
 
 def write_json(document: Any) -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from bench import deployment
 from bench.cli.certify import refuse_inside, write_certificate
-from bench.cli.output import ERR, Output, show, status, write_json
+from bench.cli.output import ERR, Output, add_out, show, status, write_json
 from bench.errors import BenchError, check_writable
 from bench.progress import progress
 
@@ -22,59 +22,45 @@ HELP = "is this exported folder still the model? Runs named checks and gives a v
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own options."""
-    parser.add_argument("folder", type=Path, nargs="?", help="the exported folder")
-    parser.add_argument(
+    add = parser.add_argument
+    add("folder", type=Path, nargs="?", help="the exported folder")
+    add(
         "--baseline",
         metavar="MODEL",
         help="what it was exported from: 'demo', a checkpoint folder, a .gguf file or a hub id",
     )
-    parser.add_argument(
-        "--mode",
-        default="standard",
-        metavar="MODE",
-        help="quick (under a minute), standard (default) or full (every text and item)",
-    )
-    parser.add_argument(
+    add("--mode", default="standard", help="quick (under a minute), standard (default) or full (every text and item)")
+    add(
         "--expect",
         metavar="KEY=VALUE,...",
         help="what you asked for: precision, target, method (default: the folder's manifest); it decides the margins",
     )
-    parser.add_argument("--only", metavar="CHECK,...", help="run only these checks")
-    parser.add_argument("--list-checks", action="store_true", help="list the checks and what each catches")
-    parser.add_argument(
+    add("--only", metavar="CHECK,...", help="run only these checks")
+    add("--list-checks", action="store_true", help="list the checks and what each catches")
+    add(
         "--dataset",
         help="your own texts in place of the project's: a JSONL file (bench/data/README.md) or hf:NAME[:CONFIG]; "
         "own+FILE adds a file to the project's",
     )
-    parser.add_argument(
+    add(
         "--localize",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="where a numeric check fails, find the layer and operator where it begins (default)",
     )
     deployment.add_options(parser.add_argument)
-    parser.add_argument(
+    add(
         "--workers",
         type=int,
         default=1,
         metavar="N",
         help="processes, GPUs or machines that share the work, through Ray (default 1)",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("reports/out/validate"),
-        help="folder of the page and the JSON (default reports/out/validate)",
-    )
-    parser.add_argument("--no-cache", action="store_true", help="compute the baseline anew and do not keep it")
-    parser.add_argument("--certificate", type=Path, metavar="FILE", help="write a certificate of the result there")
-    parser.add_argument(
-        "--key", type=Path, metavar="FILE", help="sign the certificate with this private key (PEM, see keygen)"
-    )
-    parser.add_argument(
-        "--allow-quick", action="store_true", help="certify a run in mode quick; the certificate says so"
-    )
+    add_out(parser, "folder of the page and the JSON", "reports/out/validate")
+    add("--no-cache", action="store_true", help="compute the baseline anew and do not keep it")
+    add("--certificate", type=Path, metavar="FILE", help="write a certificate of the result there")
+    add("--key", type=Path, metavar="FILE", help="sign the certificate with this private key (PEM, see keygen)")
+    add("--allow-quick", action="store_true", help="certify a run in mode quick; the certificate says so")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -150,11 +136,10 @@ def run(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     from bench.gate.registry import CHECKS
 
-    table = Table(title="Checks, in the order in which they run", title_justify="left")
-    for column in ("check", "kind", "looks at", "catches"):
-        table.add_column(column)
-    for c in CHECKS:
-        table.add_row(c.name, c.kind, Text(c.looks_at), Text(c.catches))
+    title = "Checks, in the order in which they run"
+    table = Table("check", "kind", "looks at", "catches", title=title, title_justify="left")
     rows = [{"name": c.name, "kind": c.kind, "looks_at": c.looks_at, "catches": c.catches} for c in CHECKS]
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
     show(args, rows, lambda console: console.print(table))
     return 0

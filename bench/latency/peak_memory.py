@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +23,22 @@ def main(arguments: dict[str, Any]) -> dict[str, int]:
     from runtime.generate import generate
     from runtime.session import Session
 
-    session: Session
+    path, provider, threads = Path(arguments["path"]), arguments["provider"], arguments["threads"]
+    opener: Callable[[], Session]
     if arguments["kind"] == "onnxruntime":
         from runtime.loading import load
 
-        baseline = psutil.Process().memory_info().rss
-        session = load(arguments["path"], arguments["provider"], arguments["threads"], verify=False)
+        opener = partial(load, path, provider, threads, verify=False)
     elif arguments["kind"] == "pytorch":
         from runtime.torch_session import TorchSession
 
-        baseline = psutil.Process().memory_info().rss
-        session = TorchSession(
-            Path(arguments["path"]),
-            arguments["precision"],
-            arguments["provider"],
-            threads=arguments["threads"],
-        )
+        opener = partial(TorchSession, path, arguments["precision"], provider, threads=threads)
     else:
         from bench.peers.optimum_ort import OptimumSession
 
-        baseline = psutil.Process().memory_info().rss
-        session = OptimumSession(Path(arguments["path"]), arguments["threads"])
+        opener = partial(OptimumSession, path, threads)
+    baseline = psutil.Process().memory_info().rss
+    session = opener()
     prompts = [[1 + k % 50 for k in range(arguments["prompt"])] for _ in range(arguments["batch"])]
     generate(session, prompts, arguments["new_tokens"])
     return {"peak_bytes": peak_bytes(), "baseline_bytes": baseline}
