@@ -28,6 +28,8 @@ def user_error(error: BaseException) -> tuple[str, int] | None:
     """What to tell the user and the exit code; None for a defect of ours."""
     if isinstance(error, UserError | ReportError):
         return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error or 'no size given'}); take a machine with more, or a smaller model or batch", 4
     said = _outside(error)
     return None if said is None else (said, 2)
 

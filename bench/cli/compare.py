@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -246,17 +247,23 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     """The gate over the candidate: ``llama-onnx validate`` in a process of its own, its page below ``--out``.
 
     Raises:
-        BenchError: the gate could not be run; its last line is quoted.
+        BenchError: the gate could not be run to its end; its last line is quoted.
     """
-    from bench.process.child import output_of
     from reports.validation import Validation
 
     out = args.out / "validation"
+    document = out / "validation.json"
+    document.unlink(missing_ok=True)  # an earlier run's is no result of this one
     command = [sys.executable, "-m", "bench.cli", "validate", candidate.folder, "--baseline", args.model]
     command += ["--mode", args.mode, "--out", str(out), *candidate.as_options()]
     command += ["--dataset", args.dataset] if args.dataset else []
-    output_of(command, "the gate could not be run: ", good=(0, 1, 3))
-    return Validation.read(out / "validation.json")
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    # Python ends with 1 after any traceback, so the code alone is no verdict.
+    found = Validation.read(document) if document.is_file() else None
+    if found is None or found.exit_code != done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BenchError(f"the gate could not be run (exit code {done.returncode}): {last.removeprefix('error: ')}")
+    return found
 
 
 def _from_files(args: argparse.Namespace, started: float) -> Comparison:

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from bench.latency.workload import latency_prompts
 from bench.process.child import output_of
@@ -106,7 +107,7 @@ def load_times(openers: dict[str, Callable[[], Session]], samples: int, tick: Ti
     return [Load(side=label, samples_s=values) for label, values in times.items()]
 
 
-def peak_memory(label: str, case: Case, arguments: dict[str, str | int | None]) -> Memory:
+def peak_memory(label: str, case: Case, arguments: dict[str, Any]) -> Memory:
     """Peak resident memory of a fresh process that loads a side and generates once (see
     :mod:`bench.latency.peak_memory`).
 

@@ -21,6 +21,7 @@ from bench.latency.case_log import CaseLog
 from bench.latency.sides import SideSpec, environment
 from bench.machine.state import Disturbance, Limits, Watch
 from bench.process.child import TIED, Ended, run_child, run_in_turn
+from export.manifest import MANIFEST_NAME, read_manifest
 from reports.compare import FAILED, Rules, needs_extension
 from reports.comparison import CaseRecord, ComparedSide, MachineState, SideName
 from reports.record import Case
@@ -56,7 +57,13 @@ class Plan:
         made = asdict(replace(self, cases=()))
         made["cases"] = [c.model_dump() for c in self.cases]
         made["rules"]["margins"] = dict(self.rules.margins)
+        made["contents"] = self.contents
         return json.loads(json.dumps(made))  # type: ignore[no-any-return]
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """What each side's folder holds, by side: a path alone would take other files for the measured ones."""
+        return {s.name: content_of(Path(s.folder).expanduser()) for s in (self.base, self.candidate)}
 
     @cached_property
     def run_id(self) -> str:
@@ -73,6 +80,22 @@ class Plan:
         cases = list(self.cases)
         random.Random(f"{self.seed}:order:{pair}").shuffle(cases)
         return cases
+
+
+def content_of(folder: Path) -> str:
+    """Digest of what a folder holds: the hashes in its manifest; names, sizes and times of the files of one without.
+
+    Raises:
+        ManifestError: a manifest that cannot be read.
+    """
+    found: list[Any]
+    if (folder / MANIFEST_NAME).exists():
+        m = read_manifest(folder)
+        found = [m.weights_sha256, m.spec_digest, *sorted((name, entry.sha256) for name, entry in m.files.items())]
+    else:
+        files = sorted(p for p in folder.iterdir() if p.is_file())
+        found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def case_key(case: Case) -> str:
@@ -102,15 +125,29 @@ class PairedRun:
         resume: go on with what the folder holds.
 
     Raises:
-        BenchError: records without ``resume``, or another plan's records.
+        BenchError: records without ``resume``, or records of another plan or of other files.
     """
 
     def __init__(self, plan: Plan, out: Path, resume: bool = False, fingerprint: str | None = None) -> None:
         self.plan, self.out, self.fingerprint = plan, out, fingerprint
         self.log = CaseLog(out, resume)
         if any(r.run != plan.run_id for r in self.records):
-            raise BenchError(f"{self.log.file} was measured by another plan ({out / PLAN}); take another --out")
+            changed = self._changed_folders()
+            why = f"before the files of {changed} changed" if changed else f"by another plan ({out / PLAN})"
+            raise BenchError(f"{self.log.file} was measured {why}; take another --out")
         (out / PLAN).write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    def _changed_folders(self) -> str:
+        """The folders that alone make this plan another one than the file's; empty where more differs."""
+        try:
+            kept = json.loads((self.out / PLAN).read_text(encoding="utf-8"))
+            before = kept.pop("contents")
+        except (OSError, ValueError, KeyError):
+            return ""
+        now = self.plan.to_json()
+        contents = now.pop("contents")
+        folders = [now[side]["folder"] for side in contents if contents[side] != before.get(side)]
+        return " and ".join(dict.fromkeys(folders)) if kept == now else ""
 
     @property
     def records(self) -> list[CaseRecord]:

@@ -14,29 +14,30 @@ from typing import Any
 
 import psutil
 
+from bench.deployment import Deployment
 from bench.errors import run_child
 from bench.process.peak import peak_bytes
 
 
 def main(arguments: dict[str, Any]) -> dict[str, int]:
-    """``arguments``: kind, path, precision, provider, threads, batch, prompt, new_tokens."""
+    """``arguments``: kind, path, precision, deployment (the fields of one), batch, prompt, new_tokens."""
     from runtime.generate import generate
     from runtime.session import Session
 
-    path, provider, threads = Path(arguments["path"]), arguments["provider"], arguments["threads"]
+    path, where = Path(arguments["path"]), Deployment(**arguments["deployment"])
     opener: Callable[[], Session]
     if arguments["kind"] == "onnxruntime":
-        from runtime.loading import load
+        import runtime.loading  # noqa: F401  (what it loads is not the folder's memory)
 
-        opener = partial(load, path, provider, threads, verify=False)
+        opener = partial(where.open, path)
     elif arguments["kind"] == "pytorch":
         from runtime.torch_session import TorchSession
 
-        opener = partial(TorchSession, path, arguments["precision"], provider, threads=threads)
+        opener = partial(TorchSession, path, arguments["precision"], where.device, threads=where.threads)
     else:
         from bench.peers.optimum_ort import OptimumSession
 
-        opener = partial(OptimumSession, path, threads)
+        opener = partial(OptimumSession, path, where.threads)
     baseline = psutil.Process().memory_info().rss
     session = opener()
     prompts = [[1 + k % 50 for k in range(arguments["prompt"])] for _ in range(arguments["batch"])]

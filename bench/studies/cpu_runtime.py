@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from rich.console import Console
 
+from bench.deployment import Deployment
 from bench.latency.interleave import interleave, peak_memory
 from bench.machine.bandwidth import CpuBandwidth, GemmFloor, median_time
 from bench.peers.llama_cpp import LABEL as LLAMA_CPP
@@ -291,7 +292,12 @@ def measure(
     memory = peak_memory(
         FP32,
         CASE,
-        {"kind": "onnxruntime", "path": str(folders[FP32]), "precision": "fp32", "provider": "cpu", "threads": threads},
+        {
+            "kind": "onnxruntime",
+            "path": str(folders[FP32]),
+            "precision": "fp32",
+            "deployment": asdict(Deployment("cpu", threads)),
+        },
     )
     held = sum(f.stat().st_size for f in folders[FP32].glob("*.data"))
     held += (PROMPT + NEW) * manifest.kv.bytes_per_token()

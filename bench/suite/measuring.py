@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -214,12 +214,11 @@ class Measuring:
             s, where = self.subject, self.subject.deployment
             kinds = {self.candidate: "onnxruntime", self.baseline: "pytorch", OPTIMUM: "optimum"}
             paths = {self.candidate: s.folder, self.baseline: s.baseline.checkpoint}
-            arguments: dict[str, str | int | None] = {
+            arguments = {
                 "kind": kinds[label],
                 "path": str(paths.get(label) or self._plain),
                 "precision": s.manifest.activations,
-                "provider": where.provider if label == self.candidate else where.device,
-                "threads": where.threads,
+                "deployment": asdict(where),
             }
             with self.progress("memory", 1) as bar:
                 bar.tick(f"{label}: peak memory in a process of its own")

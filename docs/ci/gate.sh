@@ -22,6 +22,8 @@ OUT=${OUT:-gate-out}
 BASE_EXPORT=${BASE_EXPORT:-}
 
 mkdir -p "$OUT"
+# What an earlier run in this workspace left is no result of this one.
+rm -f "$OUT/gate/report.md" "$OUT/compare/report.md" "$OUT/comment.md"
 worst=0
 
 # 1 (failed) outranks 2 and 4 (could not be run), these outrank 3 (inconclusive), that outranks 0.
@@ -33,28 +35,36 @@ note() {
 }
 
 : >"$OUT/summary.txt"
-llama-onnx export "$MODEL" "$OUT/export" --precision "$PRECISION" --target "$TARGET" --provider "$EXPORT_PROVIDER"
+# --force: an equal export that is kept may be an earlier revision's.
+llama-onnx export "$MODEL" "$OUT/export" --precision "$PRECISION" --target "$TARGET" --provider "$EXPORT_PROVIDER" --force
 code=$?
 note "$code" export
 if [ "$code" -ne 0 ]; then exit "$worst"; fi
 
-llama-onnx bench --model "$MODEL" --exported "$OUT/export" --provider "$PROVIDER" --profile "$PROFILE" \
-    --wait "$WAIT" --report-dir "$OUT/gate"
-note $? gate
+llama-onnx bench --model "$MODEL" --exported "$OUT/export" --precision "$PRECISION" --target "$TARGET" \
+    --provider "$PROVIDER" --profile "$PROFILE" --wait "$WAIT" --report-dir "$OUT/gate"
+gate=$?
+note "$gate" gate
 
 if [ -n "$BASE_EXPORT" ]; then
+    # A comparison that was cut off goes on, unless it was of other files.
+    files=$(grep -hE 'sha256|spec_digest' "$BASE_EXPORT/manifest.json" "$OUT/export/manifest.json" 2>/dev/null | cksum)
+    if [ -f "$OUT/compare/comparison.json" ] || [ "$(cat "$OUT/compare.files" 2>/dev/null)" != "$files" ]; then
+        rm -rf "$OUT/compare"
+    fi
+    echo "$files" >"$OUT/compare.files"
     mode=$PROFILE
     if [ "$mode" = smoke ]; then mode=quick; fi
     llama-onnx compare --base "$BASE_EXPORT,provider=$PROVIDER" --candidate "$OUT/export,provider=$PROVIDER" \
         --model "$MODEL" --mode "$mode" --pairs "$PAIRS" --wait "$WAIT" --resume --out "$OUT/compare"
-    note $? compare
+    compare=$?
+    note "$compare" compare
 fi
 
-# One comment for the pull request: the comparison first, it says what this change did.
-for part in compare gate; do
-    if [ -f "$OUT/$part/report.md" ]; then
-        cat "$OUT/$part/report.md" >"$OUT/comment.md"
-        break
-    fi
-done
+# One comment for the pull request, of the part that decided; on a tie the comparison, it says what this change did.
+part=gate
+if [ -n "$BASE_EXPORT" ] && [ "$(rank "$compare")" -ge "$(rank "$gate")" ]; then part=compare; fi
+report=$OUT/$part/report.md
+if [ ! -f "$report" ]; then report=$OUT/summary.txt; fi # it ended before it could report
+cat "$report" >"$OUT/comment.md"
 exit "$worst"

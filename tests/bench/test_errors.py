@@ -27,6 +27,7 @@ from runtime.errors import ProviderUnavailableError
             sqlite3.OperationalError("locked"),
             ("the history database cannot be used (locked); set LLAMA_ONNX_HISTORY to another file", 2),
         ),
+        (MemoryError("7 GB"), ("out of memory (7 GB); take a machine with more, or a smaller model or batch", 4)),
         (ZeroDivisionError("x"), None),
         (RuntimeError("x"), None),
     ],

@@ -51,7 +51,7 @@ def test_no_process_reports_its_use(
         pytest.importorskip("ray")
     folder, model = exports(), checkpoints()
     case = {"folder": str(folder), "batch": 1, "prompt": 4, "new_tokens": 2, "rounds": 1, "threads": 1}
-    side = {"kind": "onnxruntime", "path": str(folder), "provider": "cpu"} | case
+    side = {"kind": "onnxruntime", "path": str(folder), "deployment": {"threads": 1}} | case
     validate = ("validate", folder, "--baseline", model, "--dataset", tiny_dataset_file, "--only", "prefill_logits")
     suite = (
         "--profile",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,30 @@ def test_rounds_in_turn_make_both_records_of_a_pair_at_once(
     assert [r.side for r in apart] == [r.side for r in records]
     assert not any(r.in_turn for r in apart)
     assert len(calls) == 5
+
+
+def test_records_of_other_files_are_refused(stub: Stub, exports: Paths, tmp_path: Path):
+    side = tmp_path / "side"
+    shutil.copytree(exports(), side)
+    PairedRun(plan(side), tmp_path / "out").measure()
+    shutil.copytree(exports(), side, dirs_exist_ok=True)  # the same export, made again
+    PairedRun(plan(side), tmp_path / "out", resume=True)
+    shutil.rmtree(side)
+    shutil.copytree(exports(seed=1), side)  # another one under the same name
+    with pytest.raises(BenchError, match=r"before the files of .*side changed; take another --out"):
+        PairedRun(plan(side), tmp_path / "out", resume=True)
+    with pytest.raises(BenchError, match="another plan"):
+        PairedRun(plan(side, seed=2), tmp_path / "out", resume=True)
+
+
+def test_records_of_other_third_party_files_are_refused(stub: Stub, tmp_path: Path):
+    (side := tmp_path / "side").mkdir()
+    (side / "model.onnx").write_bytes(b"1")
+    PairedRun(plan(side), tmp_path / "out").measure()
+    PairedRun(plan(side), tmp_path / "out", resume=True)
+    (side / "model.onnx").write_bytes(b"22")
+    with pytest.raises(BenchError, match=r"before the files of .*side changed"):
+        PairedRun(plan(side), tmp_path / "out", resume=True)
 
 
 def test_a_pair_of_which_one_line_was_torn_off_is_completed(
