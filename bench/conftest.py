@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from bench.errors import user_error
+from bench.errors import check_writable, user_error
 from bench.latency.workload import choose_profile
 from bench.machine.lock import machine_lock
 from bench.progress import Bar, progress
@@ -55,6 +55,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     try:
         held.enter_context(machine_lock("pytest bench/", config.option.lock_wait))
         config.add_cleanup(held.close)
+        check_writable(run.options.report_dir)
         _ = run.dataset, run.deployment, run.folder, run.profile
     except Exception as error:
         told = user_error(error)
@@ -67,17 +68,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def _progress(config: pytest.Config, title: str, total: int | None) -> Iterator[Bar]:
     """A progress bar on the real terminal."""
     capture = config.pluginmanager.getplugin("capturemanager")
-    with _uncaptured(capture), progress(title, total) as bar:
+    with capture.global_and_fixture_disabled() if capture else nullcontext(), progress(title, total) as bar:
         yield bar
-
-
-@contextmanager
-def _uncaptured(capture: Any) -> Iterator[None]:
-    if capture is None:
-        yield
-        return
-    with capture.global_and_fixture_disabled():
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -115,13 +107,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Keep how each test ended, for the record and junit.xml."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
-    interesting = report.when == "call" or (report.when == "setup" and report.outcome != "passed")
-    if interesting:
+    if report.when == "call" or report.outcome == "failed" or report.skipped:
         from reports.record import Outcome
 
-        message = "" if report.passed else str(getattr(report, "longrepr", "") or "").strip().splitlines()[-1:]
-        text = message if isinstance(message, str) else (message[0] if message else "")
-        kind: Any = "error" if report.failed and report.when == "setup" else report.outcome
+        said = "" if report.passed else str(getattr(report, "longrepr", "") or "").strip()
+        text = (said.splitlines() or [""])[-1]
+        kind: Any = "error" if report.failed and report.when != "call" else report.outcome
         item.config.stash[RUN].outcomes.append(
             Outcome(test=item.name, outcome=kind, seconds=max(0.0, report.duration), message=text[:500])
         )
@@ -131,7 +122,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the page when anything was measured; the verdict is the exit code (3: undecided, as without checks)."""
     run = session.config.stash.get(RUN, None)
-    if run is None or session.config.option.collectonly or exitstatus not in (0, 1) or not run.anything:
+    told = run is not None and run.stopped and any(r.status == "FAIL" for r in run.gate.results)
+    if run is None or session.config.option.collectonly or not (exitstatus in (0, 1) or told) or not run.anything:
         return
     from reports.publish import write_report
     from reports.verdict import judge
@@ -139,7 +131,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     record = run.record()
     session.config.stash[PAGE] = (write_report(record, run.options.report_dir), record)
     run.close()
-    session.exitstatus = judge(record).exit_code
+    # A failure of pytest's own, or of a plugin, is never talked away.
+    session.exitstatus = judge(record).exit_code or (1 if session.exitstatus else 0)
 
 
 @pytest.hookimpl(trylast=True)
@@ -151,12 +144,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     from reports.render.terminal import print_summary
 
     page, record = found
-    width = terminalreporter._tw.fullwidth
-    print_summary(record, Console(file=terminalreporter._tw._file, width=max(80, width)))
+    console = Console(file=terminalreporter._tw._file, width=max(80, terminalreporter._tw.fullwidth))
+    print_summary(record, console)
     if config.stash[RUN].options.peers:
         from bench.peers.table import peer_rows, print_peers
 
-        console = Console(file=terminalreporter._tw._file, width=max(80, width))
         print_peers(peer_rows(record), config.stash[RUN].measuring.peers.skipped, console)
     terminalreporter.write_line(f"page: {page.resolve()}")
 

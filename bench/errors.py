@@ -6,9 +6,11 @@ of ours, whose traceback is needed.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from export.manifest import UserError
 from reports.errors import ReportError
@@ -47,6 +49,20 @@ def _outside(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return "a path begins with ~ and a name that has no home directory here; write the whole path"
     return None
+
+
+def check_writable(folder: Path) -> None:
+    """Whether results can be written to a folder that may not be there yet, asked before they are made.
+
+    Raises:
+        BenchError: they cannot.
+    """
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise BenchError(
+            f"{folder} cannot be written ({there} is {'read-only' if there.is_dir() else 'a file'}); "
+            "name another folder"
+        )
 
 
 def run_child(work: Callable[[], None]) -> int:

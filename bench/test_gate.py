@@ -26,6 +26,7 @@ def test_check(run: Run, check: CheckSpec) -> None:
     try:
         result = run.check(check)
     except UserError as error:  # the machine's or the data's fault: no verdict on the folder
+        run.stopped = True
         pytest.exit(f"error: {error}", returncode=error.exit_code)
     if result.status == "SKIPPED":
         pytest.skip(result.summary)

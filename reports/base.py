@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from reports.errors import RecordError
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Items by key, in the order in which they come."""
+    found: dict[Key, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 class Frozen(BaseModel):
     """An immutable document part; unknown fields are refused, infinity and NaN are written as such."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+Model = TypeVar("Model", bound=Frozen)
 
 
 class Machine(Frozen):
@@ -30,32 +45,79 @@ class Machine(Frozen):
     load_average_1m: float | None
 
 
-Document = TypeVar("Document", bound=Frozen)
-
-
-def read_model(path: Path, model: type[Document]) -> Document:
-    """Read one of our JSON documents, whose ``kind`` and ``schema_version`` are those of ``model``.
+def read_text(path: Path) -> str:
+    """A file's text.
 
     Raises:
-        RecordError: cannot be read, not JSON, another kind or schema version, or a field of the wrong form (its place
-            is named).
+        RecordError: cannot be read.
     """
-    kind, version = (model.model_fields[name].default for name in ("kind", "schema_version"))
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise RecordError(f"cannot read {path}: {e}") from None
+
+
+def parse(text: str, where: object) -> Any:
+    """A JSON text; ``where`` names it in errors.
+
+    Raises:
+        RecordError: not JSON.
+    """
+    try:
+        return json.loads(text)
     except ValueError as e:
-        raise RecordError(f"{path} is not valid JSON ({e})") from None
-    found = raw if isinstance(raw, dict) else {}
-    if found.get("kind") != kind:
-        raise RecordError(f"{path} is of kind {found.get('kind')!r}; pass a {kind}.json")
-    has = found.get("schema_version")
-    if has != version:
-        raise RecordError(f"{path} has {kind} schema version {has!r}, this tool reads {version}")
+        raise RecordError(f"{where} is not valid JSON ({e})") from None
+
+
+def validate(raw: object, model: type[Model], where: object) -> Model:
+    """A JSON value as a model; ``where`` names it in errors.
+
+    Raises:
+        RecordError: a field of the wrong form (its place is named).
+    """
     try:
         return model.model_validate(raw)
     except ValidationError as e:
         first = e.errors()[0]
         place = ".".join(str(p) for p in first["loc"])
-        raise RecordError(f"{path}: {place}: {first['msg']} ({e.error_count()} problem(s) in all)") from None
+        raise RecordError(f"{where}: {place}: {first['msg']} ({e.error_count()} problem(s) in all)") from None
+
+
+def write_schema(model: type[Frozen], mode: Literal["serialization", "validation"] = "serialization") -> None:
+    """Write the JSON Schema (draft 2020-12) of a document into this folder."""
+    kind = model.model_fields["kind"].default
+    (Path(__file__).parent / f"{kind}.schema.json").write_text(schema_text(model, mode), encoding="utf-8")
+
+
+def schema_text(model: type[Frozen], mode: Literal["serialization", "validation"] = "serialization") -> str:
+    """The JSON Schema (draft 2020-12) of a document, as it stands in ``reports/KIND.schema.json``."""
+    schema = model.model_json_schema(mode=mode)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = f"llama-onnx-bench {model.model_fields['kind'].default}, version 1"
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+class Document(Frozen):
+    """What is a JSON file of its own; its fields ``kind`` and ``schema_version`` name it."""
+
+    def to_json(self) -> str:
+        """Indented JSON, newline at the end."""
+        return self.model_dump_json(indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read one of our JSON documents.
+
+        Raises:
+            RecordError: cannot be read, not JSON, another kind or schema version, or a field of the wrong form (its
+                place is named).
+        """
+        kind, version = (cls.model_fields[name].default for name in ("kind", "schema_version"))
+        raw = parse(read_text(path), path)
+        found = raw if isinstance(raw, dict) else {}
+        if found.get("kind") != kind:
+            raise RecordError(f"{path} is of kind {found.get('kind')!r}; pass a {kind}.json")
+        has = found.get("schema_version")
+        if has != version:
+            raise RecordError(f"{path} has {kind} schema version {has!r}, this tool reads {version}")
+        return validate(raw, cls, path)

@@ -6,18 +6,16 @@ A line is written, flushed and synced at once; what a kill or a full disk left h
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from reports.comparison import CASE_SCHEMA_VERSION, CaseRecord, SideName, read_comparison
+from reports.base import parse, read_text, validate
+from reports.comparison import CASE_SCHEMA_VERSION, CaseRecord, Comparison, SideName
 from reports.documents import first_document, kind_of
 from reports.errors import RecordError, ReportError
-from reports.record import RunRecord, read_record
+from reports.record import RunRecord
 from reports.stats import METRICS, samples
 
 
@@ -59,22 +57,15 @@ def repair(path: Path) -> bool:
 
 
 def _line(path: Path, number: int, text: str) -> CaseRecord:
-    try:
-        raw = json.loads(text)
-    except ValueError as e:
-        raise RecordError(f"{path}, line {number} is not JSON ({e})") from None
+    where = f"{path}, line {number}"
+    raw = parse(text, where)
     found = raw.get("schema_version") if isinstance(raw, dict) else None
     if found != CASE_SCHEMA_VERSION:
         raise RecordError(
-            f"{path}, line {number} has case schema version {found!r}, this tool reads {CASE_SCHEMA_VERSION} "
+            f"{where} has case schema version {found!r}, this tool reads {CASE_SCHEMA_VERSION} "
             "(reports/case.schema.json)"
         )
-    try:
-        return CaseRecord.model_validate(raw)
-    except ValidationError as e:
-        first = e.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        raise RecordError(f"{path}, line {number}: {place}: {first['msg']} ({e.error_count()} problem(s))") from None
+    return validate(raw, CaseRecord, where)
 
 
 def read_records(path: Path) -> list[CaseRecord]:
@@ -83,11 +74,8 @@ def read_records(path: Path) -> list[CaseRecord]:
     Raises:
         RecordError: cannot be read, or a line that is no record of this schema (it is named).
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise RecordError(f"cannot read {path}: {e}") from None
-    return [_line(path, k, line) for k, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(read_text(path).splitlines(), 1)
+    return [_line(path, k, line) for k, line in lines if line.strip()]
 
 
 def read_any(path: Path, side: SideName) -> list[CaseRecord]:
@@ -102,9 +90,9 @@ def read_any(path: Path, side: SideName) -> list[CaseRecord]:
     if kind == "pytest-benchmark":
         records = from_pytest_benchmark(document, path)
     elif kind == "record":
-        records = from_run_record(read_record(path))
+        records = from_run_record(RunRecord.read(path))
     elif kind == "comparison":
-        records = read_comparison(path).records
+        records = Comparison.read(path).records
     elif kind in ("case", None):
         records = read_records(path)
     else:
@@ -161,17 +149,13 @@ def from_pytest_benchmark(raw: dict[str, Any], path: Path) -> list[CaseRecord]:
         name = one.get("fullname") or one.get("name")
         if not name or not values:
             raise RecordError(f"{path}: benchmark {k} has no name or no times; is this --benchmark-json output?")
-        try:
-            made.append(
-                CaseRecord(
-                    schema_version=1,
-                    case=str(name),
-                    metrics={"time": values},
-                    units={"time": "s"},
-                    parameters={p: v for p, v in (one.get("params") or {}).items() if isinstance(v, str | int | float)},
-                    fingerprint=identity,
-                )
-            )
-        except ValidationError as e:
-            raise RecordError(f"{path}: benchmark {name}: {e.errors()[0]['msg']}") from None
+        record = {
+            "schema_version": 1,
+            "case": str(name),
+            "metrics": {"time": values},
+            "units": {"time": "s"},
+            "parameters": {p: v for p, v in (one.get("params") or {}).items() if isinstance(v, str | int | float)},
+            "fingerprint": identity,
+        }
+        made.append(validate(record, CaseRecord, f"{path}: benchmark {name}"))
     return made

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from reports.base import grouped
 from reports.comparison import CaseRecord, ChangeStatus, Family, PairResult, Result, Scalar, Verdict
 from reports.paired import LEAST_PAIRS, Prior, Tested, assess, decide, pairs_needed, trimmed
 from reports.validation import Status, Validation, overall
@@ -83,7 +84,7 @@ class _Row:
 Cases = dict[str, dict[int, dict[int, dict[str, CaseRecord]]]]
 
 
-def _grouped(records: Iterable[CaseRecord]) -> Cases:
+def _attempts(records: Iterable[CaseRecord]) -> Cases:
     """Case -> pair -> attempt -> side -> record."""
     found: Cases = {}
     for r in records:
@@ -162,33 +163,26 @@ def _lost(records: Sequence[CaseRecord], metric: str) -> tuple[ChangeStatus, str
 
 
 def _rows(records: Sequence[CaseRecord], rules: Rules) -> list[_Row]:
-    by_case: dict[str, list[CaseRecord]] = {}
-    for r in records:
-        by_case.setdefault(r.case, []).append(r)
-    grouped = _grouped(records)
+    attempts = _attempts(records)
     units = {m: u for r in records for m, u in r.units.items()}
     rows = []
-    for case, own in by_case.items():
+    for case, own in grouped(records, lambda r: r.case).items():
         metrics = list(dict.fromkeys(m for r in own for m in r.metrics)) or list(rules.gating)
         for metric in metrics:
             lost = _lost(own, metric)
-            pairs = pairs_of(grouped[case], metric)
+            pairs = pairs_of(attempts[case], metric)
             unit = units.get(metric, UNITS.get(metric, ""))
             rows.append(_Row(case, metric, unit, own[0].parameters, pairs, lost, metric in rules.gating))
     return rows
-
-
-def _percent(log_ratio: float) -> str:
-    change = 100 * math.expm1(log_ratio)
-    return f"{abs(change):.1f} % {'slower' if change > 0 else 'faster'}"
 
 
 def _say(status: str, t: Tested, k: int, margin: float, unit: str, have: int, needed: int | None) -> str:
     """One sentence for a tested row."""
 
     def words(log_ratio: float) -> str:
-        said = _percent(log_ratio)
-        return said if unit == "s" else said.replace("slower", "more").replace("faster", "less")
+        change = 100 * math.expm1(log_ratio)
+        worse, better = ("slower", "faster") if unit == "s" else ("more", "less")
+        return f"{abs(change):.1f} % {worse if change > 0 else better}"
 
     if status in ("REGRESSION", "IMPROVED"):
         sure = f"p = {t.p_holm[k]:.1g} after Holm"
@@ -209,12 +203,7 @@ def _result(row: _Row, rules: Rules, t: Tested, k: int, status: str, size: int, 
         update={
             "status": status,
             "reason": _say(status, t, k, margin, row.unit, used, needed),
-            "ratio": math.exp(t.centre[k]),
-            "low": math.exp(t.low[k]),
-            "high": math.exp(t.high[k]),
-            "p": float(t.p[k]),
-            "p_holm": float(t.p_holm[k]),
-            "df": float(t.df[k]),
+            **t.row(k),
             "sd_log": sd,
             "look": look,
             "pairs_needed": needed,
@@ -242,10 +231,6 @@ def _bare(row: _Row, rules: Rules) -> Result:
         candidate_median=statistics.median(candidates) if candidates else None,
         pairs=row.pairs,
     )
-
-
-def _extended(row: _Row, rules: Rules) -> bool:
-    return len({p.index for p in row.pairs}) > rules.planned
 
 
 def judge(records: Sequence[CaseRecord], rules: Rules | None = None) -> Judged:
@@ -282,7 +267,9 @@ def judge(records: Sequence[CaseRecord], rules: Rules | None = None) -> Judged:
         undecided = {
             rows[k].case
             for k in able
-            if rows[k].gating and results[k].status == "INCONCLUSIVE" and _extended(rows[k], rules)
+            if rows[k].gating
+            and results[k].status == "INCONCLUSIVE"
+            and len({p.index for p in rows[k].pairs}) > rules.planned
         }
     ordered = [results[k] for k in range(len(rows))]
     family = Family(

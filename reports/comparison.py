@@ -8,13 +8,11 @@ judge made of them, with the raw records inside, so that a page needs no other f
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from reports.base import Frozen, Machine, read_model
+from reports.base import Document, Frozen, Machine, write_schema
 from reports.validation import EXIT_CODES, Validation
 from reports.validation import Verdict as Word
 
@@ -241,7 +239,7 @@ class Verdict(Frozen):
         return EXIT_CODES[self.outcome]
 
 
-class Comparison(Frozen):
+class Comparison(Document):
     """Two sides, judged. ``advisory`` comparisons (files that were not measured in pairs, history) never gate."""
 
     schema_version: Literal[1] = 1
@@ -268,39 +266,7 @@ class Comparison(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
 
-    def counts(self) -> dict[ChangeStatus, int]:
-        """How many results have each status; statuses that do not occur are left out."""
-        found: dict[ChangeStatus, int] = {}
-        for r in self.results:
-            found[r.status] = found.get(r.status, 0) + 1
-        return found
-
-    def to_json(self) -> str:
-        """Indented JSON, newline at the end."""
-        return self.model_dump_json(indent=1, exclude_defaults=False) + "\n"
-
-
-def read_comparison(path: Path) -> Comparison:
-    """Read and validate a ``comparison.json``; RecordError as :func:`reports.base.read_model` has it."""
-    return read_model(path, Comparison)
-
-
-def case_schema() -> str:
-    """The JSON Schema (draft 2020-12) of one line of a record file, as it stands in ``reports/case.schema.json``."""
-    schema = CaseRecord.model_json_schema(mode="validation")
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "llama-onnx-bench case record, version 1"
-    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
-
-
-def comparison_schema() -> str:
-    """The JSON Schema (draft 2020-12) of a comparison, as it stands in ``reports/comparison.schema.json``."""
-    schema = Comparison.model_json_schema(mode="serialization")
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "llama-onnx-bench comparison, version 1"
-    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
-
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "case.schema.json").write_text(case_schema(), encoding="utf-8")
-    (Path(__file__).parent / "comparison.schema.json").write_text(comparison_schema(), encoding="utf-8")
+    write_schema(CaseRecord, "validation")
+    write_schema(Comparison)

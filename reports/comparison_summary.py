@@ -7,10 +7,12 @@ Try: ``python -c "from reports.comparison_summary import Digest; help(Digest)"``
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from reports.base import grouped
 from reports.comparison import CaseRecord, ChangeStatus, Comparison, Result, SideName
 
 STATUS_ORDER: tuple[ChangeStatus, ...] = (
@@ -24,7 +26,6 @@ STATUS_ORDER: tuple[ChangeStatus, ...] = (
 )
 """What a reviewer has to look at first stands first."""
 
-_RANK = {status: rank for rank, status in enumerate(STATUS_ORDER)}
 _METRIC_ORDER = ("tpot", "ttft", "total", "load", "peak_memory")
 
 
@@ -79,8 +80,8 @@ class Digest:
     @cached_property
     def counts(self) -> dict[ChangeStatus, int]:
         """Results by status, zeros included, in the order of ``STATUS_ORDER``."""
-        found = self.comparison.counts()
-        return {status: found.get(status, 0) for status in STATUS_ORDER}
+        found = Counter(r.status for r in self.comparison.results)
+        return {status: found[status] for status in STATUS_ORDER}
 
     @cached_property
     def by_importance(self) -> list[Result]:
@@ -90,31 +91,20 @@ class Digest:
     @cached_property
     def metrics(self) -> list[MetricGroup]:
         """Results by metric: gating ones first, decode before prefill before the rest."""
-        found: dict[str, list[Result]] = {}
-        for r in self.comparison.results:
-            found.setdefault(r.metric, []).append(r)
+        found = grouped(self.comparison.results, lambda r: r.metric)
         groups = [MetricGroup(metric, tuple(results)) for metric, results in found.items()]
         return sorted(groups, key=lambda g: (not g.gating, _metric_rank(g.metric)))
 
     @cached_property
     def cases(self) -> list[CaseGroup]:
         """Results and records by case, the most pressing case first; ``index`` is the case's place in the file."""
-        results: dict[str, list[Result]] = {}
-        records: dict[str, list[CaseRecord]] = {}
-        for r in self.comparison.results:
-            results.setdefault(r.case, []).append(r)
-        for record in self.comparison.records:
-            records.setdefault(record.case, []).append(record)
+        results = grouped(self.comparison.results, lambda r: r.case)
+        records = grouped(self.comparison.records, lambda r: r.case)
         groups = [
             CaseGroup(case, i, tuple(sorted(found, key=lambda r: _metric_rank(r.metric))), tuple(records.get(case, ())))
             for i, (case, found) in enumerate(results.items())
         ]
         return sorted(groups, key=lambda g: min(importance(r) for r in g.results))
-
-    @cached_property
-    def case_index(self) -> dict[str, int]:
-        """Place of each case in the file: the number in its anchor."""
-        return {g.case: g.index for g in self.cases}
 
     @property
     def parity_fails(self) -> bool:
@@ -136,7 +126,7 @@ class Digest:
 def importance(result: Result) -> tuple[int, bool, float]:
     """Sort key: pressing statuses first, gating before not gating, larger changes before smaller ones."""
     size = abs(result.ratio - 1) if result.ratio is not None else 0.0
-    return _RANK[result.status], not result.gating, -size
+    return STATUS_ORDER.index(result.status), not result.gating, -size
 
 
 def samples_by_side(records: Iterable[CaseRecord], metric: str) -> dict[SideName, list[float]]:

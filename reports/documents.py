@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from reports.errors import RecordError
+from reports.base import read_text
 
 
 def first_document(path: Path) -> Any:
@@ -20,10 +20,7 @@ def first_document(path: Path) -> Any:
     Raises:
         RecordError: cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise RecordError(f"cannot read {path}: {e}") from None
+    text = read_text(path)
     try:
         return json.JSONDecoder().raw_decode(text.lstrip())[0]
     except ValueError:

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import digamma, polygamma, stdtr, stdtrit
 
+from reports.base import grouped
+
 TRIM = 0.1
 """Share of the pairs trimmed from each end."""
 LEAST_PAIRS = 5
@@ -63,6 +65,12 @@ class Tested:
     p: Floats
     p_holm: Floats
     priors: dict[Hashable, Prior]
+
+    def row(self, k: int) -> dict[str, float]:
+        """One row as the fields of a result; estimate and interval as ratios."""
+        ratios = {"ratio": self.centre, "low": self.low, "high": self.high}
+        others = {"p": self.p, "p_holm": self.p_holm, "df": self.df}
+        return {n: math.exp(x[k]) for n, x in ratios.items()} | {n: float(x[k]) for n, x in others.items()}
 
 
 def trimmed(rows: Sequence[Sequence[float]] | Floats) -> Spread:
@@ -127,10 +135,7 @@ def moderate(spread: Spread, groups: Sequence[Hashable]) -> tuple[Floats, Floats
     """
     variance, df = spread.variance.copy(), spread.df.copy()
     priors: dict[Hashable, Prior] = {}
-    members: dict[Hashable, list[int]] = {}
-    for k, group in enumerate(groups):
-        members.setdefault(group, []).append(k)
-    for group, rows in members.items():
+    for group, rows in grouped(range(len(groups)), lambda k: groups[k]).items():
         if len(rows) < POOL_FROM:
             continue
         at = np.asarray(rows)

@@ -6,13 +6,11 @@ The JSON Schema beside this file (``record.schema.json``) is written from these 
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from reports.base import Frozen, Machine, read_model
+from reports.base import Document, Frozen, Machine, write_schema
 from reports.validation import Validation
 
 Seconds = Annotated[float, Field(ge=0)]
@@ -119,6 +117,11 @@ class Memory(Frozen):
     baseline_bytes: int
     case: Case
 
+    @property
+    def own_bytes(self) -> int:
+        """What the model, its cache and its buffers added to interpreter and libraries."""
+        return self.peak_bytes - self.baseline_bytes
+
 
 class Floor(Frozen):
     """The memory-bandwidth floor: a decode step cannot be faster than reading its bytes once.
@@ -146,7 +149,7 @@ class Outcome(Frozen):
     message: str
 
 
-class RunRecord(Frozen):
+class RunRecord(Document):
     """One run, raw. See the classes of its parts."""
 
     schema_version: Literal[1] = 1
@@ -182,23 +185,6 @@ class RunRecord(Frozen):
         """The series of one side on one case."""
         return next((s for s in self.series if s.case == case and s.side == side), None)
 
-    def to_json(self) -> str:
-        """Indented JSON, newline at the end."""
-        return self.model_dump_json(indent=1) + "\n"
-
-
-def read_record(path: Path) -> RunRecord:
-    """Read and validate a ``record.json``; RecordError as :func:`reports.base.read_model` has it."""
-    return read_model(path, RunRecord)
-
-
-def json_schema() -> str:
-    """The JSON Schema (draft 2020-12) of a record, as it stands in ``reports/record.schema.json``."""
-    schema = RunRecord.model_json_schema(mode="serialization")
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "llama-onnx-bench record, version 1"
-    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
-
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "record.schema.json").write_text(json_schema(), encoding="utf-8")
+    write_schema(RunRecord)

@@ -47,18 +47,9 @@ class Estimate:
 class Comparison:
     """Two sides on one case and metric, paired by round. ``ratio`` is candidate time / other time."""
 
-    case: Case
-    metric: Metric
-    candidate_label: str
-    other_label: str
     candidate: Estimate
     other: Estimate
     ratio: Estimate
-
-    @property
-    def n(self) -> int:
-        """Pairs of rounds behind ``ratio``."""
-        return self.ratio.n
 
     @property
     def speedup(self) -> Estimate:
@@ -81,9 +72,7 @@ def median(samples: Sequence[float], confidence: float = 0.95) -> Estimate:
     ordered = sorted(samples)
     n = len(ordered)
     tail = (1 - confidence) / 2
-    j = 0
-    while j < n and bdtr(j, n, 0.5) < tail:
-        j += 1
+    j = int(np.searchsorted(bdtr(np.arange(n), n, 0.5), tail))
     centre = float(np.median(ordered))
     return Estimate(centre, ordered[j - 1], ordered[n - j], n) if j else Estimate(centre, None, None, n)
 
@@ -164,22 +153,11 @@ def compare(record: RunRecord, case: Case, metric: Metric, candidate_label: str,
     first, second = record.find(case, candidate_label), record.find(case, other_label)
     if first is None or second is None:
         return None
-    both = [
-        (a, b)
-        for a, b in zip(
-            (round_value(r, metric) for r in first.rounds),
-            (round_value(r, metric) for r in second.rounds),
-            strict=False,
-        )
-        if a is not None and b is not None
-    ]
+    values = ((round_value(r, metric) for r in series.rounds) for series in (first, second))
+    both = [(a, b) for a, b in zip(*values, strict=False) if a is not None and b is not None]
     if not both or min(min(pair) for pair in both) <= 0:
         return None
     return Comparison(
-        case=case,
-        metric=metric,
-        candidate_label=candidate_label,
-        other_label=other_label,
         candidate=median(samples(first, metric)),
         other=median(samples(second, metric)),
         ratio=paired_ratio([a for a, _ in both], [b for _, b in both]),

@@ -16,10 +16,9 @@ import os
 import sqlite3
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import platformdirs
@@ -43,15 +42,13 @@ CREATE TABLE IF NOT EXISTS points (
   PRIMARY KEY (fingerprint, model, case_name, metric, run)
 )
 """
-_COLUMNS = ("fingerprint", "model", "case_name", "metric", "unit", "at_utc", "value", "label", "run")
 
 
 class StoreError(ReportError):
     """The history cannot be used as asked; names the file and the remedy."""
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One metric of one run: the median over its processes, in ``unit``."""
 
     fingerprint: str
@@ -69,11 +66,6 @@ def default_path() -> Path:
     """Where the history lies; the environment variable ``LLAMA_ONNX_HISTORY`` moves it."""
     chosen = os.environ.get(STORE_ENV)
     return Path(chosen) if chosen else Path(platformdirs.user_data_dir("llama-onnx-bench")) / "history.sqlite"
-
-
-def _point(raw: dict[str, Any], value: float) -> Point:
-    fields: dict[str, Any] = {c: str(raw[c]) for c in _COLUMNS}
-    return Point(**{**fields, "value": value})
 
 
 def points_of(records: Iterable[CaseRecord], at_utc: str, run: str, label: str = "") -> list[Point]:
@@ -134,22 +126,21 @@ class Store:
 
     def add(self, points: Iterable[Point]) -> int:
         """Add points; those already there (same machine, model, case, metric, run) are left. How many were new."""
-        rows = [tuple(getattr(p, c) for c in _COLUMNS) for p in points]
         before = self._db.total_changes
         with self._db:
-            self._db.executemany(f"INSERT OR IGNORE INTO points VALUES ({', '.join('?' * len(_COLUMNS))})", rows)
+            self._db.executemany(f"INSERT OR IGNORE INTO points VALUES ({', '.join('?' * len(Point._fields))})", points)
         return self._db.total_changes - before
 
     def points(self, fingerprint: str | None = None) -> list[Point]:
         """All points in the order of time, of one machine or of all."""
         where, values = (" WHERE fingerprint = ?", (fingerprint,)) if fingerprint else ("", ())
-        query = f"SELECT {', '.join(_COLUMNS)} FROM points{where} ORDER BY at_utc, run"
+        query = f"SELECT {', '.join(Point._fields)} FROM points{where} ORDER BY at_utc, run"
         return [Point(*row) for row in self._db.execute(query, values)]
 
     def export(self) -> Iterator[str]:
         """JSON Lines, one point each."""
         for p in self.points():
-            yield json.dumps({c: getattr(p, c) for c in _COLUMNS}, sort_keys=True)
+            yield json.dumps(p._asdict(), sort_keys=True)
 
     def load(self, lines: Iterable[str], source: str) -> int:
         """Add what :meth:`export` wrote; all or nothing. How many were new.
@@ -164,9 +155,10 @@ class Store:
             try:
                 raw = json.loads(line)
                 value = float(raw["value"])
-                if set(raw) != set(_COLUMNS) or not 0 < value < float("inf"):
+                if set(raw) != set(Point._fields) or not 0 < value < float("inf"):
                     raise ValueError("not the fields of a point, or a value that is not positive")
-                points.append(_point(raw, value))
+                texts: dict[str, Any] = {name: str(text) for name, text in raw.items()}
+                points.append(Point(**texts | {"value": value}))
             except (ValueError, KeyError, TypeError) as e:
                 raise StoreError(f"{source}, line {number} is no history point: {e}") from None
         return self.add(points)

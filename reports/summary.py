@@ -31,7 +31,6 @@ class LatencyRow:
     case: Case
     side: Side
     rounds: int
-    warmup_rounds: int
     ttft: Estimate | None
     tpot: Estimate | None
     total: Estimate | None
@@ -61,19 +60,6 @@ class FloorRow:
     side: Side
     tpot: Estimate
     multiple: Estimate
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """Peak memory of one side, bytes; ``own_bytes`` is the peak without interpreter and libraries."""
-
-    side: Side
-    memory: Memory
-
-    @property
-    def own_bytes(self) -> int:
-        """What the model, its cache and its buffers added."""
-        return self.memory.peak_bytes - self.memory.baseline_bytes
 
 
 def side_of(record: RunRecord, label: str) -> Side:
@@ -131,11 +117,8 @@ def latency_rows(record: RunRecord) -> list[LatencyRow]:
     rows = []
     for case in record.cases():
         for side in measured_sides(record, case):
-            series = record.find(case, side.label)
-            if series is None:
-                continue
-            values: dict[Metric, Estimate | None] = {m: estimate(record, case, side.label, m) for m in METRICS}
-            pairs: dict[Metric, Comparison | None] = {m: against_baseline(record, case, side.label, m) for m in METRICS}
+            values = {m: estimate(record, case, side.label, m) for m in METRICS}
+            pairs = {m: against_baseline(record, case, side.label, m) for m in METRICS}
             gains = {m: pair.speedup if pair else None for m, pair in pairs.items()}
             spreads = [series_spread(record, case, side.label, m) for m in ("ttft", "tpot")]
             tpot = values["tpot"]
@@ -143,8 +126,7 @@ def latency_rows(record: RunRecord) -> list[LatencyRow]:
                 LatencyRow(
                     case=case,
                     side=side,
-                    rounds=len(series.rounds),
-                    warmup_rounds=series.warmup_rounds,
+                    rounds=len(samples(record.find(case, side.label), "total")),
                     ttft=values["ttft"],
                     tpot=tpot,
                     total=values["total"],
@@ -192,9 +174,9 @@ def floor_rows(record: RunRecord, case: Case) -> list[FloorRow]:
     ]
 
 
-def memory_rows(record: RunRecord) -> list[MemoryRow]:
-    """Peak memory in page order."""
-    return [MemoryRow(s, m) for s in ordered_sides(record) for m in record.memory if m.side == s.label]
+def memory_rows(record: RunRecord) -> list[tuple[Side, Memory]]:
+    """Peak memory of each side, in page order."""
+    return [(s, m) for s in ordered_sides(record) for m in record.memory if m.side == s.label]
 
 
 def load_rows(record: RunRecord) -> list[tuple[Side, Estimate]]:

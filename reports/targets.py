@@ -3,7 +3,7 @@
 A target that is missed is shown and does not fail a run: a limit on a time cries wolf on a noisy machine.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.targets as t;
-print(t.targets_of(r.read_record(pathlib.Path('reports/out/record.json'))))"``.
+print(t.targets_of(r.RunRecord.read(pathlib.Path('reports/out/record.json'))))"``.
 """
 
 from __future__ import annotations

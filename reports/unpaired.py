@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
+from reports.base import grouped
 from reports.compare import UNITS, Rules, judge, verdict_of
 from reports.comparison import CaseRecord, ComparedSide, Comparison, Family, Result, SideName, Verdict
 from reports.paired import LEAST_PAIRS, RESOLUTION, Tested, decide, holm
@@ -58,25 +59,23 @@ def welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float,
     return float(b.mean() - a.mean()), math.sqrt(va + vb), df
 
 
-def _by_case(records: Sequence[CaseRecord]) -> dict[str, list[CaseRecord]]:
-    found: dict[str, list[CaseRecord]] = {}
-    for r in records:
-        found.setdefault(r.case, []).append(r)
-    return found
+def _machines(base: Sequence[CaseRecord], candidate: Sequence[CaseRecord]) -> int:
+    """How many machines the records name."""
+    return len({r.fingerprint for r in (*base, *candidate) if r.fingerprint})
 
 
 def judge_unpaired(
     base: Sequence[CaseRecord], candidate: Sequence[CaseRecord], rules: Rules
 ) -> tuple[list[Result], Family]:
     """One result a case and metric. Without any of ``rules.gating`` (other projects' names) every metric gates."""
-    sides = _by_case(base), _by_case(candidate)
+    sides = [grouped(records, lambda r: r.case) for records in (base, candidate)]
     names = list(dict.fromkeys([*sides[0], *sides[1]]))
     all_metrics = {m for r in (*base, *candidate) for m in r.metrics}
     gating = tuple(m for m in rules.gating if m in all_metrics) or tuple(sorted(all_metrics))
     results: list[Result] = []
     tests: list[tuple[int, float, float, float]] = []
     why: dict[int, str] = {}
-    elsewhere = MACHINES if len({r.fingerprint for r in (*base, *candidate) if r.fingerprint}) > 1 else ""
+    elsewhere = MACHINES if _machines(base, candidate) > 1 else ""
     for case in names:
         own = [s.get(case, []) for s in sides]
         metrics = dict.fromkeys(m for records in own for r in records for m in r.metrics)
@@ -128,33 +127,16 @@ def _decided(
     moved = np.isin(statuses, ["REGRESSION", "IMPROVED"])
     beyond = stdtr(df, (margins - np.abs(centre)) / error)
     beyond[member] = holm(beyond[member], size)
-    reasons = [
-        why[k]
-        or (
-            f"not surely beyond the margin (p = {beyond[i]:.1g} after Holm)"
-            if moved[i] and beyond[i] > rules.alpha
-            else ""
-        )
-        for i, k in enumerate(at)
-    ]
-    return [
-        (
-            k,
-            {
-                "status": "INCONCLUSIVE" if reasons[i] else str(statuses[i]),
-                "reason": f"ratio {math.exp(centre[i]):.3f}, between {math.exp(tested.low[i]):.3f} and "
-                f"{math.exp(tested.high[i]):.3f}; {reasons[i] or 'not measured in pairs'}",
-                "ratio": math.exp(centre[i]),
-                "low": math.exp(tested.low[i]),
-                "high": math.exp(tested.high[i]),
-                "p": float(p[i]),
-                "p_holm": float(adjusted[i]),
-                "df": float(df[i]),
-                "sd_log": float(error[i]),
-            },
-        )
-        for i, k in enumerate(at)
-    ]
+    found = []
+    for i, k in enumerate(at):
+        unsure = f"not surely beyond the margin (p = {beyond[i]:.1g} after Holm)"
+        reason = why[k] or (unsure if moved[i] and beyond[i] > rules.alpha else "")
+        row = tested.row(i)
+        said = f"ratio {row['ratio']:.3f}, between {row['low']:.3f} and {row['high']:.3f}"
+        status = "INCONCLUSIVE" if reason else str(statuses[i])
+        told = {"status": status, "reason": f"{said}; {reason or 'not measured in pairs'}"}
+        found.append((k, {**told, **row, "sd_log": float(error[i])}))
+    return found
 
 
 def _bare(
@@ -220,8 +202,8 @@ def compare_files(
     rules = rules or Rules()
     records = [*base, *candidate]
     paired = in_pairs(base, candidate)
-    prints = {r.fingerprint for r in records if r.fingerprint}
-    warnings = [f"records come from {len(prints)} different machines"] if len(prints) > 1 else []
+    machines = _machines(base, candidate)
+    warnings = [f"records come from {machines} different machines"] if machines > 1 else []
     advisory = ""
     if paired:
         judged = judge(records, rules)
@@ -256,9 +238,9 @@ def compare_files(
 
 def _why_advisory(base: Sequence[CaseRecord], candidate: Sequence[CaseRecord], results: Sequence[Result]) -> str:
     """Why unpaired records decide nothing; "" where one gating result has enough processes of one machine."""
-    if len({r.fingerprint for r in (*base, *candidate) if r.fingerprint}) > 1:
+    if _machines(base, candidate) > 1:
         return f"{UNPAIRED}; {MACHINES}"
-    sides = _by_case(base), _by_case(candidate)
+    sides = [grouped(records, lambda r: r.case) for records in (base, candidate)]
     most = max(
         (min(len(_processes(s.get(r.case, []), r.metric)) for s in sides) for r in results if r.gating), default=0
     )

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from reports.base import Frozen, Machine, read_model
+from reports.base import Document, Frozen, Machine, write_schema
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "REPORTED", "SUSPICIOUS", "SKIPPED"]
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -221,7 +220,7 @@ class Evidence(Frozen):
         return self.model_copy(update=update | more)
 
 
-class Validation(Frozen):
+class Validation(Document):
     """Everything of one run; ``verdict`` with its ``reasons`` decides the exit code.
 
     ``folder_sha256`` is over names and SHA-256 of every file of the folder, "" where it could not be read;
@@ -269,10 +268,6 @@ class Validation(Frozen):
         """Whether every check of the set was run."""
         return [r.name for r in self.results] == self.checks
 
-    def result(self, name: str) -> CheckResult | None:
-        """One check's result; None where it was not run."""
-        return next((r for r in self.results if r.name == name), None)
-
     def of(self, *statuses: Status) -> list[CheckResult]:
         """Results with one of these statuses, in order."""
         return [r for r in self.results if r.status in statuses]
@@ -306,18 +301,5 @@ def decide_verdict(results: Sequence[CheckResult]) -> tuple[Verdict, list[str]]:
     ]
 
 
-def read_validation(path: Path) -> Validation:
-    """Read and validate a ``validation.json``; RecordError as :func:`reports.base.read_model` has it."""
-    return read_model(path, Validation)
-
-
-def validation_schema() -> str:
-    """The JSON Schema (draft 2020-12) of a validation, as it stands in ``reports/validation.schema.json``."""
-    schema = Validation.model_json_schema(mode="serialization")
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "llama-onnx-bench validation, version 1"
-    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
-
-
 if __name__ == "__main__":
-    (Path(__file__).parent / "validation.schema.json").write_text(validation_schema(), encoding="utf-8")
+    write_schema(Validation)

@@ -1,7 +1,7 @@
 """The answer of one run: is it still the same model, is it faster, and may a pipeline go on.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.verdict as v;
-print(v.judge(r.read_record(pathlib.Path('reports/out/record.json'))).headline)"``.
+print(v.judge(r.RunRecord.read(pathlib.Path('reports/out/record.json'))).headline)"``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reports.targets import Target, targets_of
 from reports.validation import EXIT_CODES, Status, Validation, overall
 from reports.validation import Verdict as Word
 
-ParityAnswer = Literal["same", "different", "undecided", "not examined"]
+ParityAnswer = Literal["same", "different", "undecided", "in part", "not examined"]
 MINIMUM_ROUNDS = 6
 """A median has its 95 % interval from so many rounds."""
 ANSWERS: dict[Word, ParityAnswer] = {"PASS": "same", "FAIL": "different", "INCONCLUSIVE": "undecided"}
@@ -31,6 +31,7 @@ PARITY_WORDS: dict[ParityAnswer, str] = {
     "same": "Same model",
     "different": "Different model",
     "undecided": "Parity undecided",
+    "in part": "Parity examined in part",
     "not examined": "Parity not examined",
 }
 
@@ -39,9 +40,6 @@ PARITY_WORDS: dict[ParityAnswer, str] = {
 class Speed:
     """Candidate against baseline on the headline case; a part is ``None`` where it was not measured."""
 
-    case: Case
-    candidate: str
-    baseline: str
     decode: Comparison | None
     prefill: Comparison | None
 
@@ -68,7 +66,6 @@ class Verdict:
     not_examined: tuple[str, ...]
     rounds: int
     tokens_scored: int | None
-    random_weights: bool
 
     @property
     def exit_code(self) -> Literal[0, 1, 3]:
@@ -88,7 +85,8 @@ def judge(record: RunRecord) -> Verdict:
     speed = _speed(record)
     failed_tests = tuple(o.test for o in other_outcomes(record) if o.outcome in ("failed", "error"))
     aims = targets_of(record)
-    outcome = overall([*([validation.verdict] if validation else []), *("FAIL" for _ in failed_tests)])
+    examined: list[Word] = [] if parity == "in part" or validation is None else [validation.verdict]
+    outcome = overall([*examined, *("FAIL" for _ in failed_tests)])
 
     def titles(*statuses: Status) -> tuple[str, ...]:
         return tuple(r.title for r in validation.of(*statuses)) if validation else ()
@@ -110,13 +108,14 @@ def judge(record: RunRecord) -> Verdict:
         not_examined=_not_examined(record),
         rounds=_rounds(record, case),
         tokens_scored=validation.tokens_scored if validation else None,
-        random_weights=record.model.random_weights,
     )
 
 
 def parity_answer(validation: Validation | None) -> ParityAnswer:
-    """The gate's verdict as an answer to "is it the same model?"."""
-    return ANSWERS[validation.verdict] if validation else "not examined"
+    """The gate's verdict as an answer to "is it the same model?"; some checks alone cannot say yes."""
+    if validation is None:
+        return "not examined"
+    return "in part" if validation.verdict == "PASS" and not validation.complete else ANSWERS[validation.verdict]
 
 
 def other_outcomes(record: RunRecord) -> list[Outcome]:
@@ -127,14 +126,7 @@ def other_outcomes(record: RunRecord) -> list[Outcome]:
 
 def speed_sentence(speed: Speed | None) -> str:
     """Such as ``2.79 times as fast (95 % interval 2.7 to 2.9) in decode, ...`` or ``speed not measured``."""
-    if speed is None:
-        return "speed not measured"
-    parts = [
-        f"{_times(comparison.speedup)} in {name}"
-        for name, comparison in (("decode", speed.decode), ("prefill", speed.prefill))
-        if comparison
-    ]
-    return ", ".join(parts) if parts else "speed not measured"
+    return ", ".join(f"{_times(gain)} in {name}" for name, gain in _gains(speed)) or "speed not measured"
 
 
 def derived_warnings(record: RunRecord) -> list[str]:
@@ -145,20 +137,16 @@ def derived_warnings(record: RunRecord) -> list[str]:
             "The weights are random: latency and numeric parity stand, answers and task scores mean nothing. "
             "Run a trained checkpoint before shipping."
         )
-    found += _spread_warnings(record)
-    found += _count_warnings(record)
-    return found
+    return [*found, *_spread_warnings(record), *_count_warnings(record)]
 
 
 def _speed(record: RunRecord) -> Speed | None:
-    case, candidate, baseline = headline_case(record), record.side("candidate"), record.side("baseline")
-    if case is None or candidate is None or baseline is None:
+    case, candidate = headline_case(record), record.side("candidate")
+    if case is None or candidate is None:
         return None
     decode = against_baseline(record, case, candidate.label, "tpot")
     prefill = against_baseline(record, case, candidate.label, "ttft")
-    if decode is None and prefill is None:
-        return None
-    return Speed(case, candidate.label, baseline.label, decode, prefill)
+    return Speed(decode, prefill) if decode or prefill else None
 
 
 def _rounds(record: RunRecord, case: Case | None) -> int:
@@ -167,6 +155,11 @@ def _rounds(record: RunRecord, case: Case | None) -> int:
         return 0
     sides = [s for s in measured_sides(record, case) if s.role != "peer"] or measured_sides(record, case)
     return min(len(found.rounds) for s in sides if (found := record.find(case, s.label)))
+
+
+def _gains(speed: Speed | None) -> list[tuple[str, Estimate]]:
+    pairs = (("decode", speed.decode), ("prefill", speed.prefill)) if speed else ()
+    return [(name, pair.speedup) for name, pair in pairs if pair]
 
 
 def _times(speedup: Estimate) -> str:
@@ -184,10 +177,10 @@ def _headline(
     targets: tuple[Target, ...],
 ) -> str:
     parts = [PARITY_WORDS[parity]]
-    pairs = (("decode", speed.decode), ("prefill", speed.prefill)) if speed else ()
-    gains = [(name, f"{c.speedup.value:.3g}") for name, c in pairs if c]
-    first = [f"{value} times as fast in {name}" for name, value in gains[:1]]
-    parts.append(" and ".join(first + [f"{value} in {name}" for name, value in gains[1:]]) or "speed not measured")
+    gains = [
+        f"{gain.value:.3g}{'' if i else ' times as fast'} in {name}" for i, (name, gain) in enumerate(_gains(speed))
+    ]
+    parts.append(" and ".join(gains) or "speed not measured")
     if failed_tests:
         parts.append(f"{len(failed_tests)} test{'s' * (len(failed_tests) > 1)} failed")
     if missed := sum(not t.met for t in targets):
@@ -197,25 +190,14 @@ def _headline(
 
 
 def _not_examined(record: RunRecord) -> tuple[str, ...]:
-    found = []
-    validation = record.validation
-    if validation is None:
-        found.append("parity with PyTorch")
-    else:
-        found += unexamined(validation)
+    found = unexamined(record.validation) if record.validation else ["parity with PyTorch"]
     if _speed(record) is None:
         found.append("speed against a baseline")
     longest = max((c.prompt + c.new_tokens for c in record.cases()), default=0)
     if longest and longest < record.model.context_length:
         found.append(f"latency beyond {longest:,} of {record.model.context_length:,} tokens of context")
-    for present, name in (
-        (record.memory, "memory"),
-        (record.loads, "load time"),
-        (record.floor, "memory floor"),
-    ):
-        if not present:
-            found.append(name)
-    return tuple(found)
+    parts = {"memory": record.memory, "load time": record.loads, "memory floor": record.floor}
+    return (*found, *(name for name, part in parts.items() if not part))
 
 
 def unexamined(validation: Validation) -> list[str]:

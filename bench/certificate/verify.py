@@ -93,7 +93,11 @@ def verify_certificate(
     roles = _roles(statement["predicate"])
     check_result(extension.validation, 1)
     _check_fields(statement, extension, stated, roles)
-    _check_verdict(statement["predicate"], extension.validation)
+    if extension.validation.verdict != "PASS":
+        failed = ", ".join(statement["predicate"]["failedTests"])
+        raise CertificateError(
+            "not-passed", f"the certified verdict is FAIL ({failed}): this folder may not be shipped"
+        )
     policy.check(extension.validation)
     ages = {"--max-age": max_age_days, "the policy's max_age_days": policy.max_age_days}
     _check_dates(extension, ages, now or datetime.datetime.now(datetime.UTC))
@@ -137,14 +141,6 @@ def _check_fields(
         what = ", ".join(wrong) or "a field that test results do not have"
         raise CertificateError(
             "contradiction", f"the certificate does not fit the result in it ({what}): it was edited"
-        )
-
-
-def _check_verdict(predicate: Mapping[str, Any], validation: Validation) -> None:
-    if validation.verdict != "PASS":
-        failed = ", ".join(predicate["failedTests"])
-        raise CertificateError(
-            "not-passed", f"the certified verdict is FAIL ({failed}): this folder may not be shipped"
         )
 
 

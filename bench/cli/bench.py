@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
         return 2
     path = _report_dir(args.options) / "record.json"
     if args.json and path.is_file() and path.stat().st_mtime >= started:  # an older record says nothing about this run
-        from reports.record import read_record
+        from reports.record import RunRecord
 
-        write_json(read_record(path))
+        write_json(RunRecord.read(path))
     return code
 
 

@@ -1,6 +1,6 @@
 """``llama-onnx certify``: what was measured of a folder becomes a statement that can be signed and checked later.
 
-Try: ``llama-onnx certify record.json FOLDER --baseline demo --certificate cert.json``.
+Try: ``llama-onnx certify validation.json FOLDER --baseline demo --certificate cert.json``.
 """
 
 from __future__ import annotations
@@ -18,20 +18,15 @@ HELP = "write a certificate that this folder got this result: an in-toto stateme
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The result, the folder, what it rests on, and the certificate."""
-    parser.add_argument("result", type=Path, help="validation.json, or a record or comparison that holds one")
-    parser.add_argument("folder", type=Path, help="the exported folder that was measured")
-    parser.add_argument(
-        "--baseline", metavar="MODEL", required=True, help="'demo', a checkpoint folder, a .gguf file or a hub id"
-    )
-    parser.add_argument("--dataset", help="the data that was measured on (default: the project's own)")
-    parser.add_argument("--certificate", type=Path, metavar="FILE", required=True, help="the file to write")
-    parser.add_argument("--key", type=Path, metavar="FILE", help="sign with this private key (PEM, see keygen)")
-    parser.add_argument(
-        "--allow-quick", action="store_true", help="accept a run in mode quick; the certificate says so"
-    )
-    parser.add_argument(
-        "--valid-days", type=float, default=180.0, metavar="DAYS", help="days until it expires (default 180)"
-    )
+    add = parser.add_argument
+    add("result", type=Path, help="validation.json, or a record or comparison that holds one")
+    add("folder", type=Path, help="the exported folder that was measured")
+    add("--baseline", metavar="MODEL", required=True, help="'demo', a checkpoint folder, a .gguf file or a hub id")
+    add("--dataset", help="the data that was measured on (default: the project's own)")
+    add("--certificate", type=Path, metavar="FILE", required=True, help="the file to write")
+    add("--key", type=Path, metavar="FILE", help="sign with this private key (PEM, see keygen)")
+    add("--allow-quick", action="store_true", help="accept a run in mode quick; the certificate says so")
+    add("--valid-days", type=float, default=180.0, metavar="DAYS", help="days until it expires (default 180)")
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -46,18 +41,35 @@ def _result(path: Path) -> dict[str, Any]:
     return raw
 
 
+def refuse_inside(certificate: Path, folder: Path) -> None:
+    """CertificateError where a certificate would change the folder that it covers."""
+    from bench.certificate.statement import CertificateError
+
+    if certificate.absolute().resolve().is_relative_to(folder.resolve()):
+        raise CertificateError(
+            "inside", f"{certificate} would be one more file of the folder that it certifies; put it beside", 2
+        )
+
+
+def write_certificate(statement: dict[str, Any], args: argparse.Namespace) -> str:
+    """Sign where ``--key`` is given, and write ``--certificate``; a line that says what it is."""
+    from bench.certificate.envelope import seal, write_envelope
+
+    write_envelope(args.certificate, seal(statement, args.key))
+    predicate = statement["predicate"]
+    mode = f"mode {predicate['llamaOnnxBench']['mode']}"
+    signed = "signed" if args.key else "NOT signed (no --key)"
+    return f"{args.certificate}: {predicate['result']}, {mode}, {len(statement['subject'])} files, {signed}"
+
+
 def run(args: argparse.Namespace) -> int:
     """Certify; exit code 1 where the result is a FAIL."""
-    from bench.certificate.envelope import seal, write_envelope
-    from bench.certificate.statement import CertificateError, make_certificate, read_validation
+    from bench.certificate.statement import make_certificate, read_validation
     from bench.data.loading import load_dataset
     from export.source import resolve
 
     folder = args.folder.expanduser()
-    if args.certificate.absolute().resolve().is_relative_to(folder.resolve()):
-        raise CertificateError(
-            "inside", f"{args.certificate} would be one more file of the folder that it certifies; put it beside", 2
-        )
+    refuse_inside(args.certificate, folder)
     checkpoint = resolve(args.baseline).folder
     with hashing(folder, checkpoint) as on_chunk:
         statement = make_certificate(
@@ -69,13 +81,6 @@ def run(args: argparse.Namespace) -> int:
             valid_days=args.valid_days,
             progress=on_chunk,
         )
-    write_envelope(args.certificate, seal(statement, args.key))
-    predicate = statement["predicate"]
-    mode = f"mode {predicate['llamaOnnxBench']['mode']}"
-    signed = "signed" if args.key else "NOT signed (no --key)"
-    show(
-        args,
-        {"certificate": str(args.certificate), "signed": bool(args.key), "statement": statement},
-        f"{args.certificate}: {predicate['result']}, {mode}, {len(statement['subject'])} files, {signed}",
-    )
-    return int(predicate["result"] == "FAILED")
+    text = write_certificate(statement, args)
+    show(args, {"certificate": str(args.certificate), "signed": bool(args.key), "statement": statement}, text)
+    return int(statement["predicate"]["result"] == "FAILED")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
-from bench.cli.output import show, status
+from bench.cli.output import add_out, show, status
 from bench.errors import BenchError
 from bench.progress import progress
 
@@ -37,83 +37,68 @@ SEED = 20_261_124
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
+    add = parser.add_argument
     side = "FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE][,venv=PATH][,rev=GITREV]"
-    parser.add_argument(
+    add(
         "files",
         nargs="*",
         type=Path,
         help="BASE CANDIDATE: two files instead of measuring (JSON Lines of cases, comparison.json, record.json, or "
         "pytest-benchmark's JSON)",
     )
-    parser.add_argument("--base", metavar="SIDE", help=f"the reference: {side}")
-    parser.add_argument("--candidate", metavar="SIDE", help="the side under test, in the same form")
-    parser.add_argument(
+    add("--base", metavar="SIDE", help=f"the reference: {side}")
+    add("--candidate", metavar="SIDE", help="the side under test, in the same form")
+    add(
         "--pairs",
         type=int,
         default=10,
         metavar="N",
         help="pairs of each case (default 10); half as many more if undecided",
     )
-    parser.add_argument(
-        "--cases", default=DEFAULT_CASES, help=f"batch size, prompt length, new tokens (default {DEFAULT_CASES})"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=10, metavar="N", help="generations measured in each process (default 10)"
-    )
-    parser.add_argument(
+    add("--cases", default=DEFAULT_CASES, help=f"batch size, prompt length, new tokens (default {DEFAULT_CASES})")
+    add("--rounds", type=int, default=10, metavar="N", help="generations measured in each process (default 10)")
+    add(
         "--turns",
         choices=("auto", "rounds", "processes"),
         default="auto",
         help="what alternates in a pair: rounds while both processes are alive (twice the memory, a third of the noise "
         "on a shared machine), or whole processes; auto: rounds on the CPU where both models fit",
     )
-    parser.add_argument(
+    add(
         "--margin",
         default="",
         help="how much slower passes as equal: 0.03, or by metric: ttft=0.05,tpot=0.02 (default 0.03)",
     )
-    parser.add_argument(
+    add(
         "--gate",
         default="ttft,tpot",
         metavar="METRICS",
         help="metrics that decide the verdict (default ttft,tpot); total, load and peak_memory are reported",
     )
-    parser.add_argument(
+    add(
         "--model",
         help="the candidate's checkpoint: also decide whether it is still that model ('demo', a folder, .gguf, hub id)",
     )
-    parser.add_argument("--mode", default="standard", help="with --model: quick, standard (default) or full")
-    parser.add_argument(
+    add("--mode", default="standard", help="with --model: quick, standard (default) or full")
+    add(
         "--expect",
         metavar="KEY=VALUE,...",
         help="with --model: what the candidate has to be: precision, target, method (default: the folder's manifest)",
     )
-    parser.add_argument("--dataset", help="with --model: a JSONL file, hf:NAME, or own+FILE (default: the project's)")
-    parser.add_argument("--seed", type=int, default=SEED, metavar="N", help="of the order and the prompts")
-    parser.add_argument(
-        "--limit", type=float, default=600.0, metavar="S", help="stop a process after so many seconds (default 600)"
-    )
-    parser.add_argument(
+    add("--dataset", help="with --model: a JSONL file, hf:NAME, or own+FILE (default: the project's)")
+    add("--seed", type=int, default=SEED, metavar="N", help="of the order and the prompts")
+    add("--limit", type=float, default=600.0, metavar="S", help="stop a process after so many seconds (default 600)")
+    add(
         "--max-steal",
         type=float,
         default=0.02,
         metavar="SHARE",
         help="repeat a pair if the hypervisor took more of the CPU time (default 0.02)",
     )
-    parser.add_argument(
-        "--max-others", type=float, default=0.10, metavar="SHARE", help="the same for other processes (default 0.10)"
-    )
-    parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="S", help="seconds to wait while something else measures here"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("reports/out/compare"),
-        metavar="DIR",
-        help="folder of records and page (default reports/out/compare)",
-    )
+    add("--max-others", type=float, default=0.10, metavar="SHARE", help="the same for other processes (default 0.10)")
+    add("--wait", type=float, default=0.0, metavar="S", help="seconds to wait while something else measures here")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add_out(parser, "folder of records and page", "reports/out/compare")
 
 
 def parse_margins(text: str) -> tuple[float, dict[str, float]]:
@@ -227,7 +212,7 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
         history=past(judged.results, here.fingerprint, measured.model),
         records=records,
         versions=versions(),
-        warnings=[*warnings_of(records), *without_parity(judged.results, validation)],
+        warnings=warnings_of(records, judged.results, validation),
     )
 
 
@@ -246,8 +231,8 @@ def past(results: Sequence[Any], fingerprint: str, model: str | None) -> list[Hi
     return [h for h in found if h is not None]
 
 
-def warnings_of(records: Sequence[CaseRecord]) -> list[str]:
-    """What a reader has to know of the measuring: repeated pairs, failures, warm-ups that never became steady."""
+def warnings_of(records: Sequence[CaseRecord], results: Sequence[Any], validation: Validation | None) -> list[str]:
+    """What a reader has to know: repeated pairs, warm-ups that never became steady, a speed-up without parity."""
     said = []
     disturbed = [r for r in records if r.disturbed]
     if disturbed:
@@ -255,14 +240,9 @@ def warnings_of(records: Sequence[CaseRecord]) -> list[str]:
     unsteady = sum(1 for r in records if r.steady is False)
     if unsteady:
         said.append(f"{unsteady} of {len(records)} warm-ups reached their cap before two rounds agreed within 5 %")
+    if validation is None and any(r.status == "IMPROVED" for r in results):
+        said.append("faster, but nobody looked whether it is still the same model: add --model CHECKPOINT for parity")
     return said
-
-
-def without_parity(results: Sequence[Any], validation: Validation | None) -> list[str]:
-    """A speed-up without parity beside it proves little, and says so."""
-    if validation is not None or not any(r.status == "IMPROVED" for r in results):
-        return []
-    return ["faster, but nobody looked whether it is still the same model: add --model CHECKPOINT for parity"]
 
 
 def command_of(args: argparse.Namespace) -> list[str]:
@@ -278,7 +258,7 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     Raises:
         BenchError: the gate could not be run to its end; its last line is quoted.
     """
-    from reports.validation import read_validation
+    from reports.validation import Validation
 
     out = args.out / "validation"
     document = out / "validation.json"
@@ -289,7 +269,7 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     command += ["--expect", args.expect] if args.expect else []
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     # Python ends with 1 after any traceback, so the code alone is no verdict.
-    found = read_validation(document) if document.is_file() else None
+    found = Validation.read(document) if document.is_file() else None
     if found is None or found.exit_code != done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise BenchError(f"the gate could not be run (exit code {done.returncode}): {last.removeprefix('error: ')}")
@@ -326,9 +306,9 @@ def run(args: argparse.Namespace) -> int:
         made = _measured(args, started)
     else:
         raise BenchError("give either --base SIDE --candidate SIDE, or two files: BASE.jsonl CANDIDATE.jsonl")
-    from reports.publish import write_comparison
+    from reports.publish import write_report
 
-    page = write_comparison(made, args.out)
+    page = write_report(made, args.out)
 
     def printed(console: Console) -> None:
         from reports.render.comparison_terminal import print_comparison

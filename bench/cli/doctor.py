@@ -84,9 +84,7 @@ def render(report: Report, console: Console) -> None:
     yours = [f"{name}={value}" for name, value in report.telemetry.items() if value != TELEMETRY_OFF[name]]
     facts.add_row("telemetry", Text(f"as you set it: {', '.join(yours)}" if yours else "off in every library"))
     console.print(facts)
-    table = Table(title="Execution providers", title_justify="left")
-    for column in ("provider", "loads", "what was seen"):
-        table.add_column(column)
+    table = Table("provider", "loads", "what was seen", title="Execution providers", title_justify="left")
     for f in report.providers:
         table.add_row(f.provider, "yes" if f.loads else "no", Text(f.detail))  # no markup: [cuda,cudnn]
     console.print(table)

@@ -18,21 +18,22 @@ HELP = "export a checkpoint to ONNX: one folder with fused attention and a KV ca
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What :class:`export.spec.ExportSpec` asks for, and where the folder goes."""
-    parser.add_argument("model", help="'demo', a checkpoint folder, a .gguf file or a hub id")
-    parser.add_argument("out", type=Path, help="the folder to create")
-    parser.add_argument("--precision", default="fp32", help="fp32, fp16, bf16, int8 or int4 (default fp32)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", help="'demo', a checkpoint folder, a .gguf file or a hub id")
+    add("out", type=Path, help="the folder to create")
+    add("--precision", default="fp32", help="fp32, fp16, bf16, int8 or int4 (default fp32)")
+    add(
         "--target",
         default="ort",
         help="ort (fused operators of ONNX Runtime; default), tensorrt (standard operators, opset 23) or plain "
         "(optimum's own graph, for any decoder)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument(
+    add("--revision", help="branch, tag or commit of a hub id")
+    add(
         "--provider", default="any", help="any (default), or cuda: the graph has to run on ONNX Runtime's CUDA provider"
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin, whose maker you trust")
-    parser.add_argument("--force", action="store_true", help="replace an earlier export at OUT")
+    add("--allow-pickle", action="store_true", help="read pytorch_model.bin, whose maker you trust")
+    add("--force", action="store_true", help="replace an earlier export at OUT")
     weights = parser.add_argument_group("int8 and int4")
     weights.add_argument("--method", help="rtn, hqq, kquant or gptq (default: rtn for int8, hqq for int4)")
     weights.add_argument(

@@ -17,9 +17,10 @@ HELP = "stream text from an exported folder"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The text, how tokens are chosen, where it ends, and on what it runs."""
-    parser.add_argument("folder", type=Path, help="the exported folder")
-    parser.add_argument("prompt", help="the text to continue, or '-' for standard input")
-    parser.add_argument("--chat", action="store_true", help="apply the model's chat template to the prompt")
+    add = parser.add_argument
+    add("folder", type=Path, help="the exported folder")
+    add("prompt", help="the text to continue, or '-' for standard input")
+    add("--chat", action="store_true", help="apply the model's chat template to the prompt")
     how = parser.add_argument_group("how tokens are chosen")
     how.add_argument(
         "--temperature",

@@ -21,25 +21,22 @@ RECENT = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "action",
         choices=("add", "list", "export", "import", "check"),
         help="check looks for level changes; exit code 3 if one is recent",
     )
-    parser.add_argument(
+    add(
         "file",
         nargs="?",
         type=Path,
         help="add: a comparison.json, record.json or JSON Lines of cases; export, import: JSON Lines of points",
     )
-    parser.add_argument("--label", default="", help="add: a name for the run, such as a commit")
-    parser.add_argument(
-        "--run", dest="run_name", metavar="ID", help="add: a run is added once by its ID (default: from the file)"
-    )
-    parser.add_argument("--any-machine", action="store_true", help="check: measurements of other machines too")
-    parser.add_argument(
-        "--store", type=Path, metavar="FILE", help="another history file (default: in the user's data folder)"
-    )
+    add("--label", default="", help="add: a name for the run, such as a commit")
+    add("--run", dest="run_name", metavar="ID", help="add: a run is added once by its ID (default: from the file)")
+    add("--any-machine", action="store_true", help="check: measurements of other machines too")
+    add("--store", type=Path, metavar="FILE", help="another history file (default: in the user's data folder)")
 
 
 def run(args: argparse.Namespace) -> int:

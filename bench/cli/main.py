@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ERR.print("interrupted; nothing half-written was left", style="yellow")
         return 130
     except BrokenPipeError:
-        return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say at the end of the process
+        return 141  # as a shell names the end by SIGPIPE: the reader's end is no verdict
     except Exception as error:
         told = user_error(error)
         if told is None:

@@ -6,16 +6,31 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-ERR = Console(stderr=True)
+
+class Output(Console):
+    """A terminal; where its reader is gone, that is told from a verdict."""
+
+    def on_broken_pipe(self) -> None:
+        """What rich calls."""
+        raise BrokenPipeError
+
+
+ERR = Output(stderr=True)
 
 
 def status(message: str) -> None:
     """A line on standard error about what is being done."""
     ERR.print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def add_out(parser: argparse.ArgumentParser, what: str, default: str) -> None:
+    """The option ``--out DIR``."""
+    parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=f"{what} (default {default})")
 
 
 def write_json(document: Any) -> None:
@@ -31,4 +46,4 @@ def show(args: argparse.Namespace, document: Any, text: str | Callable[[Console]
     elif isinstance(text, str):
         print(text)
     else:
-        text(Console())
+        text(Output())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from bench.cli.output import show, status
 from bench.progress import progress
 
 if TYPE_CHECKING:
-    from bench.data.items import Dataset
     from bench.gate.word_perplexity import Window, WordPerplexity
     from runtime.session import Session
 
@@ -28,30 +28,18 @@ Say = Callable[[str], None]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder, the text, and who computes."""
-    parser.add_argument("folder", type=Path, help="the exported folder")
-    parser.add_argument(
-        "--dataset", help="hf:wikitext, hf:/path/to/copy:wikitext, or a JSONL file (default: the project's own data)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("folder", type=Path, help="the exported folder")
+    add("--dataset", help="hf:wikitext, hf:/path/to/copy:wikitext, or a JSONL file (default: the project's own data)")
+    add(
         "--baseline",
         metavar="MODEL",
         help="also that of this model on PyTorch: 'demo', a checkpoint folder, a .gguf file or a hub id",
     )
-    parser.add_argument(
-        "--window", type=int, metavar="N", help="tokens scored at once (default: the context, at most 2048)"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents")
-    deployment.add_options(parser.add_argument)
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that share the work, through Ray (default 1)"
-    )
-
-
-def open_baseline(checkpoint: Path, device: str, threads: int) -> Session:
-    """The checkpoint on PyTorch in fp32."""
-    from runtime.torch_session import TorchSession
-
-    return TorchSession(checkpoint, "fp32", device, threads=threads)
+    add("--window", type=int, metavar="N", help="tokens scored at once (default: the context, at most 2048)")
+    add("--limit", type=int, metavar="N", help="only the first N documents")
+    deployment.add_options(add)
+    add("--workers", type=int, default=1, metavar="N", help="processes that share the work, through Ray (default 1)")
 
 
 def scored(
@@ -92,16 +80,6 @@ def scored(
     return nats
 
 
-def limited(dataset: Dataset, documents: int | None) -> Dataset:
-    """The first perplexity documents only."""
-    from dataclasses import replace
-
-    items = tuple(i for i in dataset.items if i.task == "perplexity")
-    return replace(
-        dataset, items=items[:documents], name=f"{dataset.name}, first {documents}" if documents else dataset.name
-    )
-
-
 def metrics(found: WordPerplexity) -> dict[str, Any]:
     """The metrics as JSON."""
     return {
@@ -128,7 +106,10 @@ def run(args: argparse.Namespace) -> int:
 
     folder = args.folder.expanduser()
     manifest = read_folder(folder)
-    dataset = limited(load_dataset(args.dataset), args.limit)
+    dataset = load_dataset(args.dataset)
+    items = tuple(i for i in dataset.items if i.task == "perplexity")
+    name = f"{dataset.name}, first {args.limit}" if args.limit else dataset.name
+    dataset = replace(dataset, items=items[: args.limit], name=name)
     windows = document_windows(dataset, load_tokenizer(folder), manifest.context_length, args.window)
     where = deployment.Deployment.of(args)
     gpus = 0 if where.device == "cpu" else 1
@@ -142,12 +123,13 @@ def run(args: argparse.Namespace) -> int:
     found["candidate"] = metrics(assemble(dataset, windows, nats))
     if args.baseline:
         from bench.gate.store import baseline_key
+        from runtime.torch_session import TorchSession
 
         checkpoint = resolve(args.baseline, status=status).folder
         key = ["baseline", baseline_key(checkpoint, where.device, where.threads)]
         with progress("baseline", len(windows)) as bar:
-            opener = partial(open_baseline, checkpoint, where.device, where.threads)
-            nats = scored(opener, windows, key, args.workers, status, bar.tick, gpus)
+            torch_side = partial(TorchSession, checkpoint, "fp32", where.device, threads=where.threads)
+            nats = scored(torch_side, windows, key, args.workers, status, bar.tick, gpus)
         found["baseline"] = metrics(assemble(dataset, windows, nats))
         found["ratio"] = found["candidate"]["word_perplexity"] / found["baseline"]["word_perplexity"]
     show(args, found, "\n".join(lines(found)))

@@ -17,11 +17,12 @@ HELP = "write a checkpoint with the shape of a real LLaMA and random weights"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which shape, and where."""
-    parser.add_argument("out", type=Path, help="the folder to create")
-    parser.add_argument("--config", default="llama-2-7b", help="llama-2-7b (default), llama-2-13b or llama-2-70b")
-    parser.add_argument("--precision", default="fp16", help="fp32, fp16 (default) or bf16")
-    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the real model has")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default 0)")
+    add = parser.add_argument
+    add("out", type=Path, help="the folder to create")
+    add("--config", default="llama-2-7b", help="llama-2-7b (default), llama-2-13b or llama-2-70b")
+    add("--precision", default="fp16", help="fp32, fp16 (default) or bf16")
+    add("--layers", type=int, metavar="N", help="fewer layers than the real model has")
+    add("--seed", type=int, default=0, metavar="N", help="of the weights (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:

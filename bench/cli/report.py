@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.cli.output import show
+from bench.cli.output import add_out, show
 
 HELP = "render the page of a record.json, comparison.json or validation.json again"
 
@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file", type=Path, help="record.json of `bench`, comparison.json of `compare` or validation.json of `validate`"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("reports/out"), help="folder of the page (default reports/out)"
-    )
+    add_out(parser, "folder of the page", "reports/out")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.cli.output import show, status
+from bench.cli.output import add_out, show, status
 
 if TYPE_CHECKING:
     from reports.comparison import CaseRecord
@@ -29,22 +29,13 @@ HELP = "measure every combination in a YAML file: models, precisions, providers,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The file, where records go, and on which machines."""
-    parser.add_argument("file", type=Path, help="the sweep, such as: models: [demo] (docs/sweeps.md)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("reports/out/sweep"),
-        metavar="DIR",
-        help="folder of cases.jsonl (default reports/out/sweep)",
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the sweep in --out")
-    parser.add_argument("--ray", action="store_true", help="on every machine of the Ray cluster (RAY_ADDRESS) at once")
-    parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="S", help="seconds to wait while something else measures here"
-    )
-    parser.add_argument(
-        "--merge", type=Path, nargs="+", default=[], metavar="JSONL", help="add the records of other machines"
-    )
+    add = parser.add_argument
+    add("file", type=Path, help="the sweep, such as: models: [demo] (docs/sweeps.md)")
+    add_out(parser, "folder of cases.jsonl", "reports/out/sweep")
+    add("--resume", action="store_true", help="continue the sweep in --out")
+    add("--ray", action="store_true", help="on every machine of the Ray cluster (RAY_ADDRESS) at once")
+    add("--wait", type=float, default=0.0, metavar="S", help="seconds to wait while something else measures here")
+    add("--merge", type=Path, nargs="+", default=[], metavar="JSONL", help="add the records of other machines")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,9 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(records: Sequence[CaseRecord]) -> Table:
-    table = Table(title="Medians over processes", title_justify="left")
-    for column in ("machine", "case", "processes", "TTFT ms", "TPOT ms", "not counted"):
-        table.add_column(column)
+    columns = ("machine", "case", "processes", "TTFT ms", "TPOT ms", "not counted")
+    table = Table(*columns, title="Medians over processes", title_justify="left")
     keys = dict.fromkeys((r.fingerprint or "", r.case) for r in records)
     for fingerprint, case in keys:
         own = [r for r in records if (r.fingerprint or "", r.case) == (fingerprint, case)]

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from bench import deployment
-from bench.cli.output import ERR, show, status, write_json
-from bench.errors import BenchError
+from bench.cli.certify import refuse_inside, write_certificate
+from bench.cli.output import ERR, Output, add_out, show, status, write_json
+from bench.errors import BenchError, check_writable
 from bench.progress import progress
 
 HELP = "is this exported folder still the model? Runs named checks and gives a verdict"
@@ -22,56 +22,45 @@ HELP = "is this exported folder still the model? Runs named checks and gives a v
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own options."""
-    parser.add_argument("folder", type=Path, nargs="?", help="the exported folder")
-    parser.add_argument(
+    add = parser.add_argument
+    add("folder", type=Path, nargs="?", help="the exported folder")
+    add(
         "--baseline",
         metavar="MODEL",
         help="what it was exported from: 'demo', a checkpoint folder, a .gguf file or a hub id",
     )
-    parser.add_argument(
-        "--mode", default="standard", help="quick (under a minute), standard (default) or full (every text and item)"
-    )
-    parser.add_argument(
+    add("--mode", default="standard", help="quick (under a minute), standard (default) or full (every text and item)")
+    add(
         "--expect",
         metavar="KEY=VALUE,...",
         help="what you asked for: precision, target, method (default: the folder's manifest); it decides the margins",
     )
-    parser.add_argument("--only", metavar="CHECK,...", help="run only these checks")
-    parser.add_argument("--list-checks", action="store_true", help="list the checks and what each catches")
-    parser.add_argument(
+    add("--only", metavar="CHECK,...", help="run only these checks")
+    add("--list-checks", action="store_true", help="list the checks and what each catches")
+    add(
         "--dataset",
         help="your own texts in place of the project's: a JSONL file (bench/data/README.md) or hf:NAME[:CONFIG]; "
         "own+FILE adds a file to the project's",
     )
-    parser.add_argument(
+    add(
         "--localize",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="where a numeric check fails, find the layer and operator where it begins (default)",
     )
     deployment.add_options(parser.add_argument)
-    parser.add_argument(
+    add(
         "--workers",
         type=int,
         default=1,
         metavar="N",
         help="processes, GPUs or machines that share the work, through Ray (default 1)",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("reports/out/validate"),
-        help="folder of the page and the JSON (default reports/out/validate)",
-    )
-    parser.add_argument("--no-cache", action="store_true", help="compute the baseline anew and do not keep it")
-    parser.add_argument("--certificate", type=Path, metavar="FILE", help="write a certificate of the result there")
-    parser.add_argument(
-        "--key", type=Path, metavar="FILE", help="sign the certificate with this private key (PEM, see keygen)"
-    )
-    parser.add_argument(
-        "--allow-quick", action="store_true", help="certify a run in mode quick; the certificate says so"
-    )
+    add_out(parser, "folder of the page and the JSON", "reports/out/validate")
+    add("--no-cache", action="store_true", help="compute the baseline anew and do not keep it")
+    add("--certificate", type=Path, metavar="FILE", help="write a certificate of the result there")
+    add("--key", type=Path, metavar="FILE", help="sign the certificate with this private key (PEM, see keygen)")
+    add("--allow-quick", action="store_true", help="certify a run in mode quick; the certificate says so")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,14 +79,17 @@ def run(args: argparse.Namespace) -> int:
     from bench.deployment import Deployment
     from bench.gate.validate import chosen_checks, expected, make_subject, mode_of, validate
     from bench.process.workers import cluster
-    from reports.publish import write_validation
+    from reports.publish import write_report
     from reports.render.validation import print_check, print_verdict
 
+    folder = args.folder.expanduser()
+    if args.certificate:
+        refuse_inside(args.certificate, folder)
     specs, mode = chosen_checks(args.only), mode_of(args.mode)
-    out = ERR if args.json else Console()
+    out = ERR if args.json else Output()
     dataset = load_dataset(args.dataset)
     subject = make_subject(
-        args.folder,
+        folder,
         args.baseline,
         mode,
         dataset,
@@ -107,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         expect=expected(args.expect),
     )
+    check_writable(args.out)
     with progress("validate") as bar:
         bar.say("reading the folder")
         subject.tick, subject.progress = bar.say, bar.at
@@ -119,32 +112,34 @@ def run(args: argparse.Namespace) -> int:
             subject.close()
             subject.baseline.close()
     print_verdict(found, out)
-    page = write_validation(found, args.out)
+    page = write_report(found, args.out)
     out.print(f"page: {page.resolve()}", markup=False, highlight=False, soft_wrap=True)
     subject.finish()
     if args.json:
         write_json(found)
     if args.certificate:
-        from bench.certificate.envelope import seal, write_envelope
-        from bench.certificate.statement import make_certificate
+        from bench.certificate.statement import CertificateError, make_certificate
 
-        statement = make_certificate(
-            found, args.folder, subject.baseline.checkpoint, dataset, allow_quick=args.allow_quick
-        )
-        write_envelope(args.certificate, seal(statement, args.key))
-        signed = "signed" if args.key else "NOT signed (no --key)"
-        out.print(f"{args.certificate}: mode {found.mode}, {signed}", markup=False)
+        try:
+            statement = make_certificate(
+                found, folder, subject.baseline.checkpoint, dataset, allow_quick=args.allow_quick
+            )
+        except CertificateError as error:
+            if found.exit_code == 0:
+                raise
+            status(f"no certificate: {error}")  # the verdict is the answer
+        else:
+            out.print(write_certificate(statement, args), markup=False, soft_wrap=True)
     return found.exit_code
 
 
 def _list(args: argparse.Namespace) -> int:
     from bench.gate.registry import CHECKS
 
-    table = Table(title="Checks, in the order in which they run", title_justify="left")
-    for column in ("check", "kind", "looks at", "catches"):
-        table.add_column(column)
-    for c in CHECKS:
-        table.add_row(c.name, c.kind, Text(c.looks_at), Text(c.catches))
+    title = "Checks, in the order in which they run"
+    table = Table("check", "kind", "looks at", "catches", title=title, title_justify="left")
     rows = [{"name": c.name, "kind": c.kind, "looks_at": c.looks_at, "catches": c.catches} for c in CHECKS]
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
     show(args, rows, lambda console: console.print(table))
     return 0

@@ -16,13 +16,14 @@ HELP = "check offline that a certificate covers a folder: every file's hash, the
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The certificate, the folder, and what to insist on."""
-    parser.add_argument("certificate", type=Path, help="the file that `certify` or `validate` wrote")
-    parser.add_argument("folder", type=Path, help="the exported folder")
-    parser.add_argument("--key", type=Path, metavar="FILE", help="the public key that must have signed it (PEM)")
-    parser.add_argument("--require-signature", action="store_true", help="an error where no key is given")
-    parser.add_argument("--max-age", type=float, metavar="DAYS", help="refuse results older than this")
-    parser.add_argument("--policy", type=Path, metavar="FILE", help="your own demands, YAML or JSON (docs/trust.md)")
-    parser.add_argument("--baseline", metavar="MODEL", help="also hash this checkpoint's weights and tokenizer again")
+    add = parser.add_argument
+    add("certificate", type=Path, help="the file that `certify` or `validate` wrote")
+    add("folder", type=Path, help="the exported folder")
+    add("--key", type=Path, metavar="FILE", help="the public key that must have signed it (PEM)")
+    add("--require-signature", action="store_true", help="an error where no key is given")
+    add("--max-age", type=float, metavar="DAYS", help="refuse results older than this")
+    add("--policy", type=Path, metavar="FILE", help="your own demands, YAML or JSON (docs/trust.md)")
+    add("--baseline", metavar="MODEL", help="also hash this checkpoint's weights and tokenizer again")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -29,7 +29,10 @@ SPLIT_NAMES = ("train", "validation", "test", "dev")
 
 @dataclass(frozen=True)
 class Template:
-    """How a public set becomes items. ``config`` and ``split`` are what is taken when none is named."""
+    """How a public set becomes items. ``config`` and ``split`` are what is taken when none is named.
+
+    Of ``hub_names`` the first is the short one and the second what the hub calls it.
+    """
 
     name: str
     hub_names: tuple[str, ...]
@@ -176,9 +179,6 @@ TEMPLATES = {
         ),
     )
 }
-_HUB = {"wikitext": "Salesforce/wikitext", "cnn_dailymail": "abisee/cnn_dailymail", "wmt14": "wmt/wmt14"} | {
-    "squad": "rajpurkar/squad"
-}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -208,7 +208,8 @@ def parse(text: str) -> Spec:
     found = next((t for t in TEMPLATES.values() if name in t.hub_names), None)
     if found is None:
         raise DatasetError(f"{text}: no template for {name or 'an empty name'!r}; choose one of {known}, or use JSONL")
-    return Spec(text, found, _HUB.get(name, name), None, config or found.config, split or found.split)
+    hub_name = name if "/" in name else found.hub_names[1]
+    return Spec(text, found, hub_name, None, config or found.config, split or found.split)
 
 
 def _split_path(body: str) -> list[str]:

@@ -77,6 +77,10 @@ class Dataset:
         """Texts over which perplexity is measured."""
         return [i.fields["text"] for i in self.items if i.task == "perplexity"]
 
+    def texts(self) -> list[str]:
+        """Every text of every item."""
+        return self.prose() + self.sources()
+
     def calibration(self) -> list[str]:
         """Texts to calibrate quantisers on: the sources of questions and summaries, never the prose that is scored."""
         texts = [i.fields["context"] for i in self.items if i.task == "qa"]

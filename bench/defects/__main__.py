@@ -72,34 +72,24 @@ def row_of(name: str, found: Validation, wanted: str, layer: int | None, harmles
     )
 
 
-def run_defect(defect: Defect, subject: Subject, good: Path, work: Path) -> Row:
-    """Make the defect, run the gate over it, remove it."""
-    shop = Workshop(good, work / "bad", subject.baseline.checkpoint)
-    bad = subject.at(shop.folder)
+def run_change(change: Defect | Harmless, subject: Subject, good: Path, work: Path) -> Row:
+    """Make a defect or a harmless change, run the gate over it, remove it."""
+    shop = Workshop(good, work / "changed", subject.baseline.checkpoint)
+    changed = subject.at(shop.folder)
     try:
-        layer = layer_at(shop.manifest.kv.layers) if defect.in_layer else None
-        defect.change(shop)
-        if defect.sealed:
-            shop.reseal()
-        return row_of(defect.name, validate(bad), defect.first, layer, False)
-    finally:
-        bad.close()
-        shop.close()
-
-
-def run_harmless(change: Harmless, subject: Subject, good: Path, work: Path) -> Row:
-    """Make the change, run the gate over it, remove it."""
-    shop = Workshop(good, work / "fine", subject.baseline.checkpoint)
-    fine = subject.at(shop.folder)
-    if change.threads:
-        fine.deployment = replace(fine.deployment, threads=change.threads)
-    try:
+        layer = layer_at(shop.manifest.kv.layers) if isinstance(change, Defect) and change.in_layer else None
         change.change(shop)
+        if isinstance(change, Defect):
+            if change.sealed:
+                shop.reseal()
+            return row_of(change.name, validate(changed), change.first, layer, False)
         shop.reseal()
+        if change.threads:
+            changed.deployment = replace(changed.deployment, threads=change.threads)
         with change.around() if change.around else contextlib.nullcontext():
-            return row_of(change.name, validate(fine), "", None, True)
+            return row_of(change.name, validate(changed), "", None, True)
     finally:
-        fine.close()
+        changed.close()
         shop.close()
 
 
@@ -175,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subject = make_subject(good, args.model, MODES[args.mode], dataset, memo_bytes=MEMO_BYTES)
         started = time.perf_counter()
         for d in chosen:
-            row = run_defect(d, subject, good, work) if isinstance(d, Defect) else run_harmless(d, subject, good, work)
+            row = run_change(d, subject, good, work)
             rows.append(row)
             shown = (
                 f"{row.verdict:<12} {'' if row.good else '!!! '}{row.name}: {row.reason[:140]} ({row.seconds:.0f} s)"

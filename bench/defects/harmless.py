@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from graphlib import TopologicalSorter
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
+from bench.defects.in_graph import attentions, in_graphs, insert, set_attribute
 from bench.defects.workshop import NUMPY, Harmless, Workshop
 
 
@@ -46,72 +48,45 @@ def _basic_optimisation() -> Any:
     return _session_options(graph_optimization_level=vars(ort_session)["ort"].GraphOptimizationLevel.ORT_ENABLE_BASIC)
 
 
-def _other_options() -> Any:
-    return _session_options(enable_cpu_mem_arena=False, enable_mem_pattern=False)
+def _newer_opset(model: Any) -> None:
+    for o in model.opset_import:
+        if not o.domain:
+            o.version += 1
 
 
-def _other_batch() -> Any:
-    return patch("bench.gate.generations.BATCH", 3)
-
-
-def _longer_buffer() -> Any:
-    return patch("runtime.kv_cache.BLOCK", 320)
-
-
-def _newer_opset(w: Workshop) -> None:
-    def change(model: Any) -> None:
-        for o in model.opset_import:
-            if not o.domain:
-                o.version += 1
-
-    w.graphs(change)
-
-
-def _node_order(w: Workshop) -> None:
+def _node_order(model: Any) -> None:
     """Another topological order, drawn at random."""
-
-    def change(model: Any) -> None:
-        rng = np.random.default_rng(3)
-        nodes = list(model.graph.node)
-        made = {name: k for k, n in enumerate(nodes) for name in n.output if name}
-        waiting = {k: {made[i] for i in n.input if i in made} for k, n in enumerate(nodes)}
-        order: list[int] = []
-        ready = [k for k, need in waiting.items() if not need]
-        while ready:
-            k = ready.pop(int(rng.integers(len(ready))))
-            order.append(k)
-            for other, need in waiting.items():
-                if k in need:
-                    need.discard(k)
-                    if not need:
-                        ready.append(other)
-        del model.graph.node[:]
-        model.graph.node.extend([nodes[k] for k in order])
-
-    w.graphs(change)
+    rng = np.random.default_rng(3)
+    nodes = list(model.graph.node)
+    made = {name: k for k, n in enumerate(nodes) for name in n.output if name}
+    sorter = TopologicalSorter({k: {made[i] for i in n.input if i in made} for k, n in enumerate(nodes)})
+    sorter.prepare()
+    del model.graph.node[:]
+    ready: list[int] = []
+    while sorter.is_active():
+        ready += sorter.get_ready()
+        k = ready.pop(int(rng.integers(len(ready))))
+        model.graph.node.append(nodes[k])
+        sorter.done(k)
 
 
-def _names(w: Workshop) -> None:
+def _names(model: Any) -> None:
     """Other names for nodes, inner values and initialisers; inputs and outputs keep theirs."""
+    graph = model.graph
+    kept = {v.name for v in (*graph.input, *graph.output)} | {""}
+    new: dict[str, str] = {}
 
-    def change(model: Any) -> None:
-        graph = model.graph
-        kept = {v.name for v in (*graph.input, *graph.output)} | {""}
-        new: dict[str, str] = {}
+    def renamed(name: str) -> str:
+        return name if name in kept else new.setdefault(name, f"v{len(new)}")
 
-        def renamed(name: str) -> str:
-            return name if name in kept else new.setdefault(name, f"v{len(new)}")
-
-        for tensor in graph.initializer:
-            tensor.name = renamed(tensor.name)
-        for k, node in enumerate(graph.node):
-            node.name = f"n{k}"
-            for names in (node.input, node.output):
-                for i, name in enumerate(names):
-                    names[i] = renamed(name)
-        del graph.value_info[:]
-
-    w.graphs(change)
+    for tensor in graph.initializer:
+        tensor.name = renamed(tensor.name)
+    for k, node in enumerate(graph.node):
+        node.name = f"n{k}"
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                names[i] = renamed(name)
+    del graph.value_info[:]
 
 
 def _data_layout(w: Workshop) -> None:
@@ -196,18 +171,10 @@ def _tokenizer_again(w: Workshop) -> None:
     path.write_text(json.dumps(raw), encoding="utf-8")
 
 
-def _identities(w: Workshop) -> None:
-    def change(model: Any) -> None:
-        from onnx import helper
-
-        products = [n for n in model.graph.node if n.op_type == "MatMul" and n.output[0] != "logits"][:4]
-        for k, node in enumerate(products):
-            value = node.output[0]
-            node.output[0] = f"{value}.same"
-            at = next(i for i, n in enumerate(model.graph.node) if n.output and n.output[0] == f"{value}.same")
-            model.graph.node.insert(at + 1, helper.make_node("Identity", [f"{value}.same"], [value], name=f"same_{k}"))
-
-    w.graphs(change)
+def _identities(model: Any) -> None:
+    products = [n for n in model.graph.node if n.op_type == "MatMul" and n.output[0] != "logits"][:4]
+    for value in [n.output[0] for n in products]:
+        insert(model, value, "Identity")
 
 
 def _notes(w: Workshop) -> None:
@@ -220,33 +187,23 @@ def _notes(w: Workshop) -> None:
     (w.folder / "README.md").write_text("About this model.\n", encoding="utf-8")
 
 
-def _constants_as_nodes(w: Workshop) -> None:
+def _constants_as_nodes(model: Any) -> None:
     """Small constants by ``Constant`` nodes, whole numbers in their short form."""
+    from onnx import helper, numpy_helper
 
-    def change(model: Any) -> None:
-        from onnx import helper, numpy_helper
-
-        for tensor in [t for t in model.graph.initializer if not t.external_data]:
-            value = numpy_helper.to_array(tensor)
-            model.graph.initializer.remove(tensor)
-            short = {"value_int": int(value)} if value.ndim == 0 else {"value_ints": value.tolist()}
-            form = short if value.dtype == np.int64 and value.ndim < 2 else {"value": tensor}
-            model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], **form))
-
-    w.graphs(change)
+    for tensor in [t for t in model.graph.initializer if not t.external_data]:
+        value = numpy_helper.to_array(tensor)
+        model.graph.initializer.remove(tensor)
+        short = {"value_int": int(value)} if value.ndim == 0 else {"value_ints": value.tolist()}
+        form = short if value.dtype == np.int64 and value.ndim < 2 else {"value": tensor}
+        model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], **form))
 
 
-def _defaults_written(w: Workshop) -> None:
+def _defaults_written(model: Any) -> None:
     """Attributes that are what they are anyway, as ONNX Runtime's optimiser writes them when it saves a graph."""
-    from bench.defects.in_graph import set_attribute
-
-    def change(model: Any) -> None:
-        for node in model.graph.node:
-            if node.op_type == "GroupQueryAttention":
-                for name, value in (("causal", 1), ("smooth_softmax", -1), ("qk_output", 0), ("k_quant_type", "NONE")):
-                    set_attribute(node, name, value)
-
-    w.graphs(change)
+    for node in attentions(model):
+        for name, value in (("causal", 1), ("smooth_softmax", -1), ("qk_output", 0), ("k_quant_type", "NONE")):
+            set_attribute(node, name, value)
 
 
 def _settings_again(w: Workshop) -> None:
@@ -261,34 +218,32 @@ def _settings_again(w: Workshop) -> None:
 
 
 def _template_comment(w: Workshop) -> None:
-    path = w.folder / "chat_template.jinja"
-    if path.is_file():
-        path = w.own(path.name)
-        path.write_text("{#- a comment -#}" + path.read_text(encoding="utf-8"), encoding="utf-8")
-    else:
-        w.json("tokenizer_config.json", lambda raw: raw.update(chat_template="{#- a -#}" + raw["chat_template"]))
+    w.template(lambda text: "{#- a comment -#}" + text)
 
 
 HARMLESS: tuple[Harmless, ...] = (
     Harmless("nothing"),
     Harmless("one thread", threads=1),
-    Harmless("another batch size", around=_other_batch),
+    Harmless("another batch size", around=lambda: patch("bench.gate.generations.BATCH", 3)),
     Harmless("basic graph optimisation", around=_basic_optimisation),
-    Harmless("no memory arena, no memory pattern", around=_other_options),
-    Harmless("a KV buffer of another length", around=_longer_buffer),
-    Harmless("the next opset", _newer_opset),
-    Harmless("nodes in another order", _node_order),
-    Harmless("other names of nodes, values and weights", _names),
+    Harmless(
+        "no memory arena, no memory pattern",
+        around=lambda: _session_options(enable_cpu_mem_arena=False, enable_mem_pattern=False),
+    ),
+    Harmless("a KV buffer of another length", around=lambda: patch("runtime.kv_cache.BLOCK", 320)),
+    Harmless("the next opset", in_graphs(_newer_opset)),
+    Harmless("nodes in another order", in_graphs(_node_order)),
+    Harmless("other names of nodes, values and weights", in_graphs(_names)),
     Harmless("another layout of the external data", _data_layout),
     Harmless("norm weights inside the graph", _small_inside),
     Harmless("logits of every position", _all_logits),
-    Harmless("identities put in", _identities),
+    Harmless("identities put in", in_graphs(_identities)),
     Harmless("producer, notes and a README", _notes),
     Harmless("rotary tables by another sine", _other_numerics),
     Harmless("tokenizer file serialised again", _tokenizer_again),
     Harmless("a comment in the chat template", _template_comment),
-    Harmless("small constants as nodes", _constants_as_nodes),
-    Harmless("default attributes written out", _defaults_written),
+    Harmless("small constants as nodes", in_graphs(_constants_as_nodes)),
+    Harmless("default attributes written out", in_graphs(_defaults_written)),
     Harmless("configuration and generation settings saved again", _settings_again),
 )
 """Beside these, fp32 -> fp16 in its own tier: the whole catalogue runs over an fp16 export as well."""

@@ -12,6 +12,10 @@ from bench.defects.in_graph import insert
 from bench.defects.workshop import Defect, Workshop, layer_at
 
 
+def _json(name: str, **values: Any) -> Callable[[Workshop], None]:
+    return lambda w: w.json(name, lambda raw: raw.update(values))
+
+
 def _config(w: Workshop) -> Any:
     from transformers import AutoConfig
 
@@ -43,13 +47,8 @@ def _base(factor: float) -> Callable[[Workshop], None]:
         base = float(config.rope_theta)
         size = w.manifest.kv.head_dim
         exponents = np.arange(0, size, 2) / size
-        _tables(
-            w,
-            lambda positions, frequencies: (
-                positions,
-                frequencies * (base**exponents) / ((base * factor) ** exponents),
-            ),
-        )
+        scale = (base**exponents) / ((base * factor) ** exponents)
+        _tables(w, lambda positions, frequencies: (positions, frequencies * scale))
 
     return change
 
@@ -132,13 +131,8 @@ def _stale_file(w: Workshop) -> None:
 def _frequent(w: Workshop) -> tuple[int, int]:
     from runtime.text import load_tokenizer
 
-    ids = [
-        i
-        for text in ("the cat sat on the mat and it was big", " the of and")
-        for i in load_tokenizer(w.checkpoint)(text)["input_ids"]
-    ]
-    first = ids[0]
-    return first, next(i for i in ids if i != first)
+    ids = load_tokenizer(w.checkpoint)("the cat sat on the mat and it was big of")["input_ids"]
+    return ids[0], next(i for i in ids if i != ids[0])
 
 
 def _rows_swapped(w: Workshop) -> None:
@@ -198,15 +192,8 @@ def _no_end_token(w: Workshop) -> None:
         w.json("generation_config.json", lambda raw: raw.pop("eos_token_id", None))
 
 
-def _write_template(w: Workshop, template: str) -> None:
-    if (w.folder / "chat_template.jinja").is_file():
-        w.own("chat_template.jinja").write_text(template, encoding="utf-8")
-    else:
-        w.json("tokenizer_config.json", lambda raw: raw.update(chat_template=template))
-
-
 def _other_template(w: Workshop) -> None:
-    _write_template(w, "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}")
+    w.template(lambda _: "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}")
 
 
 def _other_pad(w: Workshop) -> None:
@@ -218,10 +205,6 @@ def _other_pad(w: Workshop) -> None:
     w.json("tokenizer_config.json", change)
     if (w.folder / "special_tokens_map.json").is_file():
         w.json("special_tokens_map.json", change)
-
-
-def _temperature(w: Workshop) -> None:
-    w.json("generation_config.json", lambda raw: raw.update(temperature=0.3, do_sample=True))
 
 
 def _rope_theta(w: Workshop) -> None:
@@ -243,57 +226,44 @@ def _claims_fp32(w: Workshop) -> None:
     w.json("manifest.json", change)
 
 
-def _rare_row(w: Workshop, tensor: Any) -> Any:
-    """The embedding with one rare token's row turned round."""
-    from bench.gate.tensors import TensorReader
+def _rare_row(edit: Callable[[Any, Any, Any], None], *roles: str) -> Callable[[Workshop], None]:
+    """``edit`` gets a graph, its embedding, and that with one rare token's row turned round."""
 
-    value = TensorReader(w.folder).read(tensor).copy()
-    value[-5] = value[-5][::-1]
-    return value
+    def change(w: Workshop) -> None:
+        from onnx import numpy_helper
+
+        from bench.gate.tensors import TensorReader
+
+        def in_graph(model: Any) -> None:
+            tensor = next(t for t in model.graph.initializer if t.name == "model.embed_tokens.weight")
+            value = TensorReader(w.folder).read(tensor).copy()
+            value[-5] = value[-5][::-1]
+            edit(model.graph, tensor, numpy_helper.from_array(value, tensor.name))
+
+        w.graphs(in_graph, roles or ("decode", "scoring"))
+
+    return change
 
 
-def _embedding(model: Any) -> Any:
-    return next(t for t in model.graph.initializer if t.name == "model.embed_tokens.weight")
-
-
-def _sparse_twin(w: Workshop) -> None:
+def _sparse_twin(graph: Any, dense: Any, other: Any) -> None:
     """A sparse tensor of a weight's name: ONNX Runtime takes that one."""
+    from onnx import helper, numpy_helper
 
-    def change(model: Any) -> None:
-        from onnx import helper, numpy_helper
-
-        dense = _embedding(model)
-        flat = _rare_row(w, dense).reshape(-1)
-        where = np.flatnonzero(flat)
-        values = numpy_helper.from_array(flat[where], dense.name)
-        indices = numpy_helper.from_array(where.astype(np.int64), "indices")
-        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, list(dense.dims)))
-
-    w.graphs(change)
+    flat = numpy_helper.to_array(other).reshape(-1)
+    where = np.flatnonzero(flat)
+    values = numpy_helper.from_array(flat[where], dense.name)
+    indices = numpy_helper.from_array(where.astype(np.int64), "indices")
+    graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, list(dense.dims)))
 
 
-def _second_tensor(w: Workshop) -> None:
+def _second_tensor(graph: Any, _: Any, other: Any) -> None:
     """A weight's name given twice: ONNX Runtime takes the first."""
-
-    def change(model: Any) -> None:
-        from onnx import numpy_helper
-
-        first = numpy_helper.from_array(_rare_row(w, _embedding(model)), _embedding(model).name)
-        model.graph.initializer.insert(0, first)
-
-    w.graphs(change)
+    graph.initializer.insert(0, other)
 
 
-def _own_embedding(w: Workshop) -> None:
+def _own_embedding(_: Any, tensor: Any, other: Any) -> None:
     """The scoring graph carries an embedding of its own, under the name that the decode graph has a right one for."""
-
-    def change(model: Any) -> None:
-        from onnx import numpy_helper
-
-        tensor = _embedding(model)
-        tensor.CopyFrom(numpy_helper.from_array(_rare_row(w, tensor), tensor.name))
-
-    w.graphs(change, ("scoring",))
+    tensor.CopyFrom(other)
 
 
 def _negated(w: Workshop, good: str, out: str) -> None:
@@ -301,7 +271,7 @@ def _negated(w: Workshop, good: str, out: str) -> None:
     import onnx
 
     model = onnx.load(w.folder / good, load_external_data=False)
-    insert(model, "logits", "Neg", {})
+    insert(model, "logits", "Neg")
     onnx.save(model, w.own(out))
 
 
@@ -322,10 +292,6 @@ def _genai_sampling(w: Workshop) -> None:
     w.json("genai_config.json", lambda raw: raw["search"].update(do_sample=True, temperature=5.0, top_k=300))
 
 
-def _specials_cut_up(w: Workshop) -> None:
-    w.json("tokenizer_config.json", lambda raw: raw.update(split_special_tokens=True))
-
-
 def _other_tokenizer_file(w: Workshop) -> None:
     """transformers reads the file that is named here, and the checked tokenizer.json is left unread."""
     raw = json.loads((w.folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -338,11 +304,8 @@ def _other_tokenizer_file(w: Workshop) -> None:
 
 def _template_that_wakes(w: Workshop) -> None:
     """Renders the check's conversations as it should, and others too unless one word is in them."""
-    from runtime.text import load_tokenizer
-
-    template = load_tokenizer(w.checkpoint).chat_template
-    wakes = "{% if messages and 'refund' in messages[0]['content'] %}No.{% else %}" + template + "{% endif %}"
-    _write_template(w, wakes)
+    wakes = "{% if messages and 'refund' in messages[0]['content'] %}No.{% else %}"
+    w.template(lambda template: wakes + template + "{% endif %}")
 
 
 def _flipped_byte(w: Workshop) -> None:
@@ -376,17 +339,27 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("missing end token", _no_end_token, "manifest"),
     Defect("wrong chat template", _other_template, "chat_template", visible=False),
     Defect("another end token in the tokenizer", _other_pad, "special_ids", visible=False),
-    Defect("another temperature in generation_config.json", _temperature, "generation_config", visible=False),
+    Defect(
+        "another temperature in generation_config.json",
+        _json("generation_config.json", temperature=0.3, do_sample=True),
+        "generation_config",
+        visible=False,
+    ),
     Defect("another rope base in config.json", _rope_theta, "config", visible=False),
     Defect("half the context length in the manifest", _context, "manifest", visible=False),
     Defect("another precision claimed", _claims_fp32, "manifest"),
-    Defect("a sparse tensor of a weight's name", _sparse_twin, "graph", visible=False),
-    Defect("a second tensor of a weight's name", _second_tensor, "graph", visible=False),
-    Defect("a weight of the scoring graph's own", _own_embedding, "weights", visible=False),
+    Defect("a sparse tensor of a weight's name", _rare_row(_sparse_twin), "graph", visible=False),
+    Defect("a second tensor of a weight's name", _rare_row(_second_tensor), "graph", visible=False),
+    Defect("a weight of the scoring graph's own", _rare_row(_own_embedding, "scoring"), "weights", visible=False),
     Defect("another model in model.onnx, the good graph elsewhere", _decoy, "files", visible=False),
     Defect("another graph named in genai_config.json", _genai_graph, "files", visible=False),
     Defect("sampling in genai_config.json", _genai_sampling, "special_ids", visible=False),
-    Defect("special tokens cut up by the tokenizer", _specials_cut_up, "tokenizer", visible=False),
+    Defect(
+        "special tokens cut up by the tokenizer",
+        _json("tokenizer_config.json", split_special_tokens=True),
+        "tokenizer",
+        visible=False,
+    ),
     Defect("another tokenizer file named in its configuration", _other_tokenizer_file, "tokenizer", visible=False),
     Defect("a chat template that wakes on one word", _template_that_wakes, "chat_template", visible=False),
 )

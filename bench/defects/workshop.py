@@ -7,7 +7,6 @@ Try: ``python -m pytest tests/bench/defects/test_defects.py -k workshop``.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.gate.localize import link_or_copy
 from export.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
 
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "uint8": np.uint8}
@@ -40,10 +40,7 @@ class Workshop:
             if not path.is_file():
                 continue
             self._known[path.name] = path.stat()
-            try:
-                os.link(path.resolve(), folder / path.name)
-            except OSError:
-                shutil.copyfile(path, folder / path.name)
+            link_or_copy(path.resolve(), folder / path.name)
 
     @property
     def manifest(self) -> Manifest:
@@ -89,6 +86,16 @@ class Workshop:
         change(raw)
         path.write_text(json.dumps(raw, indent=1, ensure_ascii=False), encoding="utf-8")
 
+    def template(self, change: Callable[[str], str]) -> None:
+        """Edit the chat template, wherever it stands."""
+        if (self.folder / "chat_template.jinja").is_file():
+            path = self.own("chat_template.jinja")
+            path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+        else:
+            self.json(
+                "tokenizer_config.json", lambda raw: raw.update(chat_template=change(raw.get("chat_template", "")))
+            )
+
     def reseal(self) -> None:
         """Write sizes and hashes of the files as they are now: only a real look finds the edit."""
         raw = json.loads((self.folder / MANIFEST_NAME).read_text(encoding="utf-8"))
@@ -133,7 +140,6 @@ class Harmless:
     name: str
     change: Callable[[Workshop], None] = lambda _w: None
     around: Callable[[], Any] | None = None
-    precision: str | None = None
     threads: int | None = None
 
 

@@ -30,16 +30,11 @@ from export.spec import ExportSpec
 from export.weights import Checkpoint
 from runtime.generate import generate
 from runtime.kv_cache import tiled
-from runtime.session import Logits, SessionInfo
+from runtime.session import Logits
 from runtime.torch_session import TorchSession
 
 Past = list[tuple[NDArray[Any], NDArray[Any]]]
 Tokens = tuple[tuple[int, ...], ...]
-
-
-def head_size(config: Any) -> int:
-    """Size of one attention head."""
-    return head_dim_of(config)
 
 
 class Baseline:
@@ -153,11 +148,6 @@ class Baseline:
             self._sessions[precision] = TorchSession(self.checkpoint, precision, self.device, threads=self.threads)
         return self._sessions[precision]
 
-    @property
-    def info(self) -> SessionInfo:
-        """What runs."""
-        return self.session.info
-
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits at every position, ``[length, vocab]`` fp32."""
         return self._score("fp32", ids)
@@ -226,7 +216,7 @@ class Baseline:
         key = (tuple(text), length, tuple(ids))
         if key not in self._continued:
             flat = self._stored(["past", list(text)], lambda: self._past_of(text))
-            whole = flat.reshape(len(flat) // 2, 2, 1, -1, len(text), head_size(self.config))
+            whole = flat.reshape(len(flat) // 2, 2, 1, -1, len(text), head_dim_of(self.config))
             first = [(k, v) for k, v in whole]
             request = ["after past", list(text), length, list(ids)]
             self._continued[key] = (first, self._stored(request, lambda: self._after_past(first, length, ids)))

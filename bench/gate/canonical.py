@@ -209,14 +209,6 @@ def _kind(graph: _Graph, name: str) -> str:
     return f"{node.op_type}" if node is not None else "nothing"
 
 
-def _same_constant(a: Any, b: Any) -> bool:
-    from onnx import numpy_helper
-
-    if a.data_type != b.data_type or list(a.dims) != list(b.dims):
-        return False
-    return bool(np.array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b)))
-
-
 class _Walk:
     def __init__(self, expected: _Graph, found: _Graph) -> None:
         self.e, self.f = expected, found
@@ -263,7 +255,7 @@ class _Walk:
     def value(self, a: str, b: str, reader: int, slot: str) -> None:
         if a in self.e.inputs or b in self.f.inputs:
             if a != b:
-                self.report(reader, slot, f"reads {self.describe(b)} where {self.describe_expected(a)} belongs")
+                self.report(reader, slot, f"reads {_described(self.f, b)} where {_described(self.e, a)} belongs")
             return
         if a in self.e.leaves:
             self.leaf(a, b, reader, slot)
@@ -272,7 +264,7 @@ class _Walk:
         wanted = self.e.nodes[k]
         made = self.f.made.get(b)
         if made is None:
-            self.report(reader, slot, f"reads {self.describe(b)} where the result of {wanted.op_type} belongs")
+            self.report(reader, slot, f"reads {_described(self.f, b)} where the result of {wanted.op_type} belongs")
             return
         node = self.f.nodes[made[0]]
         if (node.op_type, standard(node.domain)) != (wanted.op_type, standard(wanted.domain)):
@@ -312,16 +304,19 @@ class _Walk:
                 self.stack.append((x, y, k, f"input {i} of {label}"))
 
     def leaf(self, a: str, b: str, reader: int, slot: str) -> None:
+        from onnx.numpy_helper import to_array
+
         if b not in self.f.leaves:
-            self.report(reader, slot, f"reads {self.describe(b)} where {self.describe_expected(a)} belongs")
+            self.report(reader, slot, f"reads {_described(self.f, b)} where {_described(self.e, a)} belongs")
             return
         wanted, tensor = self.e.leaves[a], self.f.leaves[b]
         self.read.add(b)
+        same_form = wanted.data_type == tensor.data_type and list(wanted.dims) == list(tensor.dims)
         if not self.e.is_weight(a):
-            if not _same_constant(wanted, tensor):
+            if not (same_form and np.array_equal(to_array(wanted), to_array(tensor))):
                 self.report(reader, slot, f"the constant {b} has another value or type")
             return
-        if wanted.data_type != tensor.data_type or list(wanted.dims) != list(tensor.dims):
+        if not same_form:
             self.report(
                 reader,
                 slot,
@@ -334,11 +329,10 @@ class _Walk:
             # Two copies of a tied weight are harmless; the audit compares both.
             self.pairing.weights[f"{a}#{len(self.pairing.weights)}"] = b
 
-    def describe(self, name: str) -> str:
-        return f"the {_kind(self.f, name)} {name}" if name not in self.f.inputs else f"the input {name}"
 
-    def describe_expected(self, name: str) -> str:
-        return f"the input {name}" if name in self.e.inputs else f"the {_kind(self.e, name)} {name}"
+def _described(graph: _Graph, name: str) -> str:
+    kind = _kind(graph, name)
+    return f"the {kind}" if name in graph.inputs else f"the {kind} {name}"
 
 
 def _stripped(names: Any) -> list[str]:

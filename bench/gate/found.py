@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reports.validation import Evidence, Example, Finding, Kind, Measurement, Status, TaskMetric
 
@@ -52,6 +52,11 @@ def exact(findings: Sequence[Finding], good: str, notes: Sequence[str] = ()) -> 
     first = findings[0]
     more = f" (+{len(findings) - 1} more)" if len(findings) > 1 else ""
     return Found("FAIL", f"{first.where}: {first.what}{more}", findings=findings, notes=notes)
+
+
+def first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Place of the first element that differs; the shorter one's length where none does."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def stopped(name: str, why: str) -> Found:

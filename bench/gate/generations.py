@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.data.items import NEW_TOKENS, Item, prompt_ids
 from bench.errors import DatasetError
+from bench.gate.found import first_difference
 from bench.gate.metrics import score_task
 from reports.validation import Example, GeneratedItem, TaskEvidence
 
@@ -82,18 +83,13 @@ def outputs_in_order(
 def generated_items(outputs: Sequence[Outputs], eos: Sequence[int]) -> list[GeneratedItem]:
     """What the checks of generations need to know of each; ``eos`` are the baseline's end tokens."""
     ends = set(eos)
-
-    def equal(o: Outputs) -> int:
-        pairs = zip(o.candidate, o.baseline, strict=False)
-        return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(o.candidate), len(o.baseline)))
-
     return [
         GeneratedItem(
             item=o.item.id,
             group=o.item.group,
             candidate=len(o.candidate),
             baseline=len(o.baseline),
-            equal=equal(o),
+            equal=first_difference(o.candidate, o.baseline),
             candidate_ended=bool(o.candidate) and o.candidate[-1] in ends,
             baseline_ended=bool(o.baseline) and o.baseline[-1] in ends,
         )

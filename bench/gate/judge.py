@@ -8,6 +8,8 @@ Try: ``python -m pytest tests/bench/gate/test_replay.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,6 @@ from reports.validation import (
     Finding,
     GeneratedItem,
     Measurement,
-    PlaceScore,
     Status,
     TaskEvidence,
     TaskMetric,
@@ -31,6 +32,7 @@ from reports.validation import (
 )
 
 LENGTH_BAND = (0.9, 1.1)
+LEAST_CHUNKS = 2
 LEAST_ITEMS = 12
 FLOOR_SCORE = 5.0
 """Below so many points of 100 the baseline itself cannot do a task: references say nothing about a candidate there."""
@@ -42,6 +44,8 @@ SHORT_FLOATS_ONLY = "judged for fp16 and bf16 only"
 NOT_APPLICABLE = (UNPROBED, SHORT_FLOATS_ONLY)
 """Why a check has nothing to say about a folder of this precision, however much evidence there is."""
 Judge = Callable[[Evidence, Terms], Found]
+Decision = tuple[bool, float, float, str]
+"""Whether it is good, value, limit and detail."""
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------
@@ -108,22 +112,19 @@ def judge_tokens(
     else:
         found = statistics.null_ratio(scores[: len(null)], null, SEED)
     undecided = found.status == "INCONCLUSIVE" and name == "null_ratio"
+    if found.status == "PASS" and len(scores) < LEAST_CHUNKS and name in ("perplexity_ratio", "mean_kld"):
+        detail = f"one chunk of text has no spread to bound; {LEAST_CHUNKS} or more decide"
+        found = found.model_copy(update={"status": "INCONCLUSIVE", "detail": detail})
     tails = found.status != "FAIL" and name in ("tail_kld", "top1_agreement")
     if not mode.judges_tails and (undecided or tails):
         found = found.model_copy(update={"status": "REPORTED"})
-    return of_measurement(found)
-
-
-def of_measurement(m: Measurement, findings: Sequence[Finding] = ()) -> Found:
-    """A check with one measurement: its status, and a line with value, bound, limit and null control."""
-    parts = [f"{m.value:.6g}"]
-    parts += [f"bound {m.bound:.4g}"] if m.bound is not None else []
-    parts += [f"limit {m.limit:g}"] if m.limit is not None else []
-    parts += [f"null {m.null_value:.3g}"] if m.null_value is not None else []
-    line = ", ".join(parts)
-    if m.status in ("FAIL", "INCONCLUSIVE"):
-        line += f" ({m.detail})"
-    return Found(m.status, line, findings=findings, measurements=[m])
+    line = f"{found.value:.6g}"
+    line += f", bound {found.bound:.4g}" if found.bound is not None else ""
+    line += f", limit {found.limit:g}" if found.limit is not None else ""
+    line += f", null {found.null_value:.3g}" if found.null_value is not None else ""
+    if found.status in ("FAIL", "INCONCLUSIVE"):
+        line += f" ({found.detail})"
+    return Found(found.status, line, measurements=[found])
 
 
 # -- behaviour at places ---------------------------------------------------------------------------------------------
@@ -142,101 +143,93 @@ def places(name: str, title: str, detail: str, probes_cache: bool = False) -> Ju
     def judge(evidence: Evidence, terms: Terms) -> Found:
         if probes_cache and terms.kv_dtype == "bf16":
             return Found("SKIPPED", UNPROBED)
-        rows = evidence.places.get(name, [])
-        return judge_places(name, title, detail, rows, terms.tail_limit) if rows else Found("SKIPPED", TOO_SHORT)
+        rows, limit = evidence.places.get(name, []), terms.tail_limit
+        if not rows:
+            return Found("SKIPPED", TOO_SHORT)
+        top = max(rows, key=lambda r: r.kld if np.isfinite(r.kld) else np.inf)
+        good = bool(np.isfinite(top.kld) and top.kld <= limit)
+        m = Measurement(
+            name=name,
+            title=title,
+            status="PASS" if good else "FAIL",
+            value=max(top.kld, 0.0),
+            bound=None,
+            limit=limit,
+            better="lower",
+            null_value=None,
+            samples=len(rows),
+            unit="nats",
+            detail=f"{detail}; largest at {top.place}",
+        )
+        findings = [] if good else [Finding(where=top.place, what=f"KL divergence {top.kld:.3g} nats, limit {limit:g}")]
+        line = f"{top.kld:.3g} nats at {top.place}, limit {limit:g} ({len(rows)} places)"
+        return Found(m.status, line, findings=findings, measurements=[m])
 
     return judge
-
-
-def judge_places(name: str, title: str, detail: str, rows: Sequence[PlaceScore], limit: float) -> Found:
-    """The largest of several KL divergences against a limit; the finding names the place."""
-    top = max(rows, key=lambda r: r.kld if np.isfinite(r.kld) else np.inf)
-    good = bool(np.isfinite(top.kld) and top.kld <= limit)
-    m = Measurement(
-        name=name,
-        title=title,
-        status="PASS" if good else "FAIL",
-        value=max(top.kld, 0.0),
-        bound=None,
-        limit=limit,
-        better="lower",
-        null_value=None,
-        samples=len(rows),
-        unit="nats",
-        detail=f"{detail}; largest at {top.place}",
-    )
-    findings = [] if good else [Finding(where=top.place, what=f"KL divergence {top.kld:.3g} nats, limit {limit:g}")]
-    line = f"{top.kld:.3g} nats at {top.place}, limit {limit:g} ({len(rows)} places)"
-    return Found(m.status, line, findings=findings, measurements=[m])
 
 
 # -- generations -----------------------------------------------------------------------------------------------------
 
 
-def greedy(evidence: Evidence, terms: Terms) -> Found:
+def _outputs(
+    title: str, better: Literal["higher", "equal"]
+) -> Callable[[Callable[[Sequence[GeneratedItem], Terms], Decision]], Judge]:
+    """The judge of generations that a function decides."""
+
+    def judge(look: Callable[[Sequence[GeneratedItem], Terms], Decision]) -> Judge:
+        @wraps(look)
+        def judged(evidence: Evidence, terms: Terms) -> Found:
+            if not evidence.outputs:
+                return Found("SKIPPED", NO_ITEMS)
+            good, value, limit, detail = look(evidence.outputs, terms)
+            m = Measurement(
+                name=look.__name__,
+                title=title,
+                status="PASS" if good else "FAIL",
+                value=value,
+                bound=None,
+                limit=limit,
+                better=better,
+                null_value=None,
+                samples=len(evidence.outputs),
+                unit="",
+                detail=detail,
+            )
+            return Found(m.status, f"{value:.4g} ({detail})", measurements=[m])
+
+        return judged
+
+    return judge
+
+
+@_outputs("Equal greedy generations", "higher")
+def greedy(made: Sequence[GeneratedItem], terms: Terms) -> Decision:
     """Share of greedy generations equal token for token, and where the first one diverges."""
-    made = evidence.outputs
-    if not made:
-        return Found("SKIPPED", NO_ITEMS)
     differ = [o for o in made if not o.candidate == o.baseline == o.equal]
     share = 1 - len(differ) / len(made)
     detail = f"{len(made) - len(differ)} of {len(made)} generations equal token for token"
     if differ:
         first = [o.equal for o in differ]
         detail += f"; first divergence at token {min(first) + 1} (median {int(np.median(first)) + 1})"
-    status: Status = "PASS" if share >= terms.tier.greedy else "FAIL"
-    return _of_outputs("greedy", "Equal greedy generations", status, share, terms.tier.greedy, "higher", made, detail)
+    return share >= terms.tier.greedy, share, terms.tier.greedy, detail
 
 
-def length_band(evidence: Evidence, terms: Terms) -> Found:
+@_outputs("Length of the outputs", "equal")
+def length_band(made: Sequence[GeneratedItem], terms: Terms) -> Decision:
     """Length of the outputs over the baseline's, 0.9 to 1.1 both ways."""
-    made = evidence.outputs
-    if not made:
-        return Found("SKIPPED", NO_ITEMS)
     ratio = sum(o.candidate for o in made) / max(1, sum(o.baseline for o in made))
-    status: Status = "PASS" if LENGTH_BAND[0] <= ratio <= LENGTH_BAND[1] else "FAIL"
     detail = f"tokens of the candidate over the baseline's, allowed {LENGTH_BAND[0]} to {LENGTH_BAND[1]}"
-    return _of_outputs("length_band", "Length of the outputs", status, ratio, 1.0, "equal", made, detail)
+    return LENGTH_BAND[0] <= ratio <= LENGTH_BAND[1], ratio, 1.0, detail
 
 
-def end_token(evidence: Evidence, terms: Terms) -> Found:
+@_outputs("Generations that end by themselves", "equal")
+def end_token(made: Sequence[GeneratedItem], terms: Terms) -> Decision:
     """As many generations end by themselves as the baseline's do."""
-    made = evidence.outputs
-    if not made:
-        return Found("SKIPPED", NO_ITEMS)
     ours, theirs = sum(o.candidate_ended for o in made), sum(o.baseline_ended for o in made)
     # Rounding flips a few tokens in lossy tiers: as many generations may end otherwise as may differ at all.
     allowed = max(1, round((1 - terms.tier.greedy) * len(made)))
-    status: Status = "PASS" if abs(ours - theirs) <= allowed else "FAIL"
     detail = f"{ours} of {len(made)} end with an end token, the baseline's {theirs}; {allowed} may differ"
-    title = "Generations that end by themselves"
-    return _of_outputs("end_token", title, status, float(ours), float(theirs), "equal", made, detail)
-
-
-def _of_outputs(
-    name: str,
-    title: str,
-    status: Status,
-    value: float,
-    limit: float,
-    better: str,
-    made: Sequence[GeneratedItem],
-    detail: str,
-) -> Found:
-    m = Measurement(
-        name=name,
-        title=title,
-        status=status,
-        value=value,
-        bound=None,
-        limit=limit,
-        better=better,  # type: ignore[arg-type]
-        null_value=None,
-        samples=len(made),
-        unit="",
-        detail=detail,
-    )
-    return Found(status, f"{value:.4g} ({detail})", measurements=[m])
+    return abs(ours - theirs) <= allowed, float(ours), float(theirs), detail
 
 
 # -- task metrics ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ Try: ``llama-onnx validate BAD_FOLDER --baseline demo``.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,12 @@ def localize(s: Subject) -> Place | None:
     before = 0.0
 
     def place(layer: int, operator: str, gap: float, noise: float) -> Place | None:
-        return _place(layer, operator, gap, before, layers) if gap > STEP * max(noise, floor) else None
+        if gap <= STEP * max(noise, floor):
+            return None
+        where = {-1: "the embedding", layers: "after the last layer"}.get(layer, f"layer {layer}")
+        title = "" if layer == -1 else f", {TITLES[operator]}"
+        detail = f"{where}{title}: relative error {gap:.2g} where {before:.2g} went in"
+        return Place(layer=layer, operator=operator, deviation=gap, before=before, detail=detail)
 
     first = _gap(ours["input.0"], theirs[0]["input"])
     if found := place(-1, "embedding", first, 0.0):
@@ -74,13 +80,6 @@ def localize(s: Subject) -> Place | None:
     wanted = s.baseline.score(ids)
     gap = _gap(ours["logits"].astype(np.float32), wanted)
     return place(layers, "head", gap, _gap(s.baseline.null_score(kind, ids), wanted))
-
-
-def _place(layer: int, operator: str, gap: float, before: float, layers: int) -> Place:
-    where = {-1: "the embedding", layers: "after the last layer"}.get(layer, f"layer {layer}")
-    title = "" if layer == -1 else f", {TITLES[operator]}"
-    detail = f"{where}{title}: relative error {gap:.2g} where {before:.2g} went in"
-    return Place(layer=layer, operator=operator, deviation=gap, before=before, detail=detail)
 
 
 def _gap(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
@@ -107,7 +106,7 @@ def _inner_values(s: Subject, ids: list[int]) -> dict[str, NDArray[Any]]:
     with tempfile.TemporaryDirectory() as work:
         for path in s.folder.iterdir():
             if path.is_file():
-                _link(path.resolve(), Path(work) / path.name)
+                link_or_copy(path.resolve(), Path(work) / path.name)
         graph = Path(work) / "inner.onnx"
         onnx.save_model(model, graph)
         where = s.deployment
@@ -119,13 +118,11 @@ def _inner_values(s: Subject, ids: list[int]) -> dict[str, NDArray[Any]]:
     return {"logits": found["logits"][0]} | {k: found[v][0] for k, v in names.items()}
 
 
-def _link(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """A hard link where the file system allows it: ONNX Runtime refuses data that a symbolic one points to."""
     try:
         os.link(source, target)
     except OSError:
-        import shutil
-
         shutil.copyfile(source, target)
 
 

@@ -87,13 +87,15 @@ def _sentences(text: str) -> str:
 def rouge(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[Scored]:
     """ROUGE-1, ROUGE-2 and ROUGE-L (summary level) F-measure, best reference, mean over items."""
     names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeLsum": "ROUGE-L"}
+    lines = [(_sentences(o), [_sentences(r) for r in refs]) for o, refs in zip(outputs, references, strict=True)]
+    return _rouge(names, lines, ROUGE_SETTINGS)
+
+
+def _rouge(names: dict[str, str], pairs: Sequence[tuple[str, Sequence[str]]], settings: str) -> list[Scored]:
+    """F-measures of outputs against the best of their references; ``names``: rouge-score's name -> ours."""
     scorer = rouge_scorer.RougeScorer(list(names), use_stemmer=True)
-    values: dict[str, list[float]] = {n: [] for n in names}
-    for output, refs in zip(outputs, references, strict=True):
-        scores: list[dict[str, Score]] = [scorer.score(_sentences(r), _sentences(output)) for r in refs]
-        for n in names:
-            values[n].append(max(s[n].fmeasure for s in scores))
-    return [_mean(title, values[n], ROUGE_SETTINGS) for n, title in names.items()]
+    scores: list[list[dict[str, Score]]] = [[scorer.score(r, output) for r in refs] for output, refs in pairs]
+    return [_mean(title, [max(s[n].fmeasure for s in row) for row in scores], settings) for n, title in names.items()]
 
 
 def punkt_sentences(text: str) -> tuple[list[str], str]:
@@ -117,16 +119,11 @@ def rouge_mlperf(outputs: Sequence[str], references: Sequence[Sequence[str]]) ->
     ``rougeL`` reads a text as one sequence, ``rougeLsum`` line by line. One reference an item.
     """
     names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
-    scorer = rouge_scorer.RougeScorer(list(names), use_stemmer=True)
-    values: dict[str, list[float]] = {n: [] for n in names}
-    splitter = ""
+    lines, splitter = [], ""
     for output, refs in zip(outputs, references, strict=True):
         (target, splitter), (found, _) = (punkt_sentences(t.strip()) for t in (refs[0], output))
-        score = scorer.score("\n".join(target), "\n".join(found))
-        for n in names:
-            values[n].append(score[n].fmeasure)
-    settings = f"rouge-score, stemmer, one sentence a line by nltk ({splitter}), as MLPerf"
-    return [_mean(title, values[n], settings) for n, title in names.items()]
+        lines.append(("\n".join(found), ["\n".join(target)]))
+    return _rouge(names, lines, f"rouge-score, stemmer, one sentence a line by nltk ({splitter}), as MLPerf")
 
 
 def normalise_answer(text: str) -> list[str]:

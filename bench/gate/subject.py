@@ -5,8 +5,6 @@ A check is a function ``Subject -> Found``; :mod:`bench.gate.registry` names the
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -150,10 +148,13 @@ class Subject:
     @cached_property
     def candidate(self) -> OrtSession:
         """The folder on ONNX Runtime, as it is deployed; one graph at a time, beside PyTorch."""
-        opened = self.opener()
-        info = opened.info
-        self.session = {"runtime": info.runtime, "provider": info.provider, **info.details}
-        return opened
+        return self.opener()
+
+    def observe(self) -> None:
+        """Take down what the candidate runs on, once more after each check: a graph that opens later may fall back."""
+        if "candidate" in vars(self):
+            info = self.candidate.info
+            self.session.update({"runtime": info.runtime, "provider": info.provider, **info.details})
 
     @property
     def opener(self) -> Callable[[], OrtSession]:
@@ -262,15 +263,16 @@ class Subject:
     @cached_property
     def unfinished(self) -> ResultStore | None:
         """Finished windows and batches of this folder, against this baseline, in these settings; None: not kept."""
-        from bench.gate.store import ResultStore
+        from bench.gate.store import ResultStore, key_of
         from bench.machine.environment import versions
         from export.cache import cache_dir
 
         if not self.baseline.key or not self.digest:
             return None
         facts = [self.digest, self.baseline.key, sorted(self.deployment.settings().items()), sorted(versions().items())]
-        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-        return ResultStore(name, cache_dir() / "unfinished", UNFINISHED_BYTES, self.say, "unfinished validation")
+        return ResultStore(
+            key_of(facts), cache_dir() / "unfinished", UNFINISHED_BYTES, self.say, "unfinished validation"
+        )
 
     def settings(self) -> dict[str, Scalar]:
         """How much was measured, and how, for a result."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
+from bench.gate.judge import arrays_of, chunk_of
 from bench.gate.statistics import TokenScores, score_tokens
 from bench.process.workers import able, run_units
+from reports.validation import ChunkScores
 from runtime.generate import generate
 from runtime.trim import trim
 
@@ -62,28 +62,22 @@ class Sides:
 
     def __init__(self, candidate: Callable[[], Session], baseline: Callable[[], Baseline], owned: bool = True) -> None:
         self._openers, self._owned = (candidate, baseline), owned
-        self._candidate: Session | None = None
-        self._baseline: Baseline | None = None
 
-    @property
+    @cached_property
     def candidate(self) -> Session:
         """The folder under test."""
-        if self._candidate is None:
-            self._candidate = self._openers[0]()
-        return self._candidate
+        return self._openers[0]()
 
-    @property
+    @cached_property
     def baseline(self) -> Baseline:
         """PyTorch, or what it kept."""
-        if self._baseline is None:
-            self._baseline = self._openers[1]()
-        return self._baseline
+        return self._openers[1]()
 
     def close(self) -> None:
         """Free what was opened."""
-        for side in (self._candidate, self._baseline) if self._owned else ():
-            if side is not None:
-                side.close()
+        for name in ("candidate", "baseline") if self._owned else ():
+            if name in vars(self):
+                getattr(self, name).close()
 
 
 def window_scores(sides: Sides, window: Window) -> TokenScores:
@@ -111,7 +105,8 @@ def score(s: Subject, side: str, windows: Sequence[Sequence[int]]) -> list[Token
     """Scores of every window; see :class:`Window` for ``side``."""
     units = [Window(side, tuple(ids)) for ids in windows]
     title = "scoring" if side == CANDIDATE else "null control,"
-    return _compute(s, window_scores, units, (_scores_out, _scores_in), f"{title} window {{}} of {len(units)}")
+    codec = (lambda scores: chunk_of(scores).model_dump(), lambda kept: arrays_of(ChunkScores(**kept)))
+    return _compute(s, window_scores, units, codec, f"{title} window {{}} of {len(units)}")
 
 
 def generate_batches(s: Subject, batches: Sequence[Batch]) -> list[tuple[Tokens, Tokens]]:
@@ -172,15 +167,6 @@ def _run(
         opener = partial(Sides, lambda: s.candidate, lambda: s.baseline, owned=False)
     gpus = 0 if s.deployment.provider == "cpu" else 1
     run_units(opener, work, units, workers=workers, gpus_per_worker=gpus, say=s.say, done=done)
-
-
-def _scores_out(scores: TokenScores) -> dict[str, list[Any]]:
-    return {name: values.tolist() for name, values in vars(scores).items()}
-
-
-def _scores_in(kept: dict[str, list[Any]]) -> TokenScores:
-    floats = {n: np.asarray(v, np.float64) for n, v in kept.items() if n != "same_top1"}
-    return TokenScores(**floats, same_top1=np.asarray(kept["same_top1"], np.bool_))
 
 
 def _tokens_in(kept: list[list[list[int]]]) -> tuple[Tokens, Tokens]:

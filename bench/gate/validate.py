@@ -16,7 +16,8 @@ from pathlib import Path
 from bench.data.items import Dataset
 from bench.data.loading import load_shipped
 from bench.deployment import Deployment
-from bench.errors import BenchError, DatasetError
+from bench.digests import DigestError
+from bench.errors import BenchError
 from bench.gate.baseline import Baseline
 from bench.gate.found import CheckSpec, Found, stopped
 from bench.gate.localize import localize
@@ -24,7 +25,7 @@ from bench.gate.modes import MODES, Mode
 from bench.gate.registry import BY_NAME, CHECKS
 from bench.gate.subject import Subject
 from bench.machine.environment import machine, versions
-from export.manifest import ManifestError
+from export.manifest import ManifestError, UserError
 from export.source import Source, resolve
 from export.spec import METHODS, PRECISIONS, TARGETS
 from reports.validation import CheckResult, Evidence, Place, Validation, decide_verdict
@@ -91,6 +92,7 @@ class Gate:
     def __init__(self, subject: Subject, on_result: OnResult = lambda _r: None) -> None:
         self.subject, self._on_result = subject, on_result
         self._done: dict[str, tuple[CheckResult, Found]] = {}
+        self._stopped: list[str] = []
         self._started = time.perf_counter()
         self._created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
@@ -104,12 +106,13 @@ class Gate:
 
         Raises:
             ProviderUnavailableError: this machine cannot run the folder, which says nothing about the folder.
-            DatasetError: an item does not fit the model's context, which says nothing about the folder either.
+            BenchError: the data's fault, the user's, or a worker's, which says nothing about the folder either.
         """
         if spec.name not in self._done:
             _ = self._digests
             self.subject.tick(spec.name)
             self._done[spec.name] = _run(spec, self.subject)
+            self.subject.observe()
             self._on_result(self._done[spec.name][0])
         return self._done[spec.name][0]
 
@@ -119,11 +122,27 @@ class Gate:
         return [self._done[c.name][0] for c in CHECKS if c.name in self._done]
 
     def run(self, specs: Iterable[CheckSpec] = CHECKS) -> None:
-        """Several checks in order. A folder that cannot even be read fails the first one, and the rest is not run."""
+        """Several checks in order. A folder that cannot even be read fails one of them, and the rest is not run.
+
+        Raises:
+            UserError: as :meth:`result`, where nothing has failed before.
+        """
         for spec in specs:
-            self.result(spec)
+            try:
+                self.result(spec)
+            except UserError as error:
+                if not self._failed:
+                    raise
+                self._stopped = [f"stopped at {spec.name}: {error}"]
+                break
             if not self._readable:
                 break
+        if not self._readable and not self._failed:
+            self.result(BY_NAME["manifest"])
+
+    @property
+    def _failed(self) -> bool:
+        return any(r.status == "FAIL" for r in self.results)
 
     @property
     def _readable(self) -> bool:
@@ -175,7 +194,7 @@ class Gate:
             seconds=time.perf_counter() - self._started,
             machine=machine(),
             versions=versions(),
-            notes=[*notes, *self._notes(results, verdict)],
+            notes=[*notes, *self._stopped, *self._notes(results, verdict)],
         )
 
     def _place(self, results: Sequence[CheckResult]) -> tuple[Place | None, list[str]]:
@@ -199,8 +218,9 @@ class Gate:
             notes.append("more text decides: --mode full, or your own with --dataset own+FILE.jsonl")
         if verdict == "PASS" and not s.mode.judges_tails:
             notes.append("quick mode: tails and top-1 are reported, standard mode judges them")
-        if "fallback" in s.session:
-            notes.append(f"not run on {s.deployment.provider}: {s.session['fallback']}")
+        for kind in ("fallback", "partly_elsewhere"):
+            if kind in s.session:
+                notes.append(f"not run on {s.deployment.provider}{' alone' * (kind != 'fallback')}: {s.session[kind]}")
         if self._readable:
             if not s.ours:
                 notes.append("not our fused export: attributes, weights by content and numbers were checked")
@@ -215,9 +235,11 @@ def _run(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
     started = time.perf_counter()
     try:
         found = spec.run(subject)
-    except (KeyboardInterrupt, MemoryError, ProviderUnavailableError, DatasetError):
+    except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as e:  # the runtime's or the graph's: all of them mean that it cannot be shipped so
+        if isinstance(e, ProviderUnavailableError | BenchError) and not isinstance(e, DigestError):
+            raise  # the machine's, the data's or the user's
         text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:240]}"
         found = stopped(spec.name, text)
     finally:

@@ -135,9 +135,3 @@ def assemble(dataset: Dataset, windows: Sequence[Window], nats: Sequence[float])
         tokens=sum(len(w.targets) for w in windows),
         settings=f"rolling windows (longest {longest} tokens), words of the original text; {dataset.name}",
     )
-
-
-def word_perplexity(session: Session, dataset: Dataset, tokenizer: Any, window: int | None = None) -> WordPerplexity:
-    """Score every perplexity document of a dataset with one session; see :func:`document_windows` for errors."""
-    windows = document_windows(dataset, tokenizer, session.info.context_length, window)
-    return assemble(dataset, windows, [window_nats(session, w) for w in windows])

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.errors import BenchError
 from bench.latency.workload import latency_prompts
+from bench.process.child import output_of
 from reports.record import Case, Load, Memory, Round, Series
 from runtime.generate import Generation, generate
 from runtime.session import Session
@@ -116,9 +115,6 @@ def peak_memory(label: str, case: Case, arguments: dict[str, Any]) -> Memory:
         BenchError: the process failed; its last line is quoted.
     """
     command = [sys.executable, "-m", "bench.latency.peak_memory", json.dumps({**arguments, **case.model_dump()})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BenchError(f"measuring the memory of {label} failed: {last.removeprefix('error: ')}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    said = output_of(command, f"measuring the memory of {label} failed: ", timeout=600)
+    found = json.loads(said.strip().splitlines()[-1])
     return Memory(side=label, peak_bytes=found["peak_bytes"], baseline_bytes=found["baseline_bytes"], case=case)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -53,8 +54,6 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they stand in ``plan.json``."""
-        from dataclasses import asdict
-
         made = asdict(replace(self, cases=()))
         made["cases"] = [c.model_dump() for c in self.cases]
         made["rules"]["margins"] = dict(self.rules.margins)
@@ -110,17 +109,10 @@ def parse_case(text: str) -> Case:
     Raises:
         BenchError: another form, or a size below 1 (2 new tokens at least).
     """
-    parts = text.strip().split("-")
-    try:
-        if [p[:1] for p in parts] != ["b", "p", "n"]:
-            raise ValueError
-        batch, prompt, new = (int(p[1:]) for p in parts)
-        if min(batch, prompt) < 1 or new < 2:
-            raise ValueError
-    except ValueError:
-        raise BenchError(
-            f"{text!r} is not a case; write batch, prompt and new tokens (2 or more) as b1-p128-n32"
-        ) from None
+    found = re.fullmatch(r"b(\d+)-p(\d+)-n(\d+)", text.strip())
+    batch, prompt, new = map(int, found.groups()) if found else (0, 0, 0)
+    if min(batch, prompt) < 1 or new < 2:
+        raise BenchError(f"{text!r} is not a case; write batch, prompt and new tokens (2 or more) as b1-p128-n32")
     return Case(batch=batch, prompt=prompt, new_tokens=new)
 
 
@@ -213,26 +205,13 @@ class PairedRun:
 
     # -- one process, or two in turn --------------------------------------------------------------------------------
 
-    def _command(self, spec: SideSpec, case: Case, seed: int, in_turn: bool) -> tuple[list[str], dict[str, str]]:
-        asked = {
-            **spec.arguments(),
-            **case.model_dump(),
-            "rounds": self.plan.rounds,
-            "warmup_cap": self.plan.warmup_cap,
-            "seed": seed,
-            "in_turn": in_turn,
-        }
-        command = [spec.python(), "-P", str(CHILD), json.dumps(asked)]
-        return [spec.python(), "-P", str(TIED), *command] if in_turn else command, environment(spec)
-
     def _measure(self, case: Case, pair: int, attempt: int, sides: list[SideName]) -> list[CaseRecord]:
         """The records of one process, or of a pair's two processes that took their rounds in turn."""
         key, in_turn = case_key(case), len(sides) > 1
         seed = random.Random(f"{self.plan.seed}:{key}:{pair}").randrange(1 << 31)
-        commands = {
-            side: self._command(self.plan.base if side == "base" else self.plan.candidate, case, seed, in_turn)
-            for side in sides
-        }
+        how = {"rounds": self.plan.rounds, "warmup_cap": self.plan.warmup_cap, "seed": seed, "in_turn": in_turn}
+        specs = {"base": self.plan.base, "candidate": self.plan.candidate}
+        commands = {side: child_command(specs[side], case, tied=in_turn, **how) for side in sides}
         watch = Watch(self.plan.limits)
         if in_turn:
             ends = run_in_turn(commands, self.plan.rounds, self.plan.limit_s)
@@ -263,6 +242,12 @@ class PairedRun:
                 )
             )
         return made
+
+
+def child_command(side: SideSpec, case: Case, *, tied: bool = True, **how: Any) -> tuple[list[str], dict[str, str]]:
+    """Command and environment that measure a case of a side; ``tied`` to this process, with whose end they end."""
+    command = [side.python(), "-P", str(CHILD), json.dumps({**side.arguments(), **case.model_dump(), **how})]
+    return [side.python(), "-P", str(TIED), *command] if tied else command, environment(side)
 
 
 def case_record(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +24,22 @@ def main(arguments: dict[str, Any]) -> dict[str, int]:
     from runtime.generate import generate
     from runtime.session import Session
 
-    session: Session
-    where = Deployment(**arguments["deployment"])
+    path, where = Path(arguments["path"]), Deployment(**arguments["deployment"])
+    opener: Callable[[], Session]
     if arguments["kind"] == "onnxruntime":
-        baseline = psutil.Process().memory_info().rss
-        session = where.open(Path(arguments["path"]))
+        import runtime.loading  # noqa: F401  (what it loads is not the folder's memory)
+
+        opener = partial(where.open, path)
     elif arguments["kind"] == "pytorch":
         from runtime.torch_session import TorchSession
 
-        baseline = psutil.Process().memory_info().rss
-        session = TorchSession(
-            Path(arguments["path"]),
-            arguments["precision"],
-            where.device,
-            threads=where.threads,
-        )
+        opener = partial(TorchSession, path, arguments["precision"], where.device, threads=where.threads)
     else:
         from bench.peers.optimum_ort import OptimumSession
 
-        baseline = psutil.Process().memory_info().rss
-        session = OptimumSession(Path(arguments["path"]), where.threads)
+        opener = partial(OptimumSession, path, where.threads)
+    baseline = psutil.Process().memory_info().rss
+    session = opener()
     prompts = [[1 + k % 50 for k in range(arguments["prompt"])] for _ in range(arguments["batch"])]
     generate(session, prompts, arguments["new_tokens"])
     return {"peak_bytes": peak_bytes(), "baseline_bytes": baseline}

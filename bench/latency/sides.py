@@ -8,13 +8,13 @@ configuration entry of ONNX Runtime (or ``huge_pages``), ``venv`` another virtua
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
+from bench.process.child import output_of
 from export.cache import cache_dir
 from reports.comparison import ComparedSide, Scalar, SideName
 
@@ -132,13 +132,7 @@ def parse_side(name: SideName, text: str) -> SideSpec:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BenchError(f"git {' '.join(arguments[:2])} failed: {said}")
-    return done.stdout.strip()
+    return output_of(["git", "-C", str(ROOT), *arguments], f"git {' '.join(arguments[:2])} failed: ").strip()
 
 
 def suite_root(side: SideSpec) -> Path:

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from bench.latency.case_log import CaseLog
-from bench.latency.paired_run import CHILD, case_key, case_record
-from bench.latency.sides import SideSpec, environment
+from bench.latency.paired_run import case_key, case_record, child_command
+from bench.latency.sides import SideSpec
 from bench.latency.sweep import Sweep, SweepError
 from bench.machine.environment import machine
 from bench.machine.state import Limits, Watch
-from bench.process.child import TIED, run_child
+from bench.process.child import run_child
 from reports.comparison import CaseRecord
 from reports.record import Case
 
@@ -98,10 +97,9 @@ def measure_process(sweep: Sweep, process: Process) -> CaseRecord:
     """Export the model where that is needed, then measure in a fresh process; on the machine where this is called."""
     folder = _exported(process)
     side = SideSpec("candidate", process.model, str(folder), process.provider, sweep.threads)
-    asked = {**side.arguments(), **process.case.model_dump(), "rounds": sweep.rounds, "seed": process.number}
-    command = [side.python(), "-P", str(TIED), side.python(), "-P", str(CHILD), json.dumps(asked)]
+    command = child_command(side, process.case, rounds=sweep.rounds, seed=process.number)
     watch = Watch(Limits())
-    ended = run_child(command, environment(side), sweep.limit_s)
+    ended = run_child(*command, sweep.limit_s)
     names = {"model": process.model, "precision": process.precision, "provider": process.provider}
     return case_record(
         ended,

@@ -87,8 +87,5 @@ def latency_prompts(token_stream: Sequence[int], case: Case, round_index: int) -
     The stream is read as a ring, each row from its own place.
     """
     n = len(token_stream)
-    rows = []
-    for row in range(case.batch):
-        start = (round_index * 977 + row * 1709) % n
-        rows.append([token_stream[(start + k) % n] for k in range(case.prompt)])
-    return rows
+    starts = (round_index * 977 + row * 1709 for row in range(case.batch))
+    return [[token_stream[(start + k) % n] for k in range(case.prompt)] for start in starts]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.deployment import Deployment
 from bench.peers.genai import LABEL as GENAI
 from bench.peers.genai import genai_python
 from runtime.session import Session, SessionInfo
@@ -48,28 +49,21 @@ def choose(device: str, attention: str, gguf: Path | None) -> Peers:
 
 
 def opener(
-    label: str,
-    *,
-    checkpoint: Path,
-    folder: Path,
-    precision: str,
-    device: str,
-    threads: int,
-    gguf: Path | None,
-    info: Callable[[], SessionInfo],
+    label: str, model: tuple[Path, Path, str], where: Deployment, gguf: Path | None, info: Callable[[], SessionInfo]
 ) -> Callable[[], Session]:
-    """How to open a peer; ``info`` is the candidate's."""
+    """How to open a peer; ``model`` is checkpoint, exported folder and precision, ``info`` the candidate's."""
+    checkpoint, folder, precision = model
     if label == COMPILE:
         from bench.peers.torch_compile import CompiledSession
 
-        return lambda: CompiledSession(checkpoint, precision, device, threads)
+        return lambda: CompiledSession(checkpoint, precision, where.device, where.threads)
     if label == GENAI:
         from bench.peers.genai import GenaiSide
 
         python = genai_python()
         assert python is not None
-        return lambda: GenaiSide(python, folder, threads, info())
+        return lambda: GenaiSide(python, folder, where.threads, info())
     from bench.peers.llama_cpp import LlamaCppSide
 
     assert gguf is not None
-    return lambda: LlamaCppSide(gguf, threads)
+    return lambda: LlamaCppSide(gguf, where.threads)

@@ -6,13 +6,11 @@ genai's builder wants another transformers than optimum does, so the two never s
 from __future__ import annotations
 
 import json
-import subprocess
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.errors import BenchError
+from bench.process.child import output_of
 
 GENAI_SCRIPT = """
 import json, runpy, sys, time
@@ -47,16 +45,3 @@ def genai_export(python: Path, checkpoint: Path, out: Path, precision: str) -> d
     said = output_of([str(python), "-c", GENAI_SCRIPT, str(checkpoint), str(out), precision, str(PEAK)])
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
-
-
-def output_of(command: Sequence[str]) -> str:
-    """Standard output of a child process.
-
-    Raises:
-        BenchError: it failed; the last line of its output is quoted.
-    """
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise BenchError((lines or ["no output"])[-1][:200])
-    return done.stdout

@@ -10,15 +10,15 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
+from bench.peers.own_loop import OwnLoop
 from bench.process.child import TIED, Child
 from runtime.errors import SessionError
 from runtime.generate import LENGTH, Generation
-from runtime.session import Ids, Logits, SessionInfo
+from runtime.session import Ids, SessionInfo
 
 LABEL = "onnxruntime-genai"
 PYTHON = "LLAMA_ONNX_GENAI_PYTHON"
@@ -40,8 +40,8 @@ def genai_python() -> Path | None:
     return Path(sys.executable) if importlib.util.find_spec("onnxruntime_genai") else None
 
 
-class GenaiSide:
-    """A child process that generates on request; has no logits, so only :meth:`own_generate` works.
+class GenaiSide(OwnLoop):
+    """A child process that generates on request.
 
     Between requests it is stopped where that can be done: threads that spin on would slow whoever is measured next.
 
@@ -59,14 +59,9 @@ class GenaiSide:
             "intra_op_threads": threads,
             "graph": "the exported folder, its own generator",
         }
-        self._info = SessionInfo(
+        self.info = SessionInfo(
             "onnxruntime-genai", "cpu", info.precision, info.context_length, info.vocab_size, details
         )
-
-    @property
-    def info(self) -> SessionInfo:
-        """What runs."""
-        return self._info
 
     def _answer(self, child: Child) -> dict[str, Any]:
         """Its next line of JSON; it rests after that."""
@@ -88,18 +83,6 @@ class GenaiSide:
         found = self._answer(self._child)
         rows = tuple(tuple(row) for row in found["tokens"])
         return Generation(rows, tuple(found["at_s"]), (False,) * len(rows), (LENGTH,) * len(rows))
-
-    def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
-        """Not offered."""
-        raise SessionError("this peer shows no logits")
-
-    def step(self, ids: Sequence[int]) -> Logits:
-        """Not offered."""
-        raise SessionError("this peer shows no logits")
-
-    def score(self, ids: Sequence[int]) -> Logits:
-        """Not offered."""
-        raise SessionError("this peer shows no logits")
 
     def close(self) -> None:
         """End the child; closing twice is allowed."""

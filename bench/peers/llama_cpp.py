@@ -6,18 +6,18 @@ Its Q4_1 weights are other numbers than ours: its parity line says how far its t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.peers.own_loop import OwnLoop
 from runtime.errors import SessionError
 from runtime.generate import LENGTH, Generation
-from runtime.session import Ids, Logits, SessionInfo
+from runtime.session import Ids, SessionInfo
 
 LABEL = "llama.cpp"
 
 
-class LlamaCppSide:
+class LlamaCppSide(OwnLoop):
     """One row at a time behind :meth:`own_generate`.
 
     Args:
@@ -36,12 +36,7 @@ class LlamaCppSide:
             "file": gguf.name,
             "intra_op_threads": threads,
         }
-        self._info = SessionInfo("llama.cpp", "cpu", gguf.stem, context, self._model.n_vocab(), details)
-
-    @property
-    def info(self) -> SessionInfo:
-        """What runs."""
-        return self._info
+        self.info = SessionInfo("llama.cpp", "cpu", gguf.stem, context, self._model.n_vocab(), details)
 
     def own_generate(self, prompts: Ids, new_tokens: int) -> Generation:
         """Greedy tokens of one row, end tokens not taken.
@@ -60,18 +55,6 @@ class LlamaCppSide:
             if len(tokens) == new_tokens:
                 break
         return Generation((tuple(tokens),), tuple(at), (False,), (LENGTH,))
-
-    def prefill(self, ids: Ids, reserve: int = 1) -> Logits:
-        """Not offered."""
-        raise SessionError("this peer is measured by its own generator")
-
-    def step(self, ids: Sequence[int]) -> Logits:
-        """Not offered."""
-        raise SessionError("this peer is measured by its own generator")
-
-    def score(self, ids: Sequence[int]) -> Logits:
-        """Not offered."""
-        raise SessionError("this peer is measured by its own generator")
 
     def close(self) -> None:
         """Free the model; closing twice is allowed."""

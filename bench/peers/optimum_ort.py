@@ -6,7 +6,6 @@ The plain graph is exported once into the cache, in a process of its own (it pea
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench.errors import BenchError
+from bench.process.child import output_of
 from export.cache import publish
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
@@ -31,20 +31,12 @@ def plain_export(checkpoint: Path, target: Path) -> Path:
     if (target / "model.onnx").is_file():
         return target
     with publish(target, shared=True) as work:
-        command = [
-            sys.executable,
-            "-m",
-            "optimum.commands.optimum_cli",
-            "export",
-            "onnx",
-            "--model",
-            str(checkpoint),
-        ]
+        command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", str(checkpoint)]
         command += ["--task", "text-generation-with-past", "--no-post-process", str(work)]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if done.returncode != 0 or not (work / "model.onnx").is_file():
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise BenchError(f"optimum's plain export of {checkpoint} failed: {last}")
+        failed = f"optimum's plain export of {checkpoint} failed: "
+        output_of(command, failed)
+        if not (work / "model.onnx").is_file():
+            raise BenchError(f"{failed}it wrote no model.onnx")
     return target
 
 

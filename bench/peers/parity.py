@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.gate.found import first_difference
 from bench.gate.statistics import kl_divergence
 from runtime.generate import generate
 from runtime.session import Ids, Session
@@ -33,11 +34,7 @@ class PeerParity:
 
 def tokens_agree(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> float:
     """Share of tokens before each row's first difference."""
-    same = 0
-    for a, b in zip(theirs, ours, strict=True):
-        equal = np.array(a) == np.array(b)
-        same += len(equal) if equal.all() else int(equal.argmin())
-    return same / sum(map(len, ours))
+    return sum(first_difference(a, b) for a, b in zip(theirs, ours, strict=True)) / sum(map(len, ours))
 
 
 def peer_parity(peer: Session, baseline: Session, prompts: Ids, new_tokens: int) -> PeerParity:

@@ -19,11 +19,12 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.errors import BenchError
 from reports.comparison import CaseOutcome, SideName
 
 LAST_LINES = 12
@@ -186,13 +187,25 @@ def _outcome(code: int, out: list[str], err: str, lines: list[str], seconds: flo
     return Ended("crash", how, code, lines, {}, seconds=seconds)
 
 
+def output_of(
+    command: Sequence[str], failed: str = "", good: Collection[int] = (0,), timeout: float | None = None
+) -> str:
+    """Standard output of a command that is waited for.
+
+    Raises:
+        BenchError: its exit code is none of ``good``; ``failed`` and the last line of its standard error.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout)
+    if done.returncode not in good:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BenchError(failed + last.removeprefix("error: ")[:500])
+    return done.stdout
+
+
 def run_child(command: list[str], env: dict[str, str], limit_s: float) -> Ended:
     """Run one child to its end, or kill it with all its own children at the limit."""
-    child = Child(command, env, limit_s)
-    try:
+    with contextlib.closing(Child(command, env, limit_s)) as child:
         return child.ended()
-    finally:
-        child.close()
 
 
 def run_in_turn(

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import Any, Protocol, TextIO, TypeVar, cast
 
@@ -92,19 +92,45 @@ def run_units(
         Exception: what ``work`` raised.
     """
     workers = able(workers, len(units), say)
+    answers: dict[int, Answer] = {}
+
+    def took(place: int, answer: Answer, _: Member | None = None) -> None:
+        answers[place] = answer
+        done(place, answer)
+
     if workers > 1:
-        return _on_ray(opener, work, units, workers, gpus_per_worker, retries, say, done)
-    answers: list[Answer] = []
-    if not units:
-        return answers
-    session = opener()
-    try:
-        for k, unit in enumerate(units):
-            answers.append(work(session, unit))
-            done(k, answers[-1])
-    finally:
-        session.close()
-    return answers
+        import ray
+
+        remedy = f"not enough memory for {workers} workers, or is this suite not on every machine of the cluster?"
+        started = _start_ray(workers)
+        try:
+            if not ray.cluster_resources().get("GPU"):
+                gpus_per_worker = 0  # nothing could be scheduled; the session says whether it runs without one
+            # Over all machines: Ray's own choice fills the first one before it takes the next.
+            options = {"num_cpus": 1, "num_gpus": gpus_per_worker, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+            make = ray.remote(**options)(_Worker)
+            names = {str(k): f"worker {k + 1}" for k in range(workers)}
+            Pool(
+                units,
+                Queue([None] * len(units), {}),
+                places=lambda: names,
+                start=lambda _: make.remote(opener, work),
+                done=took,
+                say=say,
+                noun="worker",
+                remedy=remedy,
+                deaths=DEATHS,
+                retries=retries,
+                describe=lambda place: f"unit {place + 1} of {len(units)}",
+            ).run()
+        finally:
+            if started:
+                leave_cluster()
+    elif units:
+        with closing(opener()) as session:
+            for k, unit in enumerate(units):
+                took(k, work(session, unit))
+    return [answers[k] for k in range(len(units))]
 
 
 class _Worker:
@@ -186,47 +212,3 @@ class _WithoutRay:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
-
-
-def _on_ray(
-    opener: Callable[[], Opened],
-    work: Callable[[Opened, Unit], Answer],
-    units: Sequence[Unit],
-    workers: int,
-    gpus: float,
-    retries: int,
-    say: Callable[[str], None],
-    done: Callable[[int, Answer], None],
-) -> list[Answer]:
-    import ray
-
-    started = _start_ray(workers)
-    answers: dict[int, Answer] = {}
-    try:
-        if not ray.cluster_resources().get("GPU"):
-            gpus = 0  # nothing could be scheduled; the session says whether it runs without one
-        # Over all machines: Ray's own choice fills the first one before it takes the next.
-        make = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")(_Worker)
-
-        def took(place: int, answer: Any, _: Member) -> None:
-            answers[place] = answer
-            done(place, answer)
-
-        names = {str(k): f"worker {k + 1}" for k in range(workers)}
-        Pool(
-            units,
-            Queue([None] * len(units), {}),
-            places=lambda: names,
-            start=lambda _: make.remote(opener, work),
-            done=took,
-            say=say,
-            noun="worker",
-            remedy=f"not enough memory for {workers} workers, or is this suite not on every machine of the cluster?",
-            deaths=DEATHS,
-            retries=retries,
-            describe=lambda place: f"unit {place + 1} of {len(units)}",
-        ).run()
-        return [answers[k] for k in range(len(units))]
-    finally:
-        if started:
-            leave_cluster()

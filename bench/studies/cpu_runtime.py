@@ -13,24 +13,24 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from rich.console import Console
-from rich.table import Table
 
 from bench.deployment import Deployment
-from bench.latency.interleave import peak_memory, timed_generation
+from bench.latency.interleave import interleave, peak_memory
 from bench.machine.bandwidth import CpuBandwidth, GemmFloor, median_time
 from bench.peers.llama_cpp import LABEL as LLAMA_CPP
 from bench.peers.llama_cpp import LlamaCppSide
+from bench.studies.tables import markdown, show
 from reports.record import Case, Floor
 from reports.stats import floor_multiples
 from reports.targets import FLOOR_LIMIT
-from runtime.generate import Generation
 from runtime.ort_session import OrtSession
 from runtime.session import Session
 
@@ -87,10 +87,10 @@ class Measurements:
     """What was profiled -> operator -> microseconds and nodes; ``whole`` is the run."""
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, rounds: Sequence[float], limit: float | None = None, at_most: bool = True) -> None:
+    def add(self, name: str, rounds: ArrayLike, limit: float | None = None, at_most: bool = True) -> None:
         """The median of these, as a metric."""
-        low, high = (float(q) for q in np.quantile(rounds, (0.25, 0.75)))
-        self.metrics.append(Metric(name, statistics.median(rounds), (low, high), limit, at_most))
+        low, median, high = (float(q) for q in np.quantile(np.asarray(rounds, np.float64), (0.25, 0.5, 0.75)))
+        self.metrics.append(Metric(name, median, (low, high), limit, at_most))
 
 
 class _Timed:
@@ -202,38 +202,21 @@ def open_sides(
     return sides
 
 
-def _paired(runs: dict[str, list[Generation]], a: str, b: str, of: Callable[[Generation], float]) -> list[float]:
-    return [of(x) / of(y) for x, y in zip(runs[a], runs[b], strict=True)]
-
-
-def _ttft(g: Generation) -> float:
-    return g.ttft_s
-
-
-def _tpot(g: Generation) -> float:
-    return float(g.tpot_s or 0.0)
-
-
 def interleaved(
     sides: dict[str, Session], measured: Measurements, config: dict[str, Any], rounds: int, threads: int
 ) -> None:
     """Prompt 128, 32 new tokens on every side in turn, the floors beside each round."""
     rng = np.random.default_rng(SEED)
     bandwidth, gemm = CpuBandwidth(threads), GemmFloor(config, PROMPT)
-    speeds, products = [], []
-    runs: dict[str, list[Generation]] = {name: [] for name in sides}
-    for index in range(-1, rounds):
-        prompt = [rng.integers(1, config["vocab_size"], PROMPT).tolist()]
-        if index >= 0:
-            speeds.append(bandwidth())
-            products.append(gemm())
-        for name in sides if index % 2 else reversed(list(sides)):
-            made = timed_generation(sides[name], prompt, NEW)
-            if index >= 0:  # the first round warms up
-                runs[name].append(made)
+    floors: list[tuple[float, float]] = []
+    stream = rng.integers(1, config["vocab_size"], 16 * PROMPT).tolist()
+    series = interleave(sides, stream, CASE, rounds, 1, probe=lambda: floors.append((bandwidth(), gemm())))
+    speeds, products = ([f[k] for f in floors] for k in (0, 1))
+    ttft = {s.side: [r.ttft_s for r in s.rounds] for s in series}
+    tpot = {s.side: [r.tpot_s or 0.0 for r in s.rounds] for s in series}
     measured.bandwidth = statistics.median(speeds)
-    measured.ttft_s = {name: statistics.median(map(_ttft, runs[name])) for name in sides}
-    measured.tpot_s = {name: statistics.median(map(_tpot, runs[name])) for name in sides}
+    measured.ttft_s = {name: statistics.median(ttft[name]) for name in sides}
+    measured.tpot_s = {name: statistics.median(tpot[name]) for name in sides}
     manifest = sides[FP32].manifest  # type: ignore[attr-defined]
     floor = Floor(
         method=bandwidth.method,
@@ -241,25 +224,19 @@ def interleaved(
         weight_bytes=manifest.decode_weight_bytes,
         kv_bytes_per_token=manifest.kv.bytes_per_token(),
     )
-    multiples = floor_multiples(floor, CASE, [_tpot(g) for g in runs[FP32]])
-    measured.add("fp32 decode, times the memory floor", multiples, FLOOR_LIMIT)
-    measured.add(
-        "prefill 128, times the matrix-product floor",
-        [_ttft(g) / s for g, s in zip(runs[FP32], products, strict=True)],
-        1.25,
-    )
-    if "genai fp32" in sides:
-        measured.add("fp32 decode, of genai", _paired(runs, FP32, "genai fp32", _tpot), 0.95)
-        measured.add("prefill 128, of genai", _paired(runs, FP32, "genai fp32", _ttft), 0.60)
-    if "genai int4" in sides:
-        measured.add(
-            "int4 decode, of genai int4, quantised alike", _paired(runs, INT4_ALIKE, "genai int4", _tpot), 0.85
-        )
-        measured.add("int4 decode, of genai int4, ours by HQQ", _paired(runs, INT4, "genai int4", _tpot))
-    if LLAMA_CPP in sides:
-        measured.add("int4 decode, of llama.cpp Q4_1, ours rtn", _paired(runs, INT4_Q4_1, LLAMA_CPP, _tpot), 0.85)
-        measured.add("int4 decode, of llama.cpp Q4_1, ours by HQQ", _paired(runs, INT4, LLAMA_CPP, _tpot), 0.85)
-        measured.add("fp32 prefill 128, of llama.cpp Q4_1", _paired(runs, FP32, LLAMA_CPP, _ttft))
+    measured.add("fp32 decode, times the memory floor", floor_multiples(floor, CASE, tpot[FP32]), FLOOR_LIMIT)
+    measured.add("prefill 128, times the matrix-product floor", np.divide(ttft[FP32], products), 1.25)
+    for name, times, ours, theirs, limit in (
+        ("fp32 decode, of genai", tpot, FP32, "genai fp32", 0.95),
+        ("prefill 128, of genai", ttft, FP32, "genai fp32", 0.60),
+        ("int4 decode, of genai int4, quantised alike", tpot, INT4_ALIKE, "genai int4", 0.85),
+        ("int4 decode, of genai int4, ours by HQQ", tpot, INT4, "genai int4", None),
+        ("int4 decode, of llama.cpp Q4_1, ours rtn", tpot, INT4_Q4_1, LLAMA_CPP, 0.85),
+        ("int4 decode, of llama.cpp Q4_1, ours by HQQ", tpot, INT4, LLAMA_CPP, 0.85),
+        ("fp32 prefill 128, of llama.cpp Q4_1", ttft, FP32, LLAMA_CPP, None),
+    ):
+        if theirs in sides:
+            measured.add(name, np.divide(times[ours], times[theirs]), limit)
 
 
 def _steps(session: Session, rng: np.random.Generator, context: int, batch: int, steps: int = 16) -> tuple[float, ...]:
@@ -334,10 +311,6 @@ def measure(
     return measured
 
 
-def _cell(found: Sequence[float] | None) -> str:
-    return "" if found is None else f"{found[0]:,.0f} ({found[1]:.0f})"
-
-
 def tables(measured: Measurements) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Title, columns and rows of what there is to show."""
     rows: list[tuple[str, ...]] = []
@@ -349,7 +322,8 @@ def tables(measured: Measurements) -> list[tuple[str, tuple[str, ...], list[tupl
     ]
     operators = list(dict.fromkeys(n for found in measured.profile_us.values() for n in list(found)[:8]))
     profiles: list[tuple[str, ...]] = [
-        (name, *(_cell(found.get(name)) for found in measured.profile_us.values())) for name in operators
+        (name, *("{:,.0f} ({:.0f})".format(*f[name]) if name in f else "" for f in measured.profile_us.values()))
+        for name in operators
     ]
     return [
         (
@@ -364,27 +338,6 @@ def tables(measured: Measurements) -> list[tuple[str, tuple[str, ...], list[tupl
             profiles,
         ),
     ]
-
-
-def show(measured: Measurements, console: Console) -> None:
-    """The tables on a terminal."""
-    for title, columns, rows in tables(measured):
-        table = Table(*columns, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for name, why in measured.skipped.items():
-        console.print(f"skipped {name}: {why}", style="yellow", markup=False)
-
-
-def markdown(measured: Measurements) -> str:
-    """The same for the docs."""
-    parts = []
-    for title, columns, rows in tables(measured):
-        head = [f"**{title}**", "", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-        parts += [*head, *(f"| {' | '.join(row)} |" for row in rows), ""]
-    parts += [f"Skipped {name}: {why}." for name, why in measured.skipped.items()]
-    return "\n".join(parts).rstrip() + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -404,8 +357,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = measure(checkpoint, args.out, args.rounds, args.genai_python, args.gguf, args.threads)
     document = {**asdict(found), "metrics": [{**asdict(m), "status": m.status} for m in found.metrics]}
     (args.out / "cpu_runtime.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (args.out / "cpu_runtime.md").write_text(markdown(found), encoding="utf-8")
-    show(found, Console())
+    parts = []
+    for title, columns, rows in tables(found):
+        show(columns, rows, title)
+        parts.append(f"**{title}**\n\n{markdown(columns, rows)}")
+    parts += [f"Skipped {name}: {why}." for name, why in found.skipped.items()]
+    (args.out / "cpu_runtime.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    for name, why in found.skipped.items():
+        Console().print(f"skipped {name}: {why}", style="yellow", markup=False)
     return 0
 
 

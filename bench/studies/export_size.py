@@ -20,6 +20,8 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.studies.export_table import export_apart
+
 SPECS: dict[str, dict[str, Any]] = {
     "fp16": {"precision": "fp16"},
     "bf16": {"precision": "bf16"},
@@ -53,10 +55,7 @@ def measure(checkpoint: Path, scratch: Path, names: Sequence[str]) -> dict[str, 
     found: dict[str, Any] = {}
     for name in names:
         out = scratch / f"size-{name}"
-        job = {"kind": "ours", "checkpoint": str(checkpoint), "out": str(out), "spec": SPECS[name]}
-        command = [sys.executable, "-m", "bench.studies.export_table", "--once", json.dumps(job)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        result = json.loads(done.stdout.splitlines()[-1])
+        result = export_apart("ours", checkpoint, out, SPECS[name])
         result["bytes"] = sum(f.stat().st_size for f in out.iterdir())
         result["files"] = sorted(f.name for f in out.iterdir())
         shutil.rmtree(out)

@@ -21,14 +21,17 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from bench.data.items import chunked
 from bench.errors import BenchError
 from bench.gate import statistics as gate
 from bench.gate.modes import SEED
 from bench.gate.statistics import TIERS, TokenScores, score_tokens
-from bench.peers.exports import genai_export, output_of
+from bench.latency.interleave import interleave
+from bench.peers.exports import genai_export
+from bench.process.child import output_of
+from bench.studies.tables import markdown, show
+from reports.record import Case
 from reports.validation import overall
 
 OURS: dict[str, dict[str, Any]] = {
@@ -91,17 +94,12 @@ def export_once(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
 
 
-def _export(row: Row, kind: str, checkpoint: Path, out: Path, spec: dict[str, Any]) -> None:
+def export_apart(kind: str, checkpoint: Path, out: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """:func:`export_once` in a process of its own."""
     job = {"kind": kind, "checkpoint": str(checkpoint), "out": str(out), "spec": spec}
-    found = json.loads(
-        output_of([sys.executable, "-m", "bench.studies.export_table", "--once", json.dumps(job)]).splitlines()[-1]
-    )
-    row.seconds, row.peak_bytes = found["seconds"], found["peak_bytes"]
-
-
-def _genai(row: Row, python: Path, checkpoint: Path, out: Path, precision: str) -> None:
-    found = genai_export(python, checkpoint, out, precision)
-    row.seconds, row.peak_bytes = found["seconds"], found["peak_bytes"]
+    said = output_of([sys.executable, "-m", "bench.studies.export_table", "--once", json.dumps(job)])
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return found
 
 
 def _describe(row: Row, folder: Path) -> None:
@@ -131,24 +129,6 @@ def _score(row: Row, session: Any, windows: list[list[int]], baseline: list[Any]
     row.verdict = f"{tier} {overall(m.status for m in (ratio, mean, tail, top1))}"
 
 
-def _decode(sessions: dict[str, Any], prompt: list[int], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Median decode step of each round, ms; sides in turn, the order reversed every other round."""
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    for index in range(rounds + 1):
-        names = list(sessions) if index % 2 == 0 else list(reversed(sessions))
-        for name in names:
-            session = sessions[name]
-            session.prefill([prompt], reserve=steps)
-            gaps = []
-            for _ in range(steps):
-                started = time.perf_counter()
-                session.step([prompt[0]])
-                gaps.append(time.perf_counter() - started)
-            if index:  # the first round warms up
-                times[name].append(statistics.median(gaps) * 1e3)
-    return times
-
-
 def make(
     checkpoint: Path, names: Sequence[str], windows: int, rounds: int, genai: Path | None, keep: Path | None
 ) -> list[Row]:
@@ -176,13 +156,14 @@ def make(
             log.print(f"{name}", style="dim")
             try:
                 if name in OURS:
-                    _export(row, "ours", checkpoint, out, OURS[name])
+                    cost = export_apart("ours", checkpoint, out, OURS[name])
                 elif name.startswith("optimum"):
-                    _export(row, name.split()[1], checkpoint, out, {})
+                    cost = export_apart(name.split()[1], checkpoint, out, {})
                 elif genai is None:
                     raise BenchError("needs --genai-python, an environment of its own with onnxruntime-genai")
                 else:
-                    _genai(row, genai, checkpoint, out, name.split()[2])
+                    cost = genai_export(genai, checkpoint, out, name.split()[2])
+                row.seconds, row.peak_bytes = cost["seconds"], cost["peak_bytes"]
                 _describe(row, out)
                 session = load(out, verify=False)
                 tier = OURS.get(name, {}).get("precision", "int4" if name.endswith("int4") else "fp32")
@@ -195,7 +176,8 @@ def make(
                 log.print(f"{name}: {row.note}", style="red", markup=False)
         with TorchSession(checkpoint) as torch_side:
             sessions["PyTorch eager fp32"] = torch_side
-            times = _decode(sessions, chosen[0][:128], rounds, 24)
+            series = interleave(sessions, chosen[0], Case(batch=1, prompt=128, new_tokens=25), rounds, 1)
+        times = {s.side: [1e3 * statistics.median(r.gaps_s) for r in s.rounds] for s in series}
         rows.append(Row("PyTorch eager fp32"))
         for row in rows:
             row.rounds_ms = times.get(row.name, [])
@@ -229,19 +211,13 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table in GitHub's Markdown."""
-    lines = ["| " + " | ".join(title for title, _ in COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(get(row) for _, get in COLUMNS) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.export_table", description="compare ways to export")
     parser.add_argument("model", nargs="?", default="demo", help="'demo' or a checkpoint folder")
     parser.add_argument("--once", help=argparse.SUPPRESS)
-    parser.add_argument("--only", nargs="*", help=f"rows, of: {'; '.join((*OURS, *PEERS))}")
+    known = (*OURS, *PEERS)
+    parser.add_argument("--only", nargs="*", choices=known, metavar="ROW", help=f"rows, of: {'; '.join(known)}")
     parser.add_argument("--windows", type=int, default=40, help="windows of 256 tokens that are scored")
     parser.add_argument("--rounds", type=int, default=6, help="decode rounds")
     parser.add_argument("--genai-python", type=Path, help="python of an environment with onnxruntime-genai")
@@ -254,20 +230,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from export.source import resolve
 
     source = resolve(args.model)
-    names = args.only or [*OURS, *PEERS]
-    unknown = [n for n in names if n not in OURS and n not in PEERS]
-    if unknown:
-        parser.error(f"unknown row {unknown[0]!r}; choose of: {'; '.join((*OURS, *PEERS))}")
-    rows = make(source.folder, names, args.windows, args.rounds, args.genai_python, args.keep)
-    table = Table()
-    for title, _ in COLUMNS:
-        table.add_column(title)
-    for row in rows:
-        table.add_row(*(get(row) for _, get in COLUMNS))
-    Console().print(table)
+    rows = make(source.folder, args.only or known, args.windows, args.rounds, args.genai_python, args.keep)
+    columns, cells = [title for title, _ in COLUMNS], [[get(row) for _, get in COLUMNS] for row in rows]
+    show(columns, cells)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(markdown(rows), encoding="utf-8")
+        args.out.write_text(markdown(columns, cells), encoding="utf-8")
         raw = {"model": source.name, "origin": source.origin, "rows": [asdict(r) for r in rows]}
         args.out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ print(json.dumps({"rows": rows, "flops_per_s": 2 * rows * n * 11008 / best, "gpu
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to run: ``needs`` are requirements by name (see :func:`reasons`)."""
+    """One thing to run: ``needs`` are requirements by name (see :func:`reasons`), and earlier steps."""
 
     name: str
     command: tuple[str, ...]
@@ -70,17 +71,11 @@ def reasons(report: Report, scratch: Path) -> dict[str, str]:
     if memory < SEVEN_B_BYTES:
         said = f"the GPU has {memory / GIB:.0f} GiB" if memory else (report.gpu.missing or "no GPU")
         missing["big gpu"] = f"ours, eager and compiled 7B models need {SEVEN_B_BYTES // GIB} GiB together: {said}"
-    free = shutil.disk_usage(_existing(scratch)).free
+    place = scratch.resolve()
+    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
     if free < SCRATCH_BYTES:
         missing["disk"] = f"{scratch} has {free / GIB:.0f} GiB free; {SCRATCH_BYTES // GIB} are needed (--scratch DIR)"
     return missing
-
-
-def _existing(path: Path) -> Path:
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def steps(out: Path, scratch: Path) -> list[Step]:
@@ -90,12 +85,13 @@ def steps(out: Path, scratch: Path) -> list[Step]:
     cli, suite = (python, "-m", "bench.cli"), (python, "-m", "pytest", "bench/")
     cuda = ("--provider", "cuda", "--precision", "fp16")
     big = ("cuda", "big gpu", "disk")
+    exported = (*big, "random-7b", "export-7b")
 
     def seven_bench(batch: int) -> Step:
         options = ("--batch-sizes", str(batch), "--prompt-lengths", "128,2048", "--new-tokens", "64", "--peers")
         given = ("--model", str(seven), "--exported", str(seven_onnx), "-k", "prefill or decode or end_to_end")
         where = ("--report-dir", str(out / f"llama-2-7b-batch-{batch}"))
-        return Step(f"llama-2-7b-batch-{batch}", (*suite, *cuda, *given, *options, *where), big)
+        return Step(f"llama-2-7b-batch-{batch}", (*suite, *cuda, *given, *options, *where), exported)
 
     return [
         Step("doctor", (*cli, "doctor", "--json"), keep_output="doctor.json"),
@@ -103,7 +99,7 @@ def steps(out: Path, scratch: Path) -> list[Step]:
         Step("gpu-tests", (python, "-m", "pytest", "tests", "-m", "gpu", "-q"), ("cuda",), "gpu-tests.txt"),
         Step("gemm-rate", (python, "-c", GEMM, "2048"), ("cuda",), "gemm.json"),
         Step("random-7b", (*cli, "random-model", str(seven), "--precision", "fp16"), big),
-        Step("export-7b", (*cli, "export", str(seven), str(seven_onnx), "--precision", "fp16"), big),
+        Step("export-7b", (*cli, "export", str(seven), str(seven_onnx), "--precision", "fp16"), exported[:-1]),
         seven_bench(1),
         seven_bench(8),
         Step(
@@ -114,7 +110,7 @@ def steps(out: Path, scratch: Path) -> list[Step]:
         Step(
             "tensorrt-rtx",
             (*cli, "generate", str(rtx), "The capital of France is", "--provider", "tensorrt-rtx", "--json"),
-            ("tensorrt-rtx",),
+            ("tensorrt-rtx", "export-tensorrt"),
             "tensorrt-rtx.json",
         ),
     ]
@@ -143,7 +139,7 @@ def gather(out: Path, scratch: Path, missing: dict[str, str], runner: Runner, sa
     lacking = dict(missing)
     found: list[Done] = []
     for step in steps(out, scratch):
-        why = next((lacking[n] for n in (*step.needs, step.name) if n in lacking), None)
+        why = next((lacking[n] for n in step.needs if n in lacking), None)
         if why is not None:
             found.append(Done(step.name, "skipped", why, 0.0, step.command))
         else:
@@ -155,17 +151,9 @@ def gather(out: Path, scratch: Path, missing: dict[str, str], runner: Runner, sa
             reason = f"exit code {code}: {last}" if code else ""
             found.append(Done(step.name, status, reason, time.perf_counter() - started, step.command))
             if status == "failed":
-                lacking |= dict.fromkeys(_FOLLOWERS.get(step.name, ()), f"{step.name} failed")
+                lacking[step.name] = f"{step.name} failed"
         say(f"{found[-1].name}: {found[-1].status}{' (' + found[-1].reason + ')' if found[-1].reason else ''}")
     return found
-
-
-_SEVEN = ("llama-2-7b-batch-1", "llama-2-7b-batch-8")
-_FOLLOWERS = {
-    "random-7b": ("export-7b", *_SEVEN),
-    "export-7b": _SEVEN,
-    "export-tensorrt": ("tensorrt-rtx",),
-}
 
 
 def exit_code(found: Sequence[Done]) -> int:
@@ -182,10 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path, default=Path("build/gpu-evidence"), help="where the 7B model goes")
     args = parser.parse_args(argv)
     report = diagnose()
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
+    say = partial(print, file=sys.stderr, flush=True)
     found = gather(args.out, args.scratch, reasons(report, args.scratch), run_step, say)
     evidence: dict[str, Any] = {"machine": asdict(report), "steps": [asdict(d) for d in found]}
     target = args.out / "evidence.json"

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.studies.tables import markdown
 from reports.paired import assess, decide
 
 Floats = NDArray[np.float64]
@@ -176,23 +177,16 @@ AT_MARGIN = (
 )
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
 def table(outcomes: list[Outcome]) -> str:
     """The outcomes as a Markdown table."""
-    head = (
-        "| scenario | false alarm in a family | the same, 5 % fixed rule | real change found at 10 pairs | "
-        "after the extension | changed called EQUIVALENT | unchanged called EQUIVALENT | got 5 more pairs |"
-    )
-    lines = [head, "| --- |" + " --- |" * 7]
+    columns = ["scenario", "false alarm in a family", "the same, 5 % fixed rule", "real change found at 10 pairs"]
+    columns += ["after the extension", "changed called EQUIVALENT", "unchanged called EQUIVALENT", "got 5 more pairs"]
+    rows = []
     for o in outcomes:
-        alarms = _percent(o.alarms) if o.fixed is not None else ""
-        cells = [o.scenario.name, alarms, _percent(o.fixed), _percent(o.found_planned), _percent(o.found)]
-        cells += [_percent(o.equivalent), _percent(o.passed), _percent(o.extended)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        alarms = None if o.fixed is None else o.alarms
+        shares = (alarms, o.fixed, o.found_planned, o.found, o.equivalent, o.passed, o.extended)
+        rows.append([o.scenario.name, *("" if s is None else f"{100 * s:.1f} %" for s in shares)])
+    return markdown(columns, rows)
 
 
 def main(arguments: list[str] | None = None, write: Callable[[str], object] = sys.stdout.write) -> None:
@@ -203,11 +197,11 @@ def main(arguments: list[str] | None = None, write: Callable[[str], object] = sy
     parser.add_argument("--out", type=Path, default=Path("docs/statistics.md"))
     args = parser.parse_args(arguments)
     made = table([run(s, args.families, args.seed) for s in (*UNCHANGED, *SLOWER, *AT_MARGIN)])
-    write(made + "\n")
+    write(made)
     start, end = "<!-- simulation -->\n", "<!-- /simulation -->"
     if args.out.is_file() and start in (text := args.out.read_text(encoding="utf-8")):
         before, _, rest = text.partition(start)
-        args.out.write_text(before + start + made + "\n" + end + rest.partition(end)[2], encoding="utf-8")
+        args.out.write_text(before + start + made + end + rest.partition(end)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import gc
 import json
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,19 +118,14 @@ def soak(open_session: Opener, todo: Sequence[Job], samples: int, interrupts: in
 
 def _two_threads(open_session: Opener, reference: Sequence[tuple[Job, Any]]) -> int:
     """A session in each of two threads, the same jobs in another order; returns how many outputs differed."""
-    wrong: list[int] = []
 
-    def work(order: int) -> None:
-        session = open_session()
-        with contextlib.closing(session):
-            wrong.append(sum(run_job(session, job).tokens != expected for job, expected in reference[::order]))
+    def work(order: int) -> int:
+        with contextlib.closing(open_session()) as session:
+            return sum(run_job(session, job).tokens != expected for job, expected in reference[::order])
 
-    workers = [threading.Thread(target=work, args=(order,)) for order in (1, -1)]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
-    return sum(wrong) + len(reference) * (2 - len(wrong))
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(work, order) for order in (1, -1)]
+    return sum(len(reference) if d.exception() else d.result() for d in done)
 
 
 def _interrupted(session: Session, reference: Sequence[tuple[Job, Any]], count: int) -> int:

@@ -113,16 +113,8 @@ class Measuring:
         if label == self.baseline:
             return lambda: TorchSession(checkpoint, activations, where.device, threads=where.threads)
         if label in TITLES:
-            return peer_opener(
-                label,
-                checkpoint=checkpoint,
-                folder=s.folder,
-                precision=activations,
-                device=where.device,
-                threads=where.threads,
-                gguf=self.gguf,
-                info=lambda: self.session(self.candidate).info,
-            )
+            model = (checkpoint, s.folder, activations)
+            return peer_opener(label, model, where, self.gguf, lambda: self.session(self.candidate).info)
         plain = self._plain
         return lambda: OptimumSession(plain, where.threads)
 

@@ -50,6 +50,8 @@ class Run:
     command: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.time)
     outcomes: list[Outcome] = field(default_factory=list)
+    stopped: bool = False
+    """Whether a check could not be run for a reason that says nothing about the folder."""
 
     # -- what is under test -------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ the page, the rest wait in an inert ``<template>`` for the script; the forest pl
 the page says by how much.
 
 Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_html as h;
-print(len(h.render_comparison(c.Comparison.model_validate_json(pathlib.Path('comparison.json').read_text()))))"``.
+print(len(h.render_comparison(c.Comparison.read(pathlib.Path('comparison.json')))))"``.
 """
 
 from __future__ import annotations
@@ -15,35 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from reports.comparison import ComparedSide, Comparison, Result
-from reports.comparison_summary import STATUS_ORDER, CaseGroup, Digest, MetricGroup
+from reports.comparison_summary import STATUS_ORDER, CaseGroup, Digest
 from reports.render import comparison_plots as plots
 from reports.render import comparison_words as cw
 from reports.render import parity, svg, words
 from reports.render.environment import render
+from reports.verdict import WORDS
 
 ROWS_SHOWN, FOREST_SHOWN, CASES_SHOWN, OPENED = 200, 60, 40, 3
 TROUBLES_SHOWN, HISTORY_SHOWN, WARNINGS_SHOWN = 12, 60, 40
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table, formatted; ``keys`` are the values that its columns sort by."""
-
-    result: Result
-    anchor: str
-    metric: str
-    note: str
-    base: str
-    candidate: str
-    keys: tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class ForestGroup:
-    """The forest plot of one metric."""
-
-    title: str
-    forest: plots.Forest
 
 
 @dataclass(frozen=True)
@@ -52,7 +32,7 @@ class CaseView:
 
     group: CaseGroup
     opened: bool
-    metrics: tuple[tuple[Result, tuple[svg.Plot, ...]], ...]
+    metrics: list[tuple[Result, list[svg.Plot]]]
     trace: svg.Plot | None
 
 
@@ -71,23 +51,17 @@ def render_comparison(comparison: Comparison) -> str:
         "case_text": cw.case_text,
         "metric_name": cw.metric_name,
         "metric_title": cw.metric_title,
-        "status_tone": lambda r: _tone(r, digest.parity_fails),
-        "glyph": lambda status: cw.GLYPHS[status],
+        "tone_of": lambda status: cw.tone(status, digest),
+        "glyph": lambda status: cw.LOOKS[status].glyph,
+        "key": _key,
         "spark": plots.sparkline,
     }
     return render("comparison.html.j2", comparison, _context(digest) | {"source": "comparison.json"}, filters)
 
 
-def _tone(result: Result, parity_fails: bool) -> str:
-    """A speed-up of another model is no success."""
-    return "fail" if result.status == "IMPROVED" and parity_fails else cw.TONES[result.status]
-
-
 def _context(digest: Digest) -> dict[str, Any]:
     c = digest.comparison
     views = _cases(digest)
-    shown = {v.group.case for v in views}
-    rows = [_row(r, digest, shown) for r in digest.by_importance]
     first, second = cw.verdict_sentences(digest)
     return {
         "c": c,
@@ -100,21 +74,20 @@ def _context(digest: Digest) -> dict[str, Any]:
             ("reproduce", "Reproduce"),
         ],
         "digest": digest,
-        "word": cw.OUTCOMES[c.verdict.outcome],
+        "word": WORDS[c.verdict.outcome],
         "first": first,
         "second": second,
         **parity.context(c.validation),
         "answers": [(g, g.leading) for g in digest.metrics if g.leading is not None][:2],
         "sure_line": cw.sure_line(c),
         "differences": cw.differences(c),
-        "tones": cw.TONES,
         "statuses": STATUS_ORDER,
         "forests": _forests(digest),
-        "rows": rows[:ROWS_SHOWN],
-        "more_rows": rows[ROWS_SHOWN:],
+        "rows": digest.by_importance[:ROWS_SHOWN],
+        "more_rows": digest.by_importance[ROWS_SHOWN:],
         "page_size": ROWS_SHOWN,
         "cases": views,
-        "shown_cases": shown,
+        "shown_cases": {v.group.case: v.group.index for v in views},
         "cases_cut": len(digest.cases) - len(views),
         "history": c.history[:HISTORY_SHOWN],
         "warnings": c.warnings[:WARNINGS_SHOWN],
@@ -125,31 +98,11 @@ def _context(digest: Digest) -> dict[str, Any]:
     }
 
 
-def _row(r: Result, digest: Digest, shown: set[str]) -> Row:
-    note = parity.short(digest.comparison.validation) if r.status == "IMPROVED" else "" if r.gating else "not gating"
-    return Row(
-        result=r,
-        anchor=f"case-{digest.case_index[r.case]}" if r.case in shown else "",
-        metric=cw.metric_name(r.metric),
-        note=note,
-        base=cw.value(r.base_median, r.unit),
-        candidate=cw.value(r.candidate_median, r.unit),
-        keys=(
-            STATUS_ORDER.index(r.status),
-            _key(r.base_median),
-            _key(r.candidate_median),
-            _key(r.ratio),
-            _key(r.p_holm),
-            r.valid_pairs,
-        ),
-    )
-
-
 def _key(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _forests(digest: Digest) -> list[ForestGroup]:
+def _forests(digest: Digest) -> list[tuple[str, plots.Forest]]:
     """A plot a metric, gating ones on one axis and the others on theirs; of a large family the most pressing only."""
     shown = digest.by_importance[:FOREST_SHOWN]
     chosen, gates = {id(r) for r in shown}, {g.metric for g in digest.metrics if g.gating}
@@ -158,25 +111,17 @@ def _forests(digest: Digest) -> list[ForestGroup]:
     for group in digest.metrics:
         found = [r for r in group.results if id(r) in chosen]
         if found:
-            drawn = plots.forest(found, axes[group.gating], len(group.results) - len(found))
-            groups.append(ForestGroup(_forest_title(group), drawn))
+            title = cw.metric_title(group.metric) + ("" if group.gating else " (not gating)")
+            groups.append((title, plots.forest(found, axes[group.gating], len(group.results) - len(found))))
     return groups
-
-
-def _forest_title(group: MetricGroup) -> str:
-    return cw.metric_title(group.metric) + ("" if group.gating else " (not gating)")
 
 
 def _cases(digest: Digest) -> list[CaseView]:
     views = []
     for rank, group in enumerate(digest.cases[:CASES_SHOWN]):
-        metrics = tuple(
-            (
-                r,
-                tuple(f for f in (plots.pairs_plot(r), plots.distribution(r, group.records)) if f is not None),
-            )
-            for r in group.results
-        )
+        metrics = [
+            (r, [f for f in (plots.pairs_plot(r), plots.distribution(r, group.records)) if f]) for r in group.results
+        ]
         trace = plots.machine_trace(group.records)
         views.append(CaseView(group, rank < OPENED and group.pressing, metrics, trace))
     return views

@@ -4,7 +4,7 @@ A failure is what makes the exit code: a gating result that is worse, missing, u
 without parity, a parity check. The first test case is the verdict itself, so the file and the exit code agree.
 
 Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_junit as j;
-print(j.render_comparison_junit(c.Comparison.model_validate_json(pathlib.Path('comparison.json').read_text())))"``.
+print(j.render_comparison_junit(c.Comparison.read(pathlib.Path('comparison.json'))))"``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,7 @@ from reports.comparison import CaseRecord, Comparison, Result
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
 from reports.render import parity
-from reports.render.junit import add, case_of, clean, finished, parity_cases, suite_of
-
-_FAILING = {
-    "REGRESSION": "regression",
-    "MISSING": "missing",
-    "INCONCLUSIVE": "inconclusive",
-    "INVALID": "invalid",
-}
+from reports.render.junit import add, case_of, document, parity_cases, say
 
 
 def render_comparison_junit(comparison: Comparison) -> str:
@@ -35,8 +28,6 @@ def render_comparison_junit(comparison: Comparison) -> str:
         seconds[record.case] += record.duration_s or 0.0
         if record.last_lines:
             troubles[record.case].append(record)
-    root = ET.Element("testsuites", name="llama-onnx-bench compare")
-    suites = [suite_of(root, "verdict", [_verdict(digest)], comparison.created_utc)]
     counted: set[str] = set()
     cases = []
     for r in comparison.results:
@@ -44,10 +35,8 @@ def render_comparison_junit(comparison: Comparison) -> str:
         time = 0.0 if r.case in counted else seconds[r.case]
         counted.add(r.case)
         cases.append(_result(r, digest, time, troubles[r.case]))
-    suites.append(suite_of(root, "compare", cases, comparison.created_utc))
-    if comparison.validation is not None:
-        suites.append(suite_of(root, "parity", parity_cases(comparison.validation), comparison.created_utc))
-    return finished(root, suites, comparison.duration_s)
+    suites = {"verdict": [_verdict(digest)], "compare": cases, "parity": parity_cases(comparison.validation)}
+    return document("llama-onnx-bench compare", suites, comparison.created_utc, comparison.duration_s)
 
 
 def _verdict(digest: Digest) -> ET.Element:
@@ -57,7 +46,7 @@ def _verdict(digest: Digest) -> ET.Element:
     if c.verdict.exit_code:
         add(case, "failure", c.verdict.outcome.lower(), told)
     else:
-        ET.SubElement(case, "system-out").text = clean(told)
+        say(case, told)
     return case
 
 
@@ -71,14 +60,11 @@ def _result(r: Result, digest: Digest, seconds: float, troubles: list[CaseRecord
     )
     if r.status == "IMPROVED":
         message += f"; {parity.short(digest.comparison.validation)}"
-    kind = _FAILING.get(r.status)
-    if r.status == "IMPROVED" and digest.parity_fails:
-        kind = "parity"
     for record in troubles[:3]:
         message += f"\n{record.side or 'unpaired'}, {record.outcome}: " + "\n".join(record.last_lines[-10:])
-    if kind and r.gating and not digest.comparison.advisory:
-        add(case, "failure", kind, message)
+    if cw.tone(r.status, digest) in ("fail", "open") and r.gating and not digest.comparison.advisory:
+        add(case, "failure", "parity" if r.status == "IMPROVED" else r.status.lower(), message)
     else:
         note = "advisory, does not gate. " if digest.comparison.advisory else "" if r.gating else "does not gate. "
-        ET.SubElement(case, "system-out").text = clean(note + message)
+        say(case, note + message)
     return case

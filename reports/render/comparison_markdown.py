@@ -1,29 +1,18 @@
 """``report.md`` of a comparison: fit for a pull-request comment, the verdict in its first line, always cut cleanly.
 
 Try: ``python -c "import pathlib, reports.comparison as c, reports.render.comparison_markdown as m;
-print(m.render_comparison_markdown(c.Comparison.model_validate_json(pathlib.Path('comparison.json').read_text())))"``.
+print(m.render_comparison_markdown(c.Comparison.read(pathlib.Path('comparison.json'))))"``.
 """
 
 from __future__ import annotations
 
-import shlex
-
-from reports.comparison import ChangeStatus, Comparison, Result
+from reports.comparison import Comparison, Result
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
 from reports.render import parity, words
-from reports.render.markdown import LIMIT, LISTED, escape, fenced, parity_blocks, table, within
+from reports.render.markdown import LIMIT, LISTED, SIGNS, bullets, escape, parity_blocks, repeat, table, within
+from reports.verdict import WORDS
 
-_MARKS: dict[ChangeStatus, str] = {
-    "REGRESSION": "🔺",
-    "MISSING": "➖",
-    "INVALID": "🚫",
-    "INCONCLUSIVE": "❔",
-    "IMPROVED": "🔽",
-    "NEW": "🆕",
-    "EQUIVALENT": "▫️",
-}
-_OUTCOMES = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔"}
 _OPEN_ROWS, _FOLDED_ROWS = 30, 60
 
 
@@ -31,22 +20,23 @@ def render_comparison_markdown(comparison: Comparison) -> str:
     """GitHub-flavoured Markdown under 65,000 characters, whatever the comparison holds."""
     c, digest = comparison, Digest(comparison)
     first, second = cw.verdict_sentences(digest)
-    blocks = [f"**{_OUTCOMES[c.verdict.outcome]} {cw.OUTCOMES[c.verdict.outcome]}: {escape(first, 600)}**"]
+    blocks = [f"**{SIGNS[c.verdict.outcome]} {WORDS[c.verdict.outcome]}: {escape(first, 600)}**"]
     if second:
         blocks.append(escape(second, 1200))
     if c.advisory:
         blocks.append(f"> **Advisory, nothing gates:** {escape(c.advisory_reason or 'not measured in pairs', 400)}")
-    blocks += [_counts(digest), _facts(digest), *_reasons(c), *_results(digest)]
+    reasons = [*(c.verdict.reasons if c.verdict.exit_code else []), *c.warnings]
+    blocks += [_counts(digest), _facts(digest), *bullets("Read this first", reasons), *_results(digest)]
     blocks += [
         *parity_blocks(c.validation),
         *_history(c),
-        "### Repeat\n\n" + fenced(words.shorten(shlex.join(c.command), 2000)),
+        repeat(c.command),
     ]
     return within(blocks, LIMIT) + "\n"
 
 
 def _counts(digest: Digest) -> str:
-    told = [f"{_MARKS[s]} {n:,} {s.lower()}" for s, n in digest.counts.items() if n]
+    told = [f"{cw.LOOKS[s].sign} {n:,} {s.lower()}" for s, n in digest.counts.items() if n]
     return " · ".join(told) or "no results"
 
 
@@ -67,17 +57,7 @@ def _facts(digest: Digest) -> str:
 
 
 def _parity_sign(c: Comparison) -> str:
-    return _OUTCOMES[c.validation.verdict] if c.validation else "❔"
-
-
-def _reasons(c: Comparison) -> list[str]:
-    reasons = [*(c.verdict.reasons if c.verdict.exit_code else []), *c.warnings]
-    if not reasons:
-        return []
-    lines = [f"- {escape(r, 400)}" for r in reasons[:LISTED]]
-    if len(reasons) > LISTED:
-        lines.append(f"- … {len(reasons) - LISTED} more are in index.html.")
-    return ["### Read this first\n\n" + "\n".join(lines)]
+    return SIGNS[c.validation.verdict] if c.validation else "❔"
 
 
 def _results(digest: Digest) -> list[str]:
@@ -103,7 +83,7 @@ def _table(results: list[Result], digest: Digest, rows: int) -> str:
 
 
 def _cells(r: Result, digest: Digest) -> list[str]:
-    status = f"{_MARKS[r.status]} {r.status}"
+    status = f"{cw.LOOKS[r.status].sign} {r.status}"
     if r.status == "IMPROVED":
         c = digest.comparison
         status += f", {escape(parity.short(c.validation))} {_parity_sign(c)}"

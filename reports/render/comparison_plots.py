@@ -20,15 +20,6 @@ from reports.render import comparison_words as cw
 from reports.render import svg, words
 from reports.render.svg import Axis, Plot, StripRow
 
-SHAPES: dict[ChangeStatus, str] = {
-    "REGRESSION": "right",
-    "IMPROVED": "left",
-    "EQUIVALENT": "circle",
-    "INCONCLUSIVE": "ring",
-    "INVALID": "cross",
-    "NEW": "ring",
-    "MISSING": "cross",
-}
 PAIRS_HEIGHT = 190
 _SIDES = {"candidate": ("circle", "k0"), "base": ("square", "k1")}
 _DISPLAYED = {"s": ("ms", 1e3), "seconds": ("ms", 1e3), "B": ("MB", 1e-6), "bytes": ("MB", 1e-6)}
@@ -38,26 +29,20 @@ _FURTHEST = math.log(1.6)
 
 
 @dataclass(frozen=True)
-class ForestRow:
-    """One line of the forest plot: the result and its drawing (decoration: the numbers are beside it as text)."""
-
-    result: Result
-    svg: str
-
-
-@dataclass(frozen=True)
 class Forest:
-    """A forest plot: rows that share one axis; ``axis_svg`` carries its ticks."""
+    """A forest plot: results with their drawings (decoration: the numbers are beside them as text) on one axis.
 
-    rows: tuple[ForestRow, ...]
+    ``axis_svg`` carries the ticks, ``cut`` counts the results that are not shown.
+    """
+
+    rows: tuple[tuple[Result, str], ...]
     axis_svg: str
     cut: int
-    """Results that are not shown."""
 
 
 def forest(results: Sequence[Result], axis: Axis, cut: int = 0) -> Forest:
     """One row for every result, on one logarithmic axis of the ratio candidate / base."""
-    return Forest(tuple(ForestRow(r, _forest_row(r, axis)) for r in results), _forest_ticks(axis), cut)
+    return Forest(tuple((r, _forest_row(r, axis)) for r in results), _forest_ticks(axis), cut)
 
 
 def forest_axis(results: Sequence[Result]) -> Axis:
@@ -218,7 +203,7 @@ def _forest_row(r: Result, axis: Axis) -> str:
             body.append(_at_middle("cap" if inside else arrow, place, f"edge {klass}"))
     if r.ratio and r.ratio > 0:
         if axis.holds(math.log(r.ratio)):
-            body.append(_at_middle(SHAPES[r.status], axis.place(math.log(r.ratio)), klass))
+            body.append(_at_middle(cw.LOOKS[r.status].shape, axis.place(math.log(r.ratio)), klass))
     else:
         body.append(
             f'<text x="{zero:.2f}%" y="50%" dy="4" text-anchor="middle" class="t">{_empty_word(r.status)}</text>'
@@ -261,31 +246,15 @@ def _pairs_caption(result: Result) -> str:
     )
 
 
-def _cpu_mhz(r: CaseRecord) -> float | None:
-    return r.after.cpu_mhz if r.after else None
-
-
-def _load(r: CaseRecord) -> float | None:
-    return r.before.load_1m if r.before else None
-
-
 def _taken(r: CaseRecord) -> float | None:
     shares = [s for s in (r.steal_fraction, r.others_fraction) if s is not None]
     return 100 * sum(shares) if shares else None
 
 
-def _gpu_clock(r: CaseRecord) -> float | None:
-    return r.after.gpus[0].sm_clock_mhz if r.after and r.after.gpus else None
-
-
-def _gpu_heat(r: CaseRecord) -> float | None:
-    return r.after.gpus[0].temperature_c if r.after and r.after.gpus else None
-
-
 _TRACES: tuple[tuple[str, Callable[[CaseRecord], float | None], int], ...] = (
-    ("CPU clock after, MHz", _cpu_mhz, 0),
-    ("Load before, 1 min", _load, 2),
+    ("CPU clock after, MHz", lambda r: r.after.cpu_mhz if r.after else None, 0),
+    ("Load before, 1 min", lambda r: r.before.load_1m if r.before else None, 2),
     ("Taken by others, % of all cores", _taken, 1),
-    ("GPU clock after, MHz", _gpu_clock, 0),
-    ("GPU temperature after, °C", _gpu_heat, 0),
+    ("GPU clock after, MHz", lambda r: r.after.gpus[0].sm_clock_mhz if r.after and r.after.gpus else None, 0),
+    ("GPU temperature after, °C", lambda r: r.after.gpus[0].temperature_c if r.after and r.after.gpus else None, 0),
 )

@@ -13,10 +13,10 @@ from reports.comparison import Comparison
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
 from reports.render import parity, words
-from reports.render.terminal import STYLES, parity_table, plain_table
+from reports.render.terminal import COLOURS, parity_table, plain_table, print_end
+from reports.verdict import WORDS
 
 ROWS = 40
-_COLOURS = {"fail": "bold red", "open": "yellow", "pass": "green", "plain": "dim"}
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -35,16 +35,14 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(Text.assemble(("warning: ", "yellow"), words.shorten(warning, 400)))
     counts = ", ".join(f"{n:,} {s.lower()}" for s, n in digest.counts.items() if n)
     console.print(Text(f"{counts or 'no results'}; {cw.sure_line(comparison)}"))
-    word = cw.OUTCOMES[comparison.verdict.outcome]
-    console.print(Text.assemble((word, STYLES.get(word, "bold yellow")), f": {cw.headline(digest)}"))
+    print_end(WORDS[comparison.verdict.outcome], cw.headline(digest), console)
 
 
 def results_table(digest: Digest) -> Table:
     """The most pressing results; a speed-up carries its parity."""
     table = plain_table("Candidate against base", "Case", "metric", "change", "95 % interval", "pairs", "status")
     for r in digest.by_importance[:ROWS]:
-        tone = "fail" if r.status == "IMPROVED" and digest.parity_fails else cw.TONES[r.status]
-        status = Text(f"{cw.GLYPHS[r.status]} {r.status}", style=_COLOURS[tone])
+        status = Text(f"{cw.LOOKS[r.status].glyph} {r.status}", style=COLOURS[cw.tone(r.status, digest)])
         if r.status == "IMPROVED":
             status.append(f"\n{parity.short(digest.comparison.validation)}", style="dim")
         table.add_row(

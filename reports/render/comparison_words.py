@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from reports.comparison import ChangeStatus, Comparison, Result
 from reports.comparison_summary import Digest, MetricGroup
@@ -29,39 +30,36 @@ METRIC_TITLES = {
     "load": "Load time",
     "peak_memory": "Peak memory",
 }
-STATUS_MEANINGS: dict[ChangeStatus, str] = {
-    "REGRESSION": "slower (or larger) beyond the margin, and surely not noise",
-    "MISSING": "the base has it, the candidate could not be measured",
-    "INVALID": "the machine was disturbed, nothing can be said",
-    "INCONCLUSIVE": "the interval is too wide to decide",
-    "IMPROVED": "faster (or smaller) beyond the margin, and surely not noise",
-    "NEW": "the candidate has it, the base does not",
-    "EQUIVALENT": "shown to lie within the margin",
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a status is shown: CSS class, glyph, mark of the forest plot, sign in Markdown, and what it means.
+
+    Shapes, so that a status needs no colour: the glyphs point where the marks of the forest plot lie.
+    """
+
+    tone: str
+    glyph: str
+    shape: str
+    sign: str
+    meaning: str
+
+
+LOOKS: dict[ChangeStatus, Look] = {
+    "REGRESSION": Look("fail", "▶", "right", "🔺", "slower (or larger) beyond the margin, and surely not noise"),
+    "MISSING": Look("fail", "−", "cross", "➖", "the base has it, the candidate could not be measured"),
+    "INVALID": Look("open", "✕", "cross", "🚫", "the machine was disturbed, nothing can be said"),
+    "INCONCLUSIVE": Look("open", "○", "ring", "❔", "the interval is too wide to decide"),
+    "IMPROVED": Look("pass", "◀", "left", "🔽", "faster (or smaller) beyond the margin, and surely not noise"),
+    "NEW": Look("plain", "+", "ring", "🆕", "the candidate has it, the base does not"),
+    "EQUIVALENT": Look("plain", "●", "circle", "▫️", "shown to lie within the margin"),
 }
-TONES: dict[ChangeStatus, str] = {
-    "REGRESSION": "fail",
-    "MISSING": "fail",
-    "INVALID": "open",
-    "INCONCLUSIVE": "open",
-    "IMPROVED": "pass",
-    "NEW": "plain",
-    "EQUIVALENT": "plain",
-}
-GLYPHS: dict[ChangeStatus, str] = {
-    "REGRESSION": "▶",
-    "MISSING": "−",
-    "INVALID": "✕",
-    "INCONCLUSIVE": "○",
-    "IMPROVED": "◀",
-    "NEW": "+",
-    "EQUIVALENT": "●",
-}
-"""Shapes, so that a status needs no colour: the triangles point where the marks of the forest plot lie."""
 
 GLOSSARY = (
     *(
-        Term(status.capitalize(), f"{told.capitalize()}.", mark=GLYPHS[status], tone=TONES[status])
-        for status, told in STATUS_MEANINGS.items()
+        Term(status.capitalize(), f"{look.meaning.capitalize()}.", mark=look.glyph, tone=look.tone)
+        for status, look in LOOKS.items()
     ),
     Term("Ratio", "The candidate against the base, the geometric mean over pairs. 1.041 is 4.1\u00a0% slower."),
     Term("Pair", "Base and candidate measured back to back, each in a fresh process; the order alternates."),
@@ -78,10 +76,14 @@ GLOSSARY = (
     NULL_CONTROL,
 )
 
-OUTCOMES = {"PASS": "PASSED", "FAIL": "FAILED", "INCONCLUSIVE": "INCONCLUSIVE"}
 _PERCENT = "\u00a0%"
 _UNITS_OF_TIME = ("s", "seconds", "ms", "us", "ns")
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
+
+
+def tone(status: ChangeStatus, digest: Digest) -> str:
+    """CSS class of a status; a speed-up of another model is no success."""
+    return "fail" if status == "IMPROVED" and digest.parity_fails else LOOKS[status].tone
 
 
 def metric_name(metric: str) -> str:
@@ -174,18 +176,9 @@ def tidy(sentence: str) -> str:
     return sentence.replace(" %", _PERCENT)
 
 
-def number_word(count: int) -> str:
-    """Small numbers as words, as in a sentence."""
-    return _NUMBERS[count] if count < len(_NUMBERS) else f"{count:,}"
-
-
 def headline(digest: Digest) -> str:
     """The whole verdict in a few words: what moved, how sure, what did not, what is still open."""
     return " ".join(part for part in verdict_sentences(digest) if part)
-
-
-def _outcome(c: Comparison) -> str | None:
-    return c.validation.verdict if c.validation else None
 
 
 def verdict_sentences(digest: Digest) -> tuple[str, str]:
@@ -205,7 +198,7 @@ def verdict_sentences(digest: Digest) -> tuple[str, str]:
             first.append(told)
     elif not first:
         first, rest = rest[:1], rest[1:]
-    if _outcome(c) in (None, "PASS") and any(r.status == "IMPROVED" for r in c.results):
+    if (c.validation is None or c.validation.verdict == "PASS") and any(r.status == "IMPROVED" for r in c.results):
         # A speed-up never stands without its parity.
         rest.insert(0, f"{parity.short(c.validation).capitalize()}.")
     beside = _moved(digest, gating=False)
@@ -268,12 +261,13 @@ def differences(comparison: Comparison) -> list[str]:
 
 
 def _parity_part(digest: Digest) -> list[str]:
-    c = digest.comparison
-    if c.validation is not None and c.validation.verdict == "FAIL":
-        tier = f" at tier {words.shorten(c.validation.tier, 20)}"
-        lost = any(r.status == "IMPROVED" for r in c.results)
-        return [f"Not the same model: parity fails{tier}{', so no speed-up counts' if lost else ''}."]
-    return ["Parity is undecided."] if _outcome(c) == "INCONCLUSIVE" else []
+    v = digest.comparison.validation
+    if v is None or v.verdict == "PASS":
+        return []
+    if v.verdict == "INCONCLUSIVE":
+        return ["Parity is undecided."]
+    lost = ", so no speed-up counts" * any(r.status == "IMPROVED" for r in digest.comparison.results)
+    return [f"Not the same model: parity fails at tier {words.shorten(v.tier, 20)}{lost}."]
 
 
 def _moved(digest: Digest, gating: bool) -> list[str]:
@@ -338,8 +332,8 @@ def _within_text(comparison: Comparison) -> str:
 
 
 def _counted(count: int) -> str:
-    """A number that begins a sentence."""
-    return number_word(count).capitalize()
+    """A number that begins a sentence; a small one as a word."""
+    return _NUMBERS[count] if count < len(_NUMBERS) else f"{count:,}"
 
 
 def _joined(parts: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """What all pages share: the template environment, filters for numbers and statuses, machine and command.
 
-Try: ``python -c "from reports.render.environment import tone; print(tone('PASS'))"``.
+Used by ``llama-onnx report record.json --out /tmp/page``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,9 @@ from markupsafe import Markup
 from reports.comparison import Comparison
 from reports.record import RunRecord
 from reports.render import svg, words
-from reports.validation import Measurement, Validation
+from reports.validation import Validation
 
-_TONES = {
-    "pass": ("PASS", "PASSED", "MET"),
-    "fail": ("FAIL", "FAILED", "MISSED", "ERROR"),
-    "open": ("INCONCLUSIVE", "SUSPICIOUS"),
-}
 _MARKS = {"pass": "✓", "fail": "✕", "open": "?", "plain": "·"}
-
-
-def tone(word: str) -> str:
-    """CSS class of a status word."""
-    return next((name for name, members in _TONES.items() if word in members), "plain")
 
 
 def render(
@@ -50,9 +40,8 @@ def render(
     env.filters.update(
         ms=words.ms,
         bare_ms=words.bare_ms,
-        ms_interval=words.ms_interval,
         times=words.times,
-        times_interval=words.times_interval,
+        interval=words.interval,
         fixed=words.fixed,
         size=words.size,
         share=words.share,
@@ -61,10 +50,10 @@ def render(
         limit=words.limit_text,
         short=words.shorten,
         when=words.when,
-        measured=_measured,
+        measured=lambda m, name: words.number(getattr(m, name), m.unit, m.limit),
         is_hash=lambda name: name.endswith("SHA-256") or name in ("Spec digest", "Fingerprint"),
-        tone=tone,
-        mark=lambda word: "!" if word == "SUSPICIOUS" else _MARKS[tone(word)],
+        tone=words.tone,
+        mark=lambda word: "!" if word == "SUSPICIOUS" else _MARKS[words.tone(word)],
         cap=words.capitalised,
         finding=words.finding,
         svg=Markup,
@@ -80,7 +69,3 @@ def render(
     }
     env.globals.update(shared)
     return env.get_template(template).render(context)
-
-
-def _measured(m: Measurement, name: str) -> str:
-    return words.number(getattr(m, name), m.unit, m.limit)

@@ -4,7 +4,7 @@ Everything from the record is data: jinja2 escapes it. The only markup taken as 
 package.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.publish as p;
-print(p.write_report(r.read_record(pathlib.Path('reports/out/record.json')), pathlib.Path('/tmp/page')))"``.
+print(p.write_report(r.RunRecord.read(pathlib.Path('reports/out/record.json')), pathlib.Path('/tmp/page')))"``.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 One suite for the tests that ran and one for parity, with a test case per check and task metric.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.render.junit as j;
-print(j.render_junit(r.read_record(pathlib.Path('reports/out/record.json'))))"``.
+print(j.render_junit(r.RunRecord.read(pathlib.Path('reports/out/record.json'))))"``.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from xml.etree import ElementTree as ET
 
 from reports.record import Outcome, RunRecord
@@ -19,47 +21,41 @@ from reports.verdict import other_outcomes
 # Characters that XML 1.0 cannot hold even as entities.
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
+_COUNTED = (("failures", "failure"), ("errors", "error"), ("skipped", "skipped"))
+
 
 def render_junit(record: RunRecord) -> str:
     """JUnit XML of a record (the Jenkins dialect that GitHub, GitLab and Jenkins viewers read)."""
-    root = ET.Element("testsuites", name="llama-onnx-bench")
-    suites = [suite_of(root, "bench", [_outcome(o) for o in other_outcomes(record)], record.created_utc)]
-    if record.validation is not None:
-        suites.append(suite_of(root, "parity", parity_cases(record.validation), record.created_utc))
-    return finished(root, suites, sum(o.seconds for o in record.outcomes))
+    suites = {"bench": [_outcome(o) for o in other_outcomes(record)], "parity": parity_cases(record.validation)}
+    return document("llama-onnx-bench", suites, record.created_utc, sum(o.seconds for o in record.outcomes))
 
 
-def finished(root: ET.Element, suites: list[ET.Element], seconds: float) -> str:
-    """The document's text, with the suites' counts added up at its root."""
-    for name in ("tests", "failures", "errors", "skipped"):
-        root.set(name, str(sum(int(s.get(name, "0")) for s in suites)))
-    root.set("time", f"{seconds:.3f}")
+def document(name: str, suites: Mapping[str, list[ET.Element] | None], created_utc: str, seconds: float) -> str:
+    """The text of a file: its suites with their test cases, and the counts of each and of all; None is left out."""
+    root = ET.Element("testsuites", name=name)
+    total: Counter[str] = Counter()
+    for title, cases in suites.items():
+        if cases is not None:
+            counts = Counter(
+                {"tests": len(cases)} | {s: sum(c.find(t) is not None for c in cases) for s, t in _COUNTED}
+            )
+            took = f"{sum(float(c.get('time', '0')) for c in cases):.3f}"
+            told = {**{k: str(v) for k, v in counts.items()}, "time": took, "timestamp": clean(created_utc)}
+            ET.SubElement(root, "testsuite", {"name": title, **told}).extend(cases)
+            total += counts
+    root.attrib |= {k: str(total[k]) for k in ("tests", *dict(_COUNTED))} | {"time": f"{seconds:.3f}"}
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
 
-def parity_cases(validation: Validation) -> list[ET.Element]:
-    """One test case a check and a task metric."""
-    return [*map(_check, validation.results), *map(_task, validation.tasks)]
+def parity_cases(validation: Validation | None) -> list[ET.Element] | None:
+    """One test case a check and a task metric; None where there is no validation."""
+    return [*map(_check, validation.results), *map(_task, validation.tasks)] if validation else None
 
 
 def clean(text: str) -> str:
     """Text without the characters that XML cannot hold; each becomes U+FFFD."""
     return _FORBIDDEN.sub("\ufffd", text)
-
-
-def suite_of(root: ET.Element, name: str, cases: list[ET.Element], created_utc: str) -> ET.Element:
-    """A suite under the root with its test cases and their counts."""
-    suite = ET.SubElement(root, "testsuite", name=name)
-    counts = {tag: sum(1 for c in cases if c.find(tag) is not None) for tag in ("failure", "error", "skipped")}
-    suite.set("tests", str(len(cases)))
-    suite.set("failures", str(counts["failure"]))
-    suite.set("errors", str(counts["error"]))
-    suite.set("skipped", str(counts["skipped"]))
-    suite.set("time", f"{sum(float(c.get('time', '0')) for c in cases):.3f}")
-    suite.set("timestamp", clean(created_utc))
-    suite.extend(cases)
-    return suite
 
 
 def case_of(classname: str, name: str, seconds: float = 0.0) -> ET.Element:
@@ -73,26 +69,26 @@ def add(case: ET.Element, tag: str, kind: str, message: str) -> None:
     child.text = clean(message)
 
 
+def say(case: ET.Element, text: str) -> None:
+    """Put text into a test case that is neither failure nor error."""
+    ET.SubElement(case, "system-out").text = clean(text)
+
+
 def _outcome(outcome: Outcome) -> ET.Element:
     path, _, name = outcome.test.partition("::")
     classname = path.removesuffix(".py").replace("/", ".") if name else "bench"
     case = case_of(classname, name or path, outcome.seconds)
-    if outcome.outcome == "failed":
-        add(case, "failure", "failed", outcome.message or "failed")
-    elif outcome.outcome == "error":
-        add(case, "error", "error", outcome.message or "error")
-    elif outcome.outcome == "skipped":
-        add(case, "skipped", "skipped", outcome.message or "skipped")
+    if outcome.outcome != "passed":
+        tag = "failure" if outcome.outcome == "failed" else outcome.outcome
+        add(case, tag, outcome.outcome, outcome.message or outcome.outcome)
     return case
 
 
 def _judged(case: ET.Element, status: Status, message: str) -> ET.Element:
-    if status == "FAIL":
-        add(case, "failure", "parity", message)
-    elif status == "INCONCLUSIVE":
-        add(case, "failure", "inconclusive", message)
+    if status in ("FAIL", "INCONCLUSIVE"):
+        add(case, "failure", "parity" if status == "FAIL" else "inconclusive", message)
     else:
-        ET.SubElement(case, "system-out").text = clean(message)
+        say(case, message)
     return case
 
 

@@ -3,7 +3,7 @@
 Everything from the record is escaped: it neither becomes markup, nor a link, nor a mention.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.render.markdown as m;
-print(m.render_markdown(r.read_record(pathlib.Path('reports/out/record.json'))))"``.
+print(m.render_markdown(r.RunRecord.read(pathlib.Path('reports/out/record.json'))))"``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LIMIT = 64_000
 
 ROWS, LISTED, EXAMPLES, EXAMPLE_CHARS = 60, 20, 5, 600
 EXAMPLES_ROOM = 16_000
-_MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SUSPICIOUS": "⚠️", "REPORTED": "▫️", "SKIPPED": "▫️"}
+SIGNS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SUSPICIOUS": "⚠️", "REPORTED": "▫️", "SKIPPED": "▫️"}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!~$])")
 
 
@@ -50,17 +50,34 @@ def render_markdown(record: RunRecord) -> str:
     """The report as GitHub-flavoured Markdown, under 65,000 characters whatever the record holds."""
     verdict = judge(record)
     blocks = [
-        f"**{_MARKS[verdict.outcome]} {verdict.word}: {escape(verdict.headline, 400)}**",
+        f"**{SIGNS[verdict.outcome]} {verdict.word}: {escape(verdict.headline, 400)}**",
         *_answers(record, verdict),
-        *_warnings(verdict),
+        *bullets("Warnings", verdict.warnings, 500),
         *_latency(record),
         *_targets(verdict.targets),
         *parity_blocks(record.validation),
         *_memory(record),
-        "### Repeat\n\n" + fenced(words.shorten(shlex.join(record.command), 2000)),
+        repeat(record.command),
     ]
+    return with_examples(blocks, record.validation, "record.json")
+
+
+def bullets(title: str, lines: Sequence[str], limit: int = 400) -> list[str]:
+    """A section that lists sentences, and how many more there are; none without a sentence."""
+    told = [f"- {escape(text, limit)}" for text in lines[:LISTED]]
+    told += [f"- … {len(lines) - LISTED} more are in index.html."] * (len(lines) > LISTED)
+    return [f"### {title}\n\n" + "\n".join(told)] if told else []
+
+
+def repeat(command: Sequence[str]) -> str:
+    """The section with the command."""
+    return "### Repeat\n\n" + fenced(words.shorten(shlex.join(command), 2000))
+
+
+def with_examples(blocks: Sequence[str], validation: Validation | None, source: str) -> str:
+    """The report, and as many examples as there is room for."""
     text = within(blocks, LIMIT - EXAMPLES_ROOM)
-    return "\n\n".join([text, *example_blocks(record.validation, LIMIT - len(text), "record.json")]) + "\n"
+    return "\n\n".join([text, *example_blocks(validation, LIMIT - len(text), source)]) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -109,27 +126,18 @@ def _answers(record: RunRecord, verdict: Verdict) -> list[str]:
         if names:
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
             lines.append(f"- **{title}:** {'; '.join(told(n) for n in names[:LISTED])}{more}")
-    if verdict.random_weights:
+    if record.model.random_weights:
         note = "> **Random weights:** this model was never trained; its answers and task scores mean nothing."
         return [note, "\n".join(lines)]
     return ["\n".join(lines)]
 
 
-def _warnings(verdict: Verdict) -> list[str]:
-    if not verdict.warnings:
-        return []
-    lines = [f"- {escape(w, 500)}" for w in verdict.warnings[:LISTED]]
-    if len(verdict.warnings) > LISTED:
-        lines.append(f"- … {len(verdict.warnings) - LISTED} more warnings are in index.html.")
-    return ["### Warnings\n\n" + "\n".join(lines)]
-
-
 def _timing(estimate: Estimate | None) -> str:
-    return f"{words.bare_ms(estimate.value if estimate else None)} {words.ms_interval(estimate)}".strip()
+    return f"{words.bare_ms(estimate.value if estimate else None)} {words.interval(estimate, 1e3)}".strip()
 
 
 def _gain(estimate: Estimate | None, role: str) -> str:
-    return "baseline" if role == "baseline" else f"{words.times(estimate)} {words.times_interval(estimate)}".strip()
+    return "baseline" if role == "baseline" else f"{words.times(estimate)} {words.interval(estimate)}".strip()
 
 
 def _latency(record: RunRecord) -> list[str]:
@@ -195,7 +203,7 @@ def parity_blocks(validation: Validation | None) -> list[str]:
         # What an exact check says stands in full where it failed, else its name is enough.
         said = told or [escape(r.summary, 200) if r.status == "FAIL" else words.DASH, words.DASH]
         samples = f"{m.samples:,}" if m else words.DASH
-        cells.append([escape(r.title, 80), f"{_MARKS[r.status]} {r.status}", *said, limit, samples])
+        cells.append([escape(r.title, 80), f"{SIGNS[r.status]} {r.status}", *said, limit, samples])
     found = [
         "### Parity\n\n" + where,
         table(["Check", "Status", "Value", "95\u00a0% bound", "Limit", "Samples"], cells, 2),
@@ -204,7 +212,7 @@ def parity_blocks(validation: Validation | None) -> list[str]:
         cells = [
             [
                 f"{escape(t.task, 60)}, {escape(t.metric, 40)}",
-                f"{_MARKS[t.status]} {t.status}",
+                f"{SIGNS[t.status]} {t.status}",
                 words.score(t.candidate),
                 words.score(t.baseline),
                 words.difference(t.difference_bound),
@@ -249,7 +257,7 @@ def example_blocks(validation: Validation | None, room: int, source: str) -> lis
 def _memory(record: RunRecord) -> list[str]:
     found = []
     if rows := memory_rows(record):
-        cells = [[escape(r.side.title, 60), words.size(r.memory.peak_bytes), words.size(r.own_bytes)] for r in rows]
+        cells = [[escape(side.title, 60), words.size(m.peak_bytes), words.size(m.own_bytes)] for side, m in rows]
         found.append("### Memory and load\n\n" + table(["Side", "Peak", "Added by the model"], cells))
     if loads := load_rows(record):
         cells = [[escape(side.title, 60), _timing(e), str(e.n)] for side, e in loads]

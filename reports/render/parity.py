@@ -24,16 +24,6 @@ def word(validation: Validation | None) -> str:
     return {"PASS": "Yes", "FAIL": "No", "INCONCLUSIVE": "Undecided"}[validation.verdict]
 
 
-def tone(validation: Validation | None) -> str:
-    """CSS class of the answer."""
-    return {"Yes": "pass", "No": "fail"}.get(word(validation), "open")
-
-
-def mark(validation: Validation | None) -> str:
-    """A sign for the answer."""
-    return {"Yes": "✓", "No": "✕"}.get(word(validation), "?")
-
-
 def short(validation: Validation | None) -> str:
     """The words that stand beside every speed-up."""
     if validation is None:
@@ -92,8 +82,7 @@ def context(validation: Validation | None) -> dict[str, Any]:
     return {
         "validation": validation,
         "parity_word": word(validation),
-        "parity_tone": tone(validation),
-        "parity_mark": mark(validation),
+        "parity_status": validation.verdict if validation else "INCONCLUSIVE",
         "parity_short": short(validation),
         "parity_line": line(validation),
         "leading": measurement_line(leading(validation)),

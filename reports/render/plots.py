@@ -3,7 +3,7 @@
 Every plot has a description in words. Sides differ by marker and name as well as by colour (Okabe-Ito hues).
 
 Try: ``python -c "import pathlib, reports.record as r, reports.render.plots as p;
-print(p.all_plots(r.read_record(pathlib.Path('reports/out/record.json')))[0].svg)"``.
+print(p.all_plots(r.RunRecord.read(pathlib.Path('reports/out/record.json')))[0].svg)"``.
 """
 
 from __future__ import annotations
@@ -37,16 +37,8 @@ class SideStyle:
 
     side: Side
     index: int
-
-    @property
-    def glyph(self) -> str:
-        """The marker as a character."""
-        return GLYPHS[self.index]
-
-    @property
-    def shape(self) -> str:
-        """The marker in a plot."""
-        return SHAPES[self.index]
+    shape: str
+    glyph: str
 
     @property
     def klass(self) -> str:
@@ -60,7 +52,7 @@ def side_styles(record: RunRecord) -> dict[str, SideStyle]:
     for side in ordered_sides(record):
         index = {"candidate": 0, "baseline": 1}.get(side.role, 2 + peers % 4)
         peers += side.role == "peer"
-        styles[side.label] = SideStyle(side, index)
+        styles[side.label] = SideStyle(side, index, SHAPES[index], GLYPHS[index])
     return styles
 
 

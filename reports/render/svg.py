@@ -75,12 +75,12 @@ class Axis:
     left: float = LEFT
 
     @staticmethod
-    def around(values: Iterable[float], pad: float = 0.06, left: float = LEFT) -> Axis:
+    def around(values: Iterable[float], pad: float = 0.06) -> Axis:
         """An axis that holds all finite values with some air at both ends."""
         found = [v for v in values if math.isfinite(v)]
         low, high = (min(found), max(found)) if found else (0.0, 1.0)
         air = (high - low) * pad or abs(high) * 0.05 or 1.0
-        return Axis(low - air, high + air, left)
+        return Axis(low - air, high + air)
 
     def place(self, value: float) -> float:
         """Per cent of the width; values beyond an end are drawn at that end."""

@@ -1,7 +1,7 @@
 """The summary at the end of a run: rich tables that fit 80 columns, the verdict last, where the eye is.
 
 Try: ``python -c "import pathlib, rich.console as c, reports.record as r, reports.render.terminal as t;
-t.print_summary(r.read_record(pathlib.Path('reports/out/record.json')), c.Console())"``.
+t.print_summary(r.RunRecord.read(pathlib.Path('reports/out/record.json')), c.Console())"``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from reports.targets import Target
 from reports.validation import Validation
 from reports.verdict import judge, speed_sentence
 
-STYLES = {
-    "PASS": "green",
-    "PASSED": "bold green",
-    "MET": "green",
-    "FAIL": "bold red",
-    "FAILED": "bold red",
-    "MISSED": "bold red",
-    "INCONCLUSIVE": "yellow",
-    "SUSPICIOUS": "yellow",
-}
+COLOURS = {"fail": "bold red", "open": "yellow", "pass": "green", "plain": "dim"}
+"""Style of a tone."""
+
+
+def style(word: str) -> str:
+    """Style of a status word."""
+    return COLOURS[words.tone(word)]
+
+
+def print_end(word: str, headline: str, console: Console) -> None:
+    """The verdict, the last line of a run or a comparison."""
+    console.print(Text.assemble((word, f"bold {style(word)}"), f": {headline}"))
 
 
 def print_summary(record: RunRecord, console: Console) -> None:
@@ -56,16 +58,16 @@ def print_summary(record: RunRecord, console: Console) -> None:
     if record.validation is None:
         console.print("\nParity: not examined.")
     for r in record.validation.of("FAIL", "INCONCLUSIVE", "SUSPICIOUS") if record.validation else []:
-        console.print(Text.assemble((r.status, STYLES[r.status]), f" {r.title}: {words.shorten(r.reason, 300)}"))
+        console.print(Text.assemble((r.status, style(r.status)), f" {r.title}: {words.shorten(r.reason, 300)}"))
     console.print()
-    if verdict.random_weights:
+    if record.model.random_weights:
         console.print(Text("RANDOM WEIGHTS: answers and task scores mean nothing.", style="bold yellow"))
     for warning in verdict.warnings:
         console.print(Text.assemble(("warning: ", "yellow"), words.shorten(warning, 400)))
     if verdict.not_examined:
         console.print(Text(f"not examined: {', '.join(verdict.not_examined)}", style="dim"))
     console.print(Text(f"speed: {speed_sentence(verdict.speed)}"))
-    console.print(Text.assemble((verdict.word, STYLES.get(verdict.word, "bold yellow")), f": {verdict.headline}"))
+    print_end(verdict.word, verdict.headline, console)
 
 
 def latency_table(rows: list[LatencyRow]) -> Table:
@@ -107,12 +109,12 @@ def memory_table(record: RunRecord) -> Table | None:
     if not rows:
         return None
     table = plain_table("Memory and load", "Side", "peak", "model's part", "load")
-    for r in rows:
-        load = loads.get(r.side.label)
+    for side, memory in rows:
+        load = loads.get(side.label)
         table.add_row(
-            Text(words.shorten(r.side.title, 34)),
-            words.size(r.memory.peak_bytes),
-            words.size(r.own_bytes),
+            Text(words.shorten(side.title, 34)),
+            words.size(memory.peak_bytes),
+            words.size(memory.own_bytes),
             words.ms(load.value if load else None),
         )
     return table
@@ -131,14 +133,14 @@ def parity_table(validation: Validation | None) -> Table | None:
             Text(words.shorten(r.title, 32)),
             Text(words.shorten(words.number(held, m.unit, m.limit), 16) if m else words.DASH),
             Text(words.shorten(words.limit_text(m.limit, m.better, m.unit), 16) if m else words.DASH),
-            Text(r.status, style=STYLES.get(r.status, "dim")),
+            Text(r.status, style=style(r.status)),
         )
     for t in validation.tasks:
         table.add_row(
             Text(words.shorten(f"{t.task}: {t.metric}", 32)),
             words.difference(t.difference_bound),
             words.difference(t.limit),
-            Text("; ".join(filter(None, (t.status, t.would_decide))), style=STYLES.get(t.status, "dim")),
+            Text("; ".join(filter(None, (t.status, t.would_decide))), style=style(t.status)),
         )
     return table
 
@@ -151,7 +153,7 @@ def targets_table(targets: Sequence[Target]) -> Table | None:
     for t in targets:
         word = "MET" if t.met else "MISSED"
         limit = f"{words.limit_text(t.limit, t.better)} {t.unit}"
-        table.add_row(t.name, limit, words.fixed(t.value), Text(word, style=STYLES[word]))
+        table.add_row(t.name, limit, words.fixed(t.value), Text(word, style=style(word)))
     return table
 
 
@@ -175,5 +177,5 @@ def _gain(estimate: Estimate | None, role: str) -> str:
         return "1"
     if estimate is None:
         return words.DASH
-    interval = words.times_interval(estimate)
+    interval = words.interval(estimate)
     return f"{words.fixed(estimate.value)}x" + (f"\n{interval.strip('[]').replace(', ', '-')}" if interval else "")

@@ -5,27 +5,17 @@ Try: ``llama-onnx validate FOLDER --baseline demo --mode quick --out /tmp/valida
 
 from __future__ import annotations
 
-import shlex
-from xml.etree import ElementTree as ET
-
 from rich.console import Console
 from rich.text import Text
 
 from reports.render import parity, words
 from reports.render.environment import render
-from reports.render.junit import finished, parity_cases, suite_of
-from reports.render.markdown import EXAMPLES_ROOM, LIMIT, escape, example_blocks, fenced, parity_blocks, within
+from reports.render.junit import document, parity_cases
+from reports.render.markdown import SIGNS, bullets, escape, parity_blocks, repeat, with_examples
+from reports.render.terminal import style
 from reports.validation import CheckResult, Validation
 from reports.verdict import PARITY_WORDS, WORDS, parity_answer, unexamined
 
-STYLE = {
-    "PASS": "green",
-    "FAIL": "bold red",
-    "INCONCLUSIVE": "yellow",
-    "SUSPICIOUS": "yellow",
-    "REPORTED": "dim",
-    "SKIPPED": "dim",
-}
 SOURCE = "validation.json"
 SECTIONS = (("parity", "Checks"), ("reproduce", "Reproduce"), ("glossary", "Glossary"))
 TERMS = ("KLD", "Perplexity ratio", "Tolerance tier", "Null control", "Bound")
@@ -35,7 +25,7 @@ _NAME = 18
 def print_check(result: CheckResult, console: Console) -> None:
     """Name, status, summary and seconds; up to three findings below a failed one."""
     line = Text(f"{result.name:<{_NAME}} ")
-    line.append(f"{result.status:<12} ", style=STYLE[result.status])
+    line.append(f"{result.status:<12} ", style=style(result.status))
     line.append(f"{result.seconds:6.1f} s  ", style="dim")
     line.append(result.summary)
     console.print(line, soft_wrap=True)
@@ -45,7 +35,7 @@ def print_check(result: CheckResult, console: Console) -> None:
 
 def print_verdict(found: Validation, console: Console) -> None:
     """The verdict, the place, and the reasons."""
-    head = Text(f"\n{found.verdict}", style=STYLE[found.verdict])
+    head = Text(f"\n{found.verdict}", style=style(found.verdict))
     head.append(
         f"  {found.folder} against {found.baseline}, tolerance tier {found.tier}, mode {found.mode}, "
         f"{found.seconds:.0f} s",
@@ -77,7 +67,7 @@ def _ran_on(v: Validation) -> str:
     asked = str(v.settings.get("provider", "cpu"))
     if not v.session:
         return f"{asked} (nothing was run)"
-    details = [f"{name} {v.session[name]}" for name in ("onnxruntime", "attention_kernel") if name in v.session]
+    details = [f"{name} {v.session[name]}" for name in ("onnxruntime", "attention") if name in v.session]
     ran = str(v.session.get("provider", asked))
     more = f", asked for {asked}" if ran != asked else ""
     return ", ".join([ran + more, *details])
@@ -111,23 +101,18 @@ def render_validation(v: Validation) -> str:
 
 def render_validation_markdown(v: Validation) -> str:
     """GitHub-flavoured Markdown under 65,000 characters."""
-    mark = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔"}[v.verdict]
     lines = [
         f"- **Folder:** {escape(v.folder)}, against {escape(v.baseline)}",
         f"- **Ran on:** {escape(_ran_on(v))}",
         f"- **How sure:** {_sure(v)}",
         f"- **Not examined:** {escape(', '.join(unexamined(v)), 600) or words.DASH}",
     ]
-    blocks = [f"**{mark} {WORDS[v.verdict]}: {escape(headline(v), 400)}**", "\n".join(lines)]
+    blocks = [f"**{SIGNS[v.verdict]} {WORDS[v.verdict]}: {escape(headline(v), 400)}**", "\n".join(lines)]
     told = [*(v.reasons if v.verdict != "PASS" else []), *v.notes]
-    if told:
-        blocks.append("### Read this first\n\n" + "\n".join(f"- {escape(r, 400)}" for r in told[:20]))
-    blocks += [*parity_blocks(v), "### Repeat\n\n" + fenced(words.shorten(shlex.join(v.command), 2000))]
-    text = within(blocks, LIMIT - EXAMPLES_ROOM)
-    return "\n\n".join([text, *example_blocks(v, LIMIT - len(text), SOURCE)]) + "\n"
+    blocks += [*bullets("Read this first", told), *parity_blocks(v), repeat(v.command)]
+    return with_examples(blocks, v, SOURCE)
 
 
 def render_validation_junit(v: Validation) -> str:
     """JUnit XML: one test case a check and a task metric."""
-    root = ET.Element("testsuites", name="llama-onnx-bench validate")
-    return finished(root, [suite_of(root, "parity", parity_cases(v), v.created_utc)], v.seconds)
+    return document("llama-onnx-bench validate", {"parity": parity_cases(v)}, v.created_utc, v.seconds)

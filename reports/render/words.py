@@ -78,7 +78,17 @@ GLOSSARY = (
     Term("Spread", "How much rounds differ from each other (robust deviation / median). Above 2.5\u00a0% is noisy."),
 )
 
+_TONES = {
+    "pass": ("PASS", "PASSED", "MET"),
+    "fail": ("FAIL", "FAILED", "MISSED", "ERROR"),
+    "open": ("INCONCLUSIVE", "SUSPICIOUS"),
+}
 UNITS = {"nat": "nats", "fraction": "", "ratio": "", "1": "", "percent": "%"}
+
+
+def tone(word: str) -> str:
+    """CSS class of a status word."""
+    return next((name for name, members in _TONES.items() if word in members), "plain")
 
 
 def fixed(value: float) -> str:
@@ -101,23 +111,16 @@ def bare_ms(seconds: float | None) -> str:
     return DASH if seconds is None else fixed(seconds * 1e3)
 
 
-def ms_interval(estimate: Estimate | None) -> str:
-    """Such as ``[24.6, 25.0]`` in ms; empty where no interval could be had."""
-    if estimate is None or estimate.low is None or estimate.high is None:
-        return ""
-    return f"[{bare_ms(estimate.low)}, {bare_ms(estimate.high)}]"
-
-
 def times(estimate: Estimate | None) -> str:
     """Such as ``2.79×``."""
     return DASH if estimate is None else f"{fixed(estimate.value)}×"
 
 
-def times_interval(estimate: Estimate | None) -> str:
-    """Such as ``[2.71, 2.87]``; empty where no interval could be had."""
+def interval(estimate: Estimate | None, scale: float = 1.0) -> str:
+    """Such as ``[2.71, 2.87]``, the ends times ``scale``; empty where no interval could be had."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return ""
-    return f"[{fixed(estimate.low)}, {fixed(estimate.high)}]"
+    return f"[{fixed(estimate.low * scale)}, {fixed(estimate.high * scale)}]"
 
 
 def share(value: float | None) -> str:

@@ -203,7 +203,7 @@ def test_real_pytest_benchmark_output_is_read(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"schema_version": 1, "case": "x", "metrics": {"t": [1]}}\n{"schema', r"line 2 is not JSON"),
+        ('{"schema_version": 1, "case": "x", "metrics": {"t": [1]}}\n{"schema', r"line 2 is not valid JSON"),
         ('{"schema_version": 7, "case": "x", "metrics": {}}\n', r"line 1 has case schema version 7"),
         ('{"schema_version": 1, "case": "x", "metrics": {"t": [-1]}}\n', r"line 1: metrics\.t\.0"),
         ("[1]\n", r"line 1 has case schema version None"),

@@ -14,7 +14,7 @@ from bench.cli.main import main
 from reports.comparison import Comparison
 from reports.comparison_summary import Digest
 from reports.errors import RecordError
-from reports.publish import publish, read_any, write_comparison
+from reports.publish import publish, read_any, write_report
 from reports.render import comparison_words as cw
 from reports.render import svg
 from reports.render.comparison_html import CASES_SHOWN, ROWS_SHOWN, render_comparison
@@ -213,7 +213,7 @@ def test_forest_draws_intervals_inside_and_arrows_beyond():
     r = example_comparison().results[1]
     far = r.model_copy(update={"ratio": 3.0, "low": 1.02, "high": 9.0})
     axis = forest_axis([r, far])
-    inside, beyond = (row.svg for row in forest([r, far], axis).rows)
+    inside, beyond = (drawn for _, drawn in forest([r, far], axis).rows)
     assert inside.count("#mark-cap") == 2
     assert beyond.count("#mark-cap") == 1
     assert "#mark-right" in beyond
@@ -279,7 +279,7 @@ def test_a_run_is_still_recognised(make_record, tmp_path):
 
 
 def test_a_broken_comparison_names_the_place(tmp_path):
-    path = write_comparison(example_comparison(), tmp_path).parent / "comparison.json"
+    path = write_report(example_comparison(), tmp_path).parent / "comparison.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"alpha": 0.05', '"alpha": "none"'), encoding="utf-8")
     with pytest.raises(RecordError, match=r"family\.alpha"):
         read_any(path)

@@ -109,7 +109,8 @@ def test_first_screen_answers(make_record):
     top = Page(text[: text.index("</header>")] + "</header></body></html>").words
     for answer in (
         "PASSED",
-        "Same model as PyTorch? Yes 17 of 17 checks pass, tolerance tier fp32, mode standard, 1 suspicious (Tail KLD)",
+        "Same model as PyTorch? Yes 17 of 17 checks pass, tolerance tier fp32, mode standard, "
+        "1 suspicious (99.9 % KL divergence)",
         "2.86×",
         "95 % interval 2.85 to 2.91",
         "1.77×",
@@ -145,7 +146,7 @@ def test_deterministic_across_processes(make_record, tmp_path):
     code = (
         "import pathlib, sys, reports.record as r, reports.render.html as h\n"
         "sys.stdout.reconfigure(encoding='utf-8')\n"
-        "print(h.render_html(r.read_record(pathlib.Path(sys.argv[1]))), end='')"
+        "print(h.render_html(r.RunRecord.read(pathlib.Path(sys.argv[1]))), end='')"
     )
     env = {**os.environ, "PYTHONHASHSEED": "99", "SOURCE_DATE_EPOCH": "1"}
     found = subprocess.run(

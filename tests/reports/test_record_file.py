@@ -11,14 +11,15 @@ import jsonschema
 import pytest
 
 import reports.record as record_module
+from reports.base import schema_text
 from reports.errors import RecordError
-from reports.record import json_schema, read_record
+from reports.record import RunRecord
 
 SCHEMA = Path(record_module.__file__).with_name("record.schema.json")
 
 
 def test_schema_file_is_current():
-    assert SCHEMA.read_text(encoding="utf-8") == json_schema()
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text(RunRecord)
 
 
 def test_schema_takes_a_record_and_refuses_a_broken_one(make_record):
@@ -35,7 +36,7 @@ def test_round_trip(make_record, tmp_path):
     record = make_record()
     path = tmp_path / "record.json"
     path.write_text(record.to_json(), encoding="utf-8")
-    assert read_record(path) == record
+    assert RunRecord.read(path) == record
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_read_record_names_the_place(make_record, tmp_path, change, message):
     path = tmp_path / "record.json"
     path.write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(RecordError, match=message):
-        read_record(path)
+        RunRecord.read(path)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "of kind None")])
@@ -64,9 +65,9 @@ def test_read_record_of_no_record(tmp_path, text, message):
     path = tmp_path / "record.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecordError, match=message):
-        read_record(path)
+        RunRecord.read(path)
     with pytest.raises(RecordError, match="cannot read"):
-        read_record(tmp_path / "none.json")
+        RunRecord.read(tmp_path / "none.json")
 
 
 def test_importing_reports_stays_light():

@@ -140,7 +140,7 @@ def test_compare_pairs_rounds_by_index(make_record):
     ratios = [a.tpot_s / b.tpot_s for a, b in zip(first, second, strict=True)]
     assert found.ratio.value == pytest.approx(statistics.median(ratios))
     assert found.candidate.value == pytest.approx(statistics.median(r.tpot_s for r in first))
-    assert found.n == 8
+    assert found.ratio.n == 8
     assert found.speedup.value == pytest.approx(1 / found.ratio.value)
     assert found.speedup.low == pytest.approx(1 / found.ratio.high)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import reports.publish as publish
 from reports.publish import write_report
-from reports.record import Outcome, read_record
+from reports.record import Outcome, RunRecord
 from reports.render.html import render_html
 from reports.render.junit import render_junit
 from reports.render.markdown import escape, fenced, render_markdown
@@ -132,7 +132,7 @@ def test_terminal_fits_80_columns_and_ends_with_the_verdict(make_record):
     for said in (
         "2.86x",
         "2.85-2.91",
-        "Mean KLD",
+        "Mean KL divergence",
         "≤ 1e-8 nats",
         "MISSED",
         "1.43",
@@ -145,7 +145,9 @@ def test_terminal_fits_80_columns_and_ends_with_the_verdict(make_record):
 
 
 def test_terminal_names_why_a_check_failed(make_record):
-    assert "FAIL Mean KLD: 0.0032, limit 1e-08 (2040 tokens in 8 chunks)" in _terminal(make_record(failing_check=True))
+    assert "FAIL Mean KL divergence: 0.0032, limit 1e-08 (2040 tokens in 8 chunks)" in _terminal(
+        make_record(failing_check=True)
+    )
     assert "RANDOM WEIGHTS" in _terminal(make_record(random_weights=True))
 
 
@@ -161,7 +163,7 @@ def test_write_report_writes_four_files_and_the_record_reads_back(make_record, t
     out = tmp_path / "deep" / "page"
     assert write_report(record, out) == out / "index.html"
     assert sorted(p.name for p in out.iterdir()) == ["index.html", "junit.xml", "record.json", "report.md"]
-    assert read_record(out / "record.json") == record
+    assert RunRecord.read(out / "record.json") == record
     first = {p.name: p.read_bytes() for p in out.iterdir()}
     write_report(record, out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == first
@@ -174,7 +176,7 @@ def test_a_failed_rendering_leaves_the_former_report(make_record, tmp_path, monk
     def broken(_record):
         raise RuntimeError("no page")
 
-    monkeypatch.setattr(publish, "render_html", broken)
+    monkeypatch.setitem(publish.RENDERERS, RunRecord, (render_junit, broken, render_html))
     with pytest.raises(RuntimeError, match="no page"):
         write_report(make_record(failing_check=True), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -15,8 +15,9 @@ from rich.console import Console
 
 import reports.validation as module
 from bench.cli.main import main
+from reports.base import schema_text
 from reports.errors import RecordError
-from reports.publish import publish, read_any, write_validation
+from reports.publish import publish, read_any, write_report
 from reports.render.markdown import parity_blocks
 from reports.render.parity import FINDINGS_SHOWN
 from reports.render.validation import (
@@ -26,7 +27,7 @@ from reports.render.validation import (
     render_validation_junit,
     render_validation_markdown,
 )
-from reports.validation import Status, Validation, read_validation, validation_schema
+from reports.validation import Status, Validation
 from tests.reports.comparison_examples import example_comparison
 from tests.reports.test_html import Page
 from tests.reports.validation_examples import HOSTILE, WRONG_WEIGHTS, example_validation
@@ -57,8 +58,8 @@ def told(v: Validation) -> dict[str, str]:
 
 
 def test_schema_file_is_current_and_takes_a_validation():
-    assert SCHEMA.read_text(encoding="utf-8") == validation_schema()
-    validator = jsonschema.Draft202012Validator(json.loads(validation_schema()))
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text(Validation)
+    validator = jsonschema.Draft202012Validator(json.loads(schema_text(Validation)))
     raw = json.loads(example_validation(failing="mean_kld").to_json())
     assert list(validator.iter_errors(raw)) == []
     raw["results"][3]["status"] = "GOOD"
@@ -67,8 +68,8 @@ def test_schema_file_is_current_and_takes_a_validation():
 
 def test_round_trip_keeps_the_evidence(tmp_path):
     made = example_validation(failing="weights")
-    path = write_validation(made, tmp_path).with_name("validation.json")
-    assert read_validation(path) == made
+    path = write_report(made, tmp_path).with_name("validation.json")
+    assert Validation.read(path) == made
     # A reader may page through it: the long lists stand in one line.
     assert len(path.read_text(encoding="utf-8").splitlines()) < 1000
 
@@ -88,13 +89,13 @@ def test_a_broken_validation_names_the_place(tmp_path, change, message):
     path = tmp_path / "validation.json"
     path.write_text(json.dumps(json.loads(example_validation().to_json()) | change), encoding="utf-8")
     with pytest.raises(RecordError, match=message):
-        read_validation(path)
+        Validation.read(path)
 
 
 def test_writes_four_files_and_equal_bytes(tmp_path):
     made = example_validation()
-    assert write_validation(made, tmp_path / "a") == tmp_path / "a" / "index.html"
-    write_validation(made, tmp_path / "b")
+    assert write_report(made, tmp_path / "a") == tmp_path / "a" / "index.html"
+    write_report(made, tmp_path / "b")
     files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     assert sorted(files) == ["index.html", "junit.xml", "report.md", "validation.json"]
     assert {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()} == files
@@ -122,7 +123,7 @@ def test_publish_takes_each_kind(make_record, tmp_path, failing, code):
 
 
 def test_report_command_recognises_a_validation(tmp_path, capsys):
-    source = write_validation(example_validation(failing="weights"), tmp_path / "in").with_name("validation.json")
+    source = write_report(example_validation(failing="weights"), tmp_path / "in").with_name("validation.json")
     assert main(["report", str(source), "--out", str(tmp_path / "out")]) == 1
     assert FIRST in capsys.readouterr().out
 
@@ -153,7 +154,8 @@ def test_every_status_stands_everywhere():
         (
             {},
             "PASSED",
-            "Same model: 17 of 17 checks pass, tolerance tier fp32, mode standard, 1 suspicious (Tail KLD).",
+            "Same model: 17 of 17 checks pass, tolerance tier fp32, mode standard, 1 suspicious "
+            "(99.9 % KL divergence).",
         ),
         ({"failing": "weights"}, "FAILED", f"Different model: weights: {FIRST} (and 4 more)."),
         ({"statuses": ["INCONCLUSIVE", "PASS"]}, "INCONCLUSIVE", "Parity undecided: c0: 10 files as published."),
@@ -177,10 +179,10 @@ def test_failed_and_undecided_checks_stand_first():
     v = example_validation(failing="mean_kld")
     results = [r.model_copy(update={"status": "INCONCLUSIVE"}) if r.name == "greedy" else r for r in v.results]
     v = v.model_copy(update={"results": results})
-    first = ["Mean KLD", "Greedy", "Tail KLD", "Files", "Manifest"]
+    first = ["Mean KL divergence", "Equal greedy generations", "99.9 % KL divergence", "Files", "Manifest"]
     page = Page(render_validation(v))
     assert [t.strip() for t in page.by_tag["b"] if t.strip() in {r.title for r in v.results}][:5] == first
-    rows = re.findall(r"^\| ([A-Z].*?) \|", "\n".join(parity_blocks(v)), flags=re.M)
+    rows = re.findall(r"^\| ([A-Z9].*?) \|", "\n".join(parity_blocks(v)), flags=re.M)
     assert rows[1:6] == first
 
 
@@ -207,7 +209,7 @@ def test_many_findings_are_cut_and_counted():
 def test_a_measured_check_shows_value_bound_limit_and_null_control():
     texts = told(example_validation(failing="mean_kld"))
     assert "✕ FAIL 0.0032 nats 0.0039 nats ≤ 1e-8 nats 8e-12 nats 2,040" in texts["page"]
-    assert "| Mean KLD | ❌ FAIL | 0.0032 nats | 0.0039 nats | ≤ 1e-8 nats | 2,040 |" in texts["markdown"]
+    assert "| Mean KL divergence | ❌ FAIL | 0.0032 nats | 0.0039 nats | ≤ 1e-8 nats | 2,040 |" in texts["markdown"]
 
 
 def test_the_place_where_it_begins_and_the_notes_stand_everywhere():

@@ -66,8 +66,8 @@ def test_exit_code_follows_parity(make_record, statuses):
 
 def test_the_lists_name_their_checks(make_record):
     verdict = judge(make_record(failing_check=True))
-    assert verdict.failed == ("Mean KLD",)
-    assert verdict.suspicious == ("Tail KLD",)
+    assert verdict.failed == ("Mean KL divergence",)
+    assert verdict.suspicious == ("99.9 % KL divergence",)
     assert (verdict.passed, verdict.gated) == (16, 17)
     assert verdict.headline.startswith("Different model, ")
 
@@ -85,7 +85,7 @@ def test_a_check_that_failed_is_not_a_failed_test_as_well(make_record):
     tests = ("test_check[mean_kld]", "test_check[unknown]", "t.py::x")
     outcomes = [{"test": t, "outcome": "failed", "seconds": 1, "message": "m"} for t in tests]
     verdict = judge(make_record(outcomes=outcomes, failing_check=True))
-    assert verdict.failed == ("Mean KLD",)
+    assert verdict.failed == ("Mean KL divergence",)
     # A test without a result in the validation is the only one to tell that something broke.
     assert verdict.failed_tests == tests[1:]
     assert judge(make_record(outcomes=outcomes, parity=False)).failed_tests == tests
@@ -110,7 +110,6 @@ def test_headline_case_is_smallest_batch_then_nearest_128(make_record):
 
 def test_speed_is_baseline_over_candidate(make_record):
     speed = judge(make_record()).speed
-    assert (speed.candidate, speed.baseline) == ("onnx", "pytorch")
     assert speed.decode.speedup.value == pytest.approx(2.86, abs=0.05)
     assert speed.prefill.speedup.low < speed.prefill.speedup.value < speed.prefill.speedup.high
     assert speed_sentence(speed).startswith("2.86 times as fast (95 % interval 2.8")

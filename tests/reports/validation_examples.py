@@ -187,7 +187,11 @@ def example_validation(
         "dataset": "technical English, 2,040 tokens, context 256-511",
         "dataset_sha256": "31cd" * 16,
         "settings": {"provider": "cpu", "threads": 2, "expect": None},
-        "session": {"provider": "CPUExecutionProvider", "attention_kernel": "GroupQueryAttention"},
+        "session": {
+            "runtime": "onnxruntime",
+            "provider": "cpu",
+            "attention": "GroupQueryAttention on CPUExecutionProvider",
+        },
         "checks": [r["name"] for r in results],
         "results": results[: len(results) - left_out],
         "evidence": _evidence(),

@@ -5,6 +5,7 @@ Try: ``llama-onnx validate FOLDER --baseline demo --only greedy,tasks``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from bench.gate import judge
@@ -14,24 +15,14 @@ from bench.gate.subject import Subject
 from reports.validation import Evidence
 
 
-def _generated(s: Subject, verdict: judge.Judge) -> Found:
-    evidence = Evidence(outputs=s.generated)
-    return replace(verdict(evidence, s.terms), evidence=evidence)
+def judged(by: judge.Judge) -> Callable[[Subject], Found]:
+    """The check of greedy generations that a judge decides."""
 
+    def run(s: Subject) -> Found:
+        evidence = Evidence(outputs=s.generated)
+        return replace(by(evidence, s.terms), evidence=evidence)
 
-def greedy(s: Subject) -> Found:
-    """Share of greedy generations equal token for token, and where the first one diverges."""
-    return _generated(s, judge.greedy)
-
-
-def length_band(s: Subject) -> Found:
-    """Length of the outputs over the baseline's."""
-    return _generated(s, judge.length_band)
-
-
-def end_token(s: Subject) -> Found:
-    """As many generations end by themselves as the baseline's do."""
-    return _generated(s, judge.end_token)
+    return run
 
 
 def tasks(s: Subject) -> Found:

@@ -60,7 +60,7 @@ def _unseen(s: Subject) -> list[Finding]:
 def manifest(s: Subject) -> Found:
     """What the manifest claims against what the baseline's configuration and the request demand."""
     m, config = s.manifest, s.baseline.config
-    from bench.gate.baseline import head_size
+    from export.convert import head_dim_of
     from export.pipeline import eos_ids
 
     wanted: dict[str, tuple[Any, Any]] = {
@@ -69,7 +69,7 @@ def manifest(s: Subject) -> Found:
         "eos_token_ids": (tuple(m.eos_token_ids), eos_ids(s.baseline.checkpoint, config)),
         "kv.layers": (m.kv.layers, config.num_hidden_layers),
         "kv.kv_heads": (m.kv.kv_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)),
-        "kv.head_dim": (m.kv.head_dim, head_size(config)),
+        "kv.head_dim": (m.kv.head_dim, head_dim_of(config)),
         "model_type": (m.model_type, config.model_type),
     }
     if s.ours:
@@ -159,12 +159,12 @@ def attributes(s: Subject) -> Found:
 
 
 def _node_attributes(node: Any, s: Subject) -> tuple[list[str], int]:
-    from bench.gate.baseline import head_size
     from bench.gate.canonical import attributes_of
+    from export.convert import head_dim_of
 
     config = s.baseline.config
     values = attributes_of(node)
-    size = head_size(config)
+    size = head_dim_of(config)
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     wanted: dict[str, Any] = {}
     if node.op_type == "GroupQueryAttention":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from reports.validation import Evidence, Finding, PlaceScore
 from runtime.trim import trim
 
 Rows = list[tuple[str, float]]
+LEAST_TEXT = 8
+"""Tokens that the shortest of these comparisons needs."""
 PLACES: dict[str, judge.Judge] = {
     "prefill_logits": judge.places("prefill_logits", "Logits of prefill", "candidate against baseline"),
     "decode_steps": judge.places("decode_steps", "Step-by-step decode", "cache against one pass"),
@@ -32,7 +35,7 @@ PLACES: dict[str, judge.Judge] = {
 """The judges of the checks below that look at single places."""
 
 
-def _tokens(name: str) -> Callable[[Subject], Found]:
+def tokens(name: str) -> Callable[[Subject], Found]:
     """A check that shows one measurement of the teacher-forced comparison."""
 
     def run(s: Subject) -> Found:
@@ -45,59 +48,38 @@ def _tokens(name: str) -> Callable[[Subject], Found]:
     return run
 
 
-perplexity_ratio = _tokens("perplexity_ratio")
-mean_kld = _tokens("mean_kld")
-tail_kld = _tokens("tail_kld")
-top1_agreement = _tokens("top1_agreement")
-null_ratio = _tokens("null_ratio")
-
-
 # -- what teacher forcing misses -------------------------------------------------------------------------------------
 
 
-def _places(name: str, s: Subject, look: Callable[[Subject], Rows]) -> Found:
-    rows = [] if name in ("chunked_prefill", "long_context") and s.manifest.kv.dtype == "bf16" else look(s)
-    evidence = Evidence(places={name: [PlaceScore(place=place, kld=kld) for place, kld in rows]})
-    return replace(PLACES[name](evidence, s.terms), evidence=evidence)
+def _places(look: Callable[[Subject], Rows]) -> Callable[[Subject], Found]:
+    """The check of that name, from the divergences at the places that it looks at."""
+    name = look.__name__
 
+    @wraps(look)
+    def run(s: Subject) -> Found:
+        unprobed = name in ("chunked_prefill", "long_context") and s.manifest.kv.dtype == "bf16"
+        rows = [] if unprobed or len(_text(s, LEAST_TEXT)) < LEAST_TEXT else look(s)
+        evidence = Evidence(places={name: [PlaceScore(place=place, kld=kld) for place, kld in rows]})
+        return replace(PLACES[name](evidence, s.terms), evidence=evidence)
 
-def prefill_logits(s: Subject) -> Found:
-    """The decode graph's own prefill against the baseline at several prompt lengths, one token included."""
-    return _places("prefill_logits", s, _prefill)
-
-
-def decode_steps(s: Subject) -> Found:
-    """Steps over the KV cache against the baseline's one pass, from an early and a late start."""
-    return _places("decode_steps", s, _steps)
-
-
-def batch_rows(s: Subject) -> Found:
-    """Every row of uneven batches in several orders, prefill and two steps, against the baseline's row alone."""
-    return _places("batch_rows", s, _batches)
-
-
-def chunked_prefill(s: Subject) -> Found:
-    """A prompt in three chunks over the cache against the same prompt in one piece."""
-    return _places("chunked_prefill", s, _chunks)
-
-
-def long_context(s: Subject) -> Found:
-    """Positions at the end of the context and around the original rope context, after a stacked past."""
-    return _places("long_context", s, _far)
+    return run
 
 
 def _text(s: Subject, length: int) -> list[int]:
     """Ids of the dataset's prose, as many as asked for if there are so many, and a few less than the context."""
     length = min(length, s.manifest.context_length - 4)
     out: list[int] = []
-    for window in s.windows:
+    # Data without prose, or with lines shorter than a chunk: the same places can be looked at in any other text.
+    for window in s.windows or ([i for t in s.dataset.texts() for i in s.tokenizer(t)["input_ids"]],):
         out += window
         if len(out) >= length:
             break
     return out[:length]
 
 
-def _prefill(s: Subject) -> Rows:
+@_places
+def prefill_logits(s: Subject) -> Rows:
+    """The decode graph's own prefill against the baseline at several prompt lengths, one token included."""
     text = _text(s, 200)
     rows: Rows = []
     for n in sorted({1, 2, 17, min(64, len(text)), len(text)}):
@@ -106,7 +88,9 @@ def _prefill(s: Subject) -> Rows:
     return rows
 
 
-def _steps(s: Subject) -> Rows:
+@_places
+def decode_steps(s: Subject) -> Rows:
+    """Steps over the KV cache against the baseline's one pass, from an early and a late start."""
     text = _text(s, 160)
     whole = s.baseline.score(text)
     rows: Rows = []
@@ -120,7 +104,9 @@ def _steps(s: Subject) -> Rows:
     return rows
 
 
-def _chunks(s: Subject) -> Rows:
+@_places
+def chunked_prefill(s: Subject) -> Rows:
+    """A prompt in three chunks over the cache against the same prompt in one piece."""
     text = _text(s, 120)
     if len(text) < 12:
         return []
@@ -138,10 +124,11 @@ def _chunks(s: Subject) -> Rows:
     return rows
 
 
-def _batches(s: Subject) -> Rows:
+@_places
+def batch_rows(s: Subject) -> Rows:
+    """Every row of uneven batches in several orders, prefill and two steps, against the baseline's row alone."""
     text = _text(s, 100)
-    lengths = [len(text) - 3, 2, len(text) // 2, len(text) // 4, 1]
-    lengths = [max(1, n) for n in lengths]
+    lengths = [max(1, n) for n in (len(text) - 3, 2, len(text) // 2, len(text) // 4, 1)]
     whole = s.baseline.score(text)
     rows: Rows = []
     orders = {"as given": lengths, "shortest first": sorted(lengths), "longest first": sorted(lengths)[::-1]}
@@ -158,7 +145,9 @@ def _batches(s: Subject) -> Rows:
     return rows
 
 
-def _far(s: Subject) -> Rows:
+@_places
+def long_context(s: Subject) -> Rows:
+    """Positions at the end of the context and around the original rope context, after a stacked past."""
     config = s.baseline.config
     end = s.manifest.context_length
     text, new = _text(s, 64), 16
@@ -186,6 +175,8 @@ def _far(s: Subject) -> Rows:
 def determinism(s: Subject) -> Found:
     """The same prompt and step twice give the same bits."""
     text = _text(s, 60)
+    if len(text) < 2:
+        return Found("SKIPPED", judge.TOO_SHORT)
 
     def once() -> list[NDArray[np.float32]]:
         first = s.candidate.prefill([text[:-1]], reserve=1).copy()

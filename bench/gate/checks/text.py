@@ -7,10 +7,12 @@ Try: ``llama-onnx validate FOLDER --baseline demo --only tokenizer,chat_template
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from bench.gate.found import Found, exact
+from bench.gate.found import Found, exact, first_difference
 from bench.gate.subject import Subject
 from reports.validation import Finding
 
@@ -89,15 +91,26 @@ def _tokenizer_json(folder: Path) -> dict[str, Any] | None:
     return {k: v for k, v in raw.items() if k != "version"}
 
 
-def tokenizer(s: Subject) -> Found:
-    """The tokenizer's parts one by one, and the ids of many texts, with the way back."""
-    from runtime.errors import SessionError
-    from runtime.text import load_tokenizer
+def _tokenizers(check: Callable[[Subject, Any, Any], Found]) -> Callable[[Subject], Found]:
+    """The check of the folder's tokenizer beside the baseline's; one that cannot be loaded is its finding."""
 
-    try:
-        ours, theirs = load_tokenizer(s.folder), s.tokenizer
-    except SessionError as e:
-        return exact([Finding(where="tokenizer", what=str(e))], "")
+    @wraps(check)
+    def run(s: Subject) -> Found:
+        from runtime.errors import SessionError
+        from runtime.text import load_tokenizer
+
+        try:
+            ours = load_tokenizer(s.folder)
+        except SessionError as e:
+            return exact([Finding(where="tokenizer", what=str(e))], "")
+        return check(s, ours, s.tokenizer)
+
+    return run
+
+
+@_tokenizers
+def tokenizer(s: Subject, ours: Any, theirs: Any) -> Found:
+    """The tokenizer's parts one by one, and the ids of many texts, with the way back."""
     findings = []
     a, b = _tokenizer_json(s.folder), _tokenizer_json(s.baseline.checkpoint)
     if a is not None and b is not None:
@@ -109,9 +122,7 @@ def tokenizer(s: Subject) -> Found:
     for text in chosen:
         left, right = ours(text)["input_ids"], theirs(text)["input_ids"]
         if left != right:
-            k = next(
-                (i for i, (x, y) in enumerate(zip(left, right, strict=False)) if x != y), min(len(left), len(right))
-            )
+            k = first_difference(left, right)
             findings.append(
                 Finding(where=f"text {text[:40]!r}", what=f"token {k} is {left[k : k + 1]}, not {right[k : k + 1]}")
             )
@@ -168,7 +179,7 @@ def _parts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
                 continue
             what = "is not the baseline's"
             if isinstance(v, list) and isinstance(w, list):
-                k = next((i for i, (p, q) in enumerate(zip(v, w, strict=False)) if p != q), min(len(v), len(w)))
+                k = first_difference(v, w)
                 what = (
                     f"differs from entry {k} on ({v[k : k + 1]}, the baseline has {w[k : k + 1]}; {len(v)} of {len(w)})"
                 )
@@ -179,16 +190,9 @@ def _parts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
     return findings
 
 
-def chat_template(s: Subject) -> Found:
+@_tokenizers
+def chat_template(s: Subject, ours: Any, theirs: Any) -> Found:
     """The chat template, as text and by what it makes of three conversations."""
-    from runtime.errors import SessionError
-    from runtime.text import load_tokenizer
-
-    try:
-        ours = load_tokenizer(s.folder)
-    except SessionError as e:
-        return exact([Finding(where="tokenizer", what=str(e))], "")
-    theirs = s.tokenizer
     a, b = getattr(ours, "chat_template", None), getattr(theirs, "chat_template", None)
     if not a and not b:
         return Found("REPORTED", "neither side has a chat template")
@@ -222,14 +226,10 @@ def _meaning(template: Any) -> Any:
     # As transformers compiles it; a template with a tag of transformers' own is compared as text.
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     try:
-        return _joined_text(repr(environment.parse(text)))
+        # A comment in the middle cuts a text in two.
+        return repr(environment.parse(text)).replace("'), TemplateData(data='", "")
     except jinja2.TemplateSyntaxError:
         return text
-
-
-def _joined_text(tree: str) -> str:
-    """A comment in the middle cuts a text in two."""
-    return tree.replace("'), TemplateData(data='", "")
 
 
 def _render(tokenizer: Any, chat: list[dict[str, str]], prompt: bool) -> str:
@@ -240,20 +240,13 @@ def _render(tokenizer: Any, chat: list[dict[str, str]], prompt: bool) -> str:
 
 
 def _around(text: str, other: str) -> str:
-    k = next((i for i, (x, y) in enumerate(zip(text, other, strict=False)) if x != y), min(len(text), len(other)))
+    k = first_difference(text, other)
     return text[max(0, k - 10) : k + 30]
 
 
-def special_ids(s: Subject) -> Found:
+@_tokenizers
+def special_ids(s: Subject, ours: Any, theirs: Any) -> Found:
     """bos, eos, pad and unk ids of tokenizer, manifest, genai_config.json; the added tokens."""
-    from runtime.errors import SessionError
-    from runtime.text import load_tokenizer
-
-    try:
-        ours = load_tokenizer(s.folder)
-    except SessionError as e:
-        return exact([Finding(where="tokenizer", what=str(e))], "")
-    theirs = s.tokenizer
     findings = []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         a, b = getattr(ours, name, None), getattr(theirs, name, None)

@@ -244,14 +244,8 @@ def _by_content(s: Subject) -> Found:
     for name in names:
         weight = s.baseline.tensors.read(name).to(dtype)
         forms = [weight, weight.t()] if weight.ndim == 2 else [weight]
-        hit = None
-        for form in forms:
-            for tensor in stored.get(tuple(form.shape), []):
-                if tensor.name not in used and torch.equal(reader.tensor(tensor), form):
-                    hit = tensor.name
-                    break
-            if hit:
-                break
+        fits = ((form, t) for form in forms for t in stored.get(tuple(form.shape), []) if t.name not in used)
+        hit = next((t.name for form, t in fits if torch.equal(reader.tensor(t), form)), None)
         if hit:
             used.add(hit)
         else:
@@ -271,14 +265,9 @@ def _joined(
 ) -> tuple[int, list[Finding]]:
     import torch
 
-    groups: dict[str, list[str]] = {}
-    for name in missing:
-        found = re.match(r"(.*)\.([qkv])_proj\.(weight|bias)$", name)
-        if found:
-            groups.setdefault(f"{found[1]}|{found[3]}", []).append(name)
+    matches = (re.match(r"(.*)\.[qkv]_proj\.(weight|bias)$", name) for name in missing)
     wrong, joined = [], 0
-    for key, _ in groups.items():
-        prefix, _, kind = key.partition("|")
+    for prefix, kind in dict.fromkeys((m[1], m[2]) for m in matches if m):
         full = [f"{prefix}.{x}_proj.{kind}" for x in "qkv"]
         weight = torch.cat([s.baseline.tensors.read(n).to(dtype) for n in full])
         form = weight.t() if weight.ndim == 2 else weight

@@ -133,6 +133,18 @@ def test_an_option_that_the_suite_lacks_is_exit_code_2() -> None:
     assert "--nonsense" in done.stderr
 
 
+def test_a_reader_that_left_is_no_verdict() -> None:
+    import subprocess
+    import sys
+
+    for command in (["validate", "--list-checks", "--json"], ["validate", "--list-checks"]):
+        reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+        reader.wait()
+        done = subprocess.run([sys.executable, "-m", "bench.cli", *command], stdout=reader.stdin, stderr=-1)
+        assert done.returncode == 141, done.stderr
+        assert b"Traceback" not in done.stderr
+
+
 def test_bench_takes_the_suites_options(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
     """In a process of its own: pytest inside pytest shares too much."""
     import subprocess

@@ -20,7 +20,6 @@ from bench.gate.word_perplexity import (
     document_windows,
     rolling_windows,
     window_nats,
-    word_perplexity,
 )
 
 datasets = pytest.importorskip("datasets")
@@ -137,7 +136,8 @@ def test_word_perplexity_of_a_real_session_is_the_models(
         with torch.inference_mode():
             loss = model(whole, labels=labels).loss
         assert nats == pytest.approx(float(loss) * len(w.targets), rel=1e-5)
-    whole_figure = word_perplexity(session, dataset, load_tokenizer(checkpoints()), 20)
+    windows = document_windows(dataset, load_tokenizer(checkpoints()), session.info.context_length, 20)
+    whole_figure = assemble(dataset, windows, [window_nats(session, w) for w in windows])
     assert whole_figure == assemble(dataset, windows, ours)
     assert whole_figure.word_perplexity == pytest.approx(math.exp(sum(ours) / len(words * 3)))
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import bench.defects.__main__ as catalogue
-from bench.defects.__main__ import DEFECTS, row_of, run_defect, run_harmless, table
+from bench.defects.__main__ import DEFECTS, row_of, run_change, table
 from bench.defects.harmless import HARMLESS
 from bench.defects.workshop import Defect, Harmless, Workshop
 from bench.gate.modes import Mode
@@ -37,7 +37,7 @@ def subject(exports: Exports, subjects: Callable[..., Any]) -> Any:
 
 @pytest.mark.parametrize("defect", [d for d in DEFECTS if d.name not in NOT_HERE], ids=lambda d: d.name)
 def test_a_defect_fails_by_its_check_first(defect: Defect, subject: Any, exports: Exports, tmp_path: Path) -> None:
-    row = run_defect(defect, subject, exports(**SIZES), tmp_path)
+    row = run_change(defect, subject, exports(**SIZES), tmp_path)
     assert (row.verdict, row.first) == ("FAIL", defect.first), row.reason
     if row.layer is not None and row.layer_found is not None:
         assert row.layer_found == row.layer, row
@@ -45,7 +45,7 @@ def test_a_defect_fails_by_its_check_first(defect: Defect, subject: Any, exports
 
 @pytest.mark.parametrize("change", HARMLESS, ids=lambda c: c.name)
 def test_a_harmless_change_passes(change: Harmless, subject: Any, exports: Exports, tmp_path: Path) -> None:
-    row = run_harmless(change, subject, exports(**SIZES), tmp_path)
+    row = run_change(change, subject, exports(**SIZES), tmp_path)
     assert row.verdict == "PASS", row.reason
 
 

@@ -161,7 +161,8 @@ def test_short_answers_fall_out_of_the_length_band() -> None:
 )
 def test_what_is_not_a_number_is_not_small(values: list[float], status: str, place: str) -> None:
     rows = [PlaceScore(place=p, kld=v) for p, v in zip("ab", values, strict=True)]
-    result = judge.judge_places("prefill_logits", "t", "d", rows, 0.1)
+    terms = Terms("int4", "fp32", "fp32", MODES["standard"])  # its limit is 0.2
+    result = judge.places("prefill_logits", "t", "d")(Evidence(places={"prefill_logits": rows}), terms)
     assert result.status == status
     assert result.measurements[0].detail == f"d; largest at {place}"
     assert [f.where for f in result.findings] == ([place] if status == "FAIL" else [])

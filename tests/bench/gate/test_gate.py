@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.cli.main import main
+from bench.data.loading import load_file
 from bench.deployment import Deployment
-from bench.gate.modes import MODES
+from bench.gate.found import Found
+from bench.gate.judge import judge_tokens
+from bench.gate.modes import MODES, Terms
 from bench.gate.registry import BY_NAME, CHECKS
+from bench.gate.statistics import TokenScores
 from bench.gate.store import baseline_key
 from bench.gate.validate import Gate, make_subject, validate
 from bench.latency.workload import PROFILES
 from reports.validation import Evidence, overall
+from runtime.errors import ProviderUnavailableError
 
 Exports = Callable[..., Path]
 
@@ -72,7 +81,7 @@ def test_the_evidence_is_what_was_measured(exports: Exports, subjects: Callable[
             assert (made.status, made.summary, list(made.measurements), list(made.tasks)) == same
             again += 1
     assert again == sum(c.judge is not None for c in CHECKS) == 14
-    assert read.tokens_scored == found.result("mean_kld").measurements[0].samples  # type: ignore[union-attr]
+    assert read.tokens_scored == next(r for r in found.results if r.name == "mean_kld").measurements[0].samples
     assert read.evidence != Evidence()
 
 
@@ -155,3 +164,54 @@ def test_beside_a_candidate_on_a_gpu_the_baseline_runs_there_too(
         with pytest.raises((NotImplementedError, RuntimeError), match=r"copy out of meta|unsupported scalarType"):
             ask()
     assert baseline_key(subject.baseline.checkpoint, "cuda", 1) != baseline_key(subject.baseline.checkpoint, "cpu", 1)
+
+
+def test_data_without_prose_says_nothing_against_a_folder(
+    exports: Exports, checkpoints: Exports, words: list[str], tmp_path: Path
+) -> None:
+    items = [{"task": "qa", "context": " ".join(words), "question": "who", "references": ["cat"]}] * 2
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, items)))
+    subject = make_subject(
+        exports(), str(checkpoints()), MODES["quick"], load_file(tmp_path / "qa.jsonl"), Deployment(threads=1)
+    )
+    found = validate(subject)
+    subject.close()
+    assert found.verdict == "PASS", found.reasons
+    assert found.result("mean_kld").status == "SKIPPED"  # type: ignore[union-attr]
+    assert found.result("decode_steps").status == "PASS"  # type: ignore[union-attr]
+
+
+def test_one_chunk_of_text_decides_nothing() -> None:
+    chunk = TokenScores(*(np.full(50, v) for v in (2.0, 2.0, 0.0)), np.ones(50, bool))
+    terms = Terms("fp32", "fp32", "fp32", MODES["standard"])
+    for name in ("perplexity_ratio", "mean_kld"):
+        assert judge_tokens(name, [chunk], [chunk], lambda _k: chunk.kld, terms).status == "INCONCLUSIVE"
+        assert judge_tokens(name, [chunk] * 2, [chunk], lambda _k: chunk.kld, terms).status == "PASS"
+
+
+def test_a_folder_that_cannot_be_read_fails_whatever_was_asked(
+    exports: Exports, checkpoints: Exports, tiny_dataset: Any, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(exports(), tmp_path / "broken")
+    (broken / "manifest.json").write_text("{")
+    where = Deployment(threads=1)
+    subject = make_subject(broken, str(checkpoints()), MODES["quick"], tiny_dataset, where)
+    found = validate(subject, [BY_NAME["tokenizer"], BY_NAME["chat_template"]])
+    assert found.verdict == "FAIL"
+
+
+def test_what_failed_before_the_machine_gave_up_stands(
+    exports: Exports, checkpoints: Exports, tiny_dataset: Any
+) -> None:
+    def gives_up(_s: Any) -> Found:
+        raise ProviderUnavailableError("no GPU")
+
+    where = Deployment(threads=1)
+    subject = make_subject(exports(), str(checkpoints()), MODES["quick"], tiny_dataset, where)
+    bad = replace(BY_NAME["files"], run=lambda _s: Found("FAIL", "broken"))
+    last = replace(BY_NAME["determinism"], run=gives_up)
+    found = validate(subject, [bad, last])
+    assert (found.verdict, found.result("determinism")) == ("FAIL", None)
+    assert any("stopped at determinism: no GPU" in n for n in found.notes)
+    with pytest.raises(ProviderUnavailableError):
+        validate(subject, [last])

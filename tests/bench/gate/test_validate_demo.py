@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.defects.__main__ import DEFECTS, run_defect
+from bench.defects.__main__ import DEFECTS, run_change
 from bench.gate.modes import MODES
 from bench.gate.validate import make_subject, validate
 
@@ -33,6 +33,6 @@ def test_the_demo_export_passes(subject: Any) -> None:
 
 def test_a_small_defect_is_named_and_placed(subject: Any, demo_export: Path, tmp_path: Path) -> None:
     """One layer's K times 1.01 on the demo model: mean KL divergence moves to about 1e-6 only."""
-    row = run_defect(next(d for d in DEFECTS if "K times" in d.name), subject, demo_export, tmp_path)
+    row = run_change(next(d for d in DEFECTS if "K times" in d.name), subject, demo_export, tmp_path)
     assert (row.verdict, row.first) == ("FAIL", "weights")
     assert row.layer_found == row.layer == 10

@@ -48,9 +48,9 @@ def test_a_run_leaves_page_record_and_junit(checkpoints: Paths, dataset: Path, t
     assert done.stdout.count("test_check[") == 0  # one line of dots a file, 26 checks in it
     assert {p.name for p in out.iterdir()} == {"index.html", "report.md", "record.json", "junit.xml"}
     assert done.stdout.rstrip().splitlines()[-2].startswith(f"page: {out.resolve()}/index.html")
-    from reports.record import read_record
+    from reports.record import RunRecord
 
-    record = read_record(out / "record.json")
+    record = RunRecord.read(out / "record.json")
     assert [s.label for s in record.sides] == ["onnxruntime-cpu", "pytorch-cpu"]
     assert [c.label for c in record.cases()] == ["batch 1, prompt 32", "batch 2, prompt 32"]
     assert all(len(r.at_s) == 4 for s in record.series for r in s.rounds)
@@ -109,13 +109,13 @@ def test_gpt_neo_goes_through_export_run_and_gate(
     decoders: Callable[[str], tuple[Path, Path]], dataset: Path, tmp_path: Path
 ) -> None:
     """The stand-in of the source material, on optimum's plain graph, which --target auto chooses."""
-    from reports.record import read_record
+    from reports.record import RunRecord
 
     checkpoint, folder = decoders("gpt_neo")
     common = ["--dataset", dataset, "--new-tokens", 4, "-k", "test_check or prefill"]
     done = bench("--model", checkpoint, "--report-dir", tmp_path / "good", *common, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    record = read_record(tmp_path / "good" / "record.json")
+    record = RunRecord.read(tmp_path / "good" / "record.json")
     assert record.model.target == "plain"
     assert record.validation is not None
     assert record.validation.verdict == "PASS"
@@ -197,6 +197,34 @@ def test_an_item_that_exceeds_the_context_is_wrong_input(
     assert not out.exists()
 
 
+def test_some_checks_alone_are_no_verdict(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
+    arguments = ["--model", checkpoints(), "--exported", exports(), "--report-dir", tmp_path, "-k", "files"]
+    done = bench(*arguments)
+    assert done.returncode == 3, done.stdout[-2000:]
+    assert "Parity examined in part" in done.stdout
+    assert "Same model" not in done.stdout
+
+
+def test_a_failure_of_a_plugin_is_not_talked_away(
+    checkpoints: Paths, exports: Paths, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_plugin.py").write_text(
+        "import pytest\n\n@pytest.hookimpl(tryfirst=True)\ndef pytest_sessionfinish(session):\n"
+        "    session.exitstatus = 1\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = ["--model", checkpoints(), "--exported", exports(), "--dataset", dataset, "-k", "test_check"]
+    assert bench(*arguments, "--report-dir", tmp_path / "report").returncode == 0
+    assert bench(*arguments, "--report-dir", tmp_path / "report", "-p", "failing_plugin").returncode == 1
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = bench("--model", checkpoints(), "--exported", exports(), "--report-dir", tmp_path / "file" / "report")
+    assert done.returncode == 2
+    assert "cannot be written" in done.stdout + done.stderr
+
+
 def test_what_an_exported_folder_has_to_be(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
     arguments = ["--model", checkpoints(), "--exported", exports(), "--report-dir", tmp_path, "--precision", "int4"]
     done = bench(*arguments, "-k", "test_check and manifest")
@@ -208,13 +236,13 @@ def test_what_an_exported_folder_has_to_be(checkpoints: Paths, exports: Paths, t
 def test_the_demo_model_through_the_whole_gate(demo_checkpoint: Path, tmp_path: Path) -> None:
     done = bench("--report-dir", tmp_path / "report")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    from reports.record import read_record
+    from reports.record import RunRecord
 
-    record = read_record(tmp_path / "report" / "record.json")
+    record = RunRecord.read(tmp_path / "report" / "record.json")
     assert record.model.node_count <= 350
     assert not record.model.random_weights
     assert record.validation is not None
     assert record.validation.verdict == "PASS"
-    greedy = record.validation.result("greedy")
+    greedy = next(r for r in record.validation.results if r.name == "greedy")
     assert greedy is not None
     assert greedy.measurements[0].value == 1.0
