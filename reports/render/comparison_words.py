@@ -61,7 +61,7 @@ GLOSSARY = (
         Term(status.capitalize(), f"{look.meaning.capitalize()}.", mark=look.glyph, tone=look.tone)
         for status, look in LOOKS.items()
     ),
-    Term("Ratio", "The candidate against the base, the geometric mean over pairs. 1.041 is 4.1\u00a0% slower."),
+    Term("Ratio", "The candidate against the base, the trimmed geometric mean over pairs. 1.041 is 4.1\u00a0% slower."),
     Term("Pair", "Base and candidate measured back to back, each in a fresh process; the order alternates."),
     Term("Margin", "A change smaller than this does not matter, fixed before measuring. It is the grey band."),
     Term(
