@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def add_options(add: Callable[..., Any], provider: str = "cpu") -> None:
     """The options of a deployment; ``add`` is argparse's ``add_argument`` or pytest's ``addoption``."""
-    add("--provider", default=provider, help=f"cpu, cuda, tensorrt or tensorrt-rtx (default {provider})")
+    auto = ": cuda where a GPU loads, else cpu" if provider == "auto" else ""
+    add("--provider", default=provider, help=f"cpu, cuda, tensorrt or tensorrt-rtx (default {provider}{auto})")
     add("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="of the provider; may be repeated")
     add("--session-option", action="append", default=[], metavar="KEY=VALUE", help="of the session; may be repeated")
     add("--allow-fallback", action="store_true", help="run elsewhere where the provider cannot; the result says so")
