@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -138,9 +139,10 @@ def test_a_reader_that_left_is_no_verdict() -> None:
     import sys
 
     for command in (["validate", "--list-checks", "--json"], ["validate", "--list-checks"]):
-        reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
-        reader.wait()
-        done = subprocess.run([sys.executable, "-m", "bench.cli", *command], stdout=reader.stdin, stderr=-1)
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([sys.executable, "-m", "bench.cli", *command], stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
         assert done.returncode == 141, done.stderr
         assert b"Traceback" not in done.stderr
 
