@@ -35,9 +35,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bench.data.items import Dataset, Item
+from bench.data.items import Dataset, Item, chunked
 from bench.data.loading import load_shipped
-from bench.latency.workload import chunked
 from export.cache import publish
 from export.errors import DestinationError, ExportError
 

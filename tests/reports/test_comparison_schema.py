@@ -57,7 +57,7 @@ GALLERY = sorted((FOLDER / "gallery").glob("*/comparison.json"))
 @pytest.mark.parametrize("path", GALLERY, ids=[p.parent.name for p in GALLERY])
 def test_gallery_comparisons_are_of_this_schema(path: Path):
     made = Comparison.model_validate_json(path.read_text(encoding="utf-8"))
-    # The int4 folder of the parity failure decodes faster, but its prefill is slower.
-    assert ("REGRESSION" in {r.status for r in made.results}) == (path.parent.name != "unchanged")
+    assert ("REGRESSION" in {r.status for r in made.results}) == (path.parent.name == "regression")
+    assert ("IMPROVED" in {r.status for r in made.results}) == (path.parent.name == "parity-failure")
     assert made.validation is not None
     assert (made.validation.verdict == "FAIL") == (path.parent.name == "parity-failure")
