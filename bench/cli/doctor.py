@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.cli.output import show
+from bench.deployment import core_count
 from export import TELEMETRY_OFF
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def measure_bandwidth(report: Report) -> dict[str, float | str]:
     """Bytes per second of the CPU's memory, and of the GPU's where PyTorch reaches one."""
     from bench.machine.bandwidth import CpuBandwidth, CudaBandwidth
 
-    probe = CpuBandwidth(len(os.sched_getaffinity(0)))
+    probe = CpuBandwidth(core_count())
     found: dict[str, float | str] = {"cpu_bytes_per_s": probe(), "cpu_method": probe.method}
     if any(f.loads and f.provider != "cpu" for f in report.providers):
         import torch

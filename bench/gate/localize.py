@@ -49,7 +49,7 @@ def localize(s: Subject) -> Place | None:
     s.close()  # the copy that shows its inner values packs all weights once more
     ours = _inner_values(s, ids)
     theirs = s.baseline.residuals(ids)
-    kind = s.manifest.activations if s.manifest.activations != "fp32" else "eager"
+    kind = s.terms.null_kind
     null = s.baseline.null_residuals(kind, ids)
     floor = QUANTISED.get(s.manifest.precision, FLOOR[s.manifest.activations])
     layers = len(theirs)

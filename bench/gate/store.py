@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.deployment import core_count
 from bench.digests import folder_digest, hash_baseline
 from bench.errors import BenchError
 from export.cache import cache_dir
@@ -70,7 +71,7 @@ def baseline_key(
         {
             "weights_sha256": folder_digest((hashes or hash_baseline(checkpoint))["baseline"]),
             "device": device,
-            "threads": threads or len(os.sched_getaffinity(0)),
+            "threads": threads or core_count(),
             "cpu": cpu_name() if device == "cpu" else f"{cpu_name()}, {machine().gpu}",
             "torch": installed.get("torch", "none"),
             "transformers": installed.get("transformers", "none"),

@@ -5,7 +5,6 @@ The plain graph is exported once into the cache, in a process of its own (it pea
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.deployment import core_count
 from bench.errors import BenchError
 from bench.process.child import output_of
 from export.cache import publish
@@ -53,7 +53,7 @@ class OptimumSession:
         from optimum.onnxruntime import ORTModelForCausalLM
 
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or core_count()
         options.log_severity_level = 3
         self._model: Any = ORTModelForCausalLM.from_pretrained(folder, session_options=options)
         self._past: Any = None
