@@ -125,6 +125,18 @@ def judged(evidence: Evidence, terms: Terms) -> list[CheckResult]:
     return results
 
 
+def rejudged(result: Validation, **changes: Any) -> Validation:
+    """A result with other evidence, mode or tier, all that follows from them made to fit."""
+    changed = result.model_copy(update=changes)
+    mode = MODES[changed.mode]
+    results = judged(changed.evidence, Terms(changed.tier, changed.activations, changed.kv_dtype, mode))
+    results = [old if old.kind == "exact" else new for old, new in zip(result.results, results, strict=True)]
+    verdict, reasons = decide_verdict(results)
+    settings = changed.settings | {"window": mode.window, "windows": mode.windows, "items": mode.items}
+    fits = {"results": results, "verdict": verdict, "reasons": reasons, "settings": settings}
+    return changed.model_copy(update=fits)
+
+
 def synthetic(precision: str = "fp16", mode: str = "standard", tokens: int = 340, **changes: Any) -> Validation:
     """A document of the project's own data; ``changes`` replace fields of it."""
     floats = precision if precision in ("fp16", "bf16") else "fp32"

@@ -48,6 +48,8 @@ class Policy(BaseModel):
                 raise CertificateError(
                     "policy", f"the policy's {demand} is {least}{wanted}, the certificate says {have}"
                 )
+        if self.provider and (elsewhere := validation.session.get("partly_elsewhere")):
+            raise CertificateError("policy", f"the policy's provider is {self.provider}, the certificate: {elsewhere}")
 
 
 def read_policy(path: Path) -> Policy:

@@ -8,10 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.cli.output import show
 from bench.progress import hashing
+
+if TYPE_CHECKING:
+    from bench.data.items import Dataset
+    from export.source import Source
+    from reports.validation import Validation
 
 HELP = "write a certificate that this folder got this result: an in-toto statement in a DSSE envelope"
 
@@ -51,6 +56,15 @@ def refuse_inside(certificate: Path, folder: Path) -> None:
         )
 
 
+def refuse_thinned(result: Validation, folder: Path, source: Source, dataset: Dataset, code: int) -> None:
+    """CertificateError with this exit code where a result lacks evidence that folder, baseline and data demand."""
+    from bench.certificate.statement import CertificateError
+    from bench.gate.validate import make_subject, mode_of, thinned
+
+    if wrong := thinned(result, make_subject(folder, source, mode_of(result.mode), dataset)):
+        raise CertificateError("incomplete", f"the evidence is not whole: {'; '.join(wrong[:3])}", code)
+
+
 def write_certificate(statement: dict[str, Any], args: argparse.Namespace) -> str:
     """Sign where ``--key`` is given, and write ``--certificate``; a line that says what it is."""
     from bench.certificate.envelope import seal, write_envelope
@@ -70,17 +84,19 @@ def run(args: argparse.Namespace) -> int:
 
     folder = args.folder.expanduser()
     refuse_inside(args.certificate, folder)
-    checkpoint = resolve(args.baseline).folder
-    with hashing(folder, checkpoint) as on_chunk:
+    source, dataset = resolve(args.baseline), load_dataset(args.dataset)
+    result = read_validation(_result(args.result))
+    with hashing(folder, source.folder) as on_chunk:
         statement = make_certificate(
-            read_validation(_result(args.result)),
+            result,
             folder,
-            checkpoint,
-            load_dataset(args.dataset),
+            source.folder,
+            dataset,
             allow_quick=args.allow_quick,
             valid_days=args.valid_days,
             progress=on_chunk,
         )
+    refuse_thinned(result, folder, source, dataset, 2)
     text = write_certificate(statement, args)
     show(args, {"certificate": str(args.certificate), "signed": bool(args.key), "statement": statement}, text)
     return int(statement["predicate"]["result"] == "FAILED")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bench.cli.certify import refuse_thinned
 from bench.cli.output import show, write_json
 from bench.progress import hashing
 
@@ -23,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--require-signature", action="store_true", help="an error where no key is given")
     add("--max-age", type=float, metavar="DAYS", help="refuse results older than this")
     add("--policy", type=Path, metavar="FILE", help="your own demands, YAML or JSON (docs/trust.md)")
-    add("--baseline", metavar="MODEL", help="also hash this checkpoint's weights and tokenizer again")
+    add(
+        "--baseline",
+        metavar="MODEL",
+        help="also hash this checkpoint's weights and tokenizer, and count the evidence that it and the data demand",
+    )
+    add("--dataset", help="with --baseline: the data that was measured on (default: the project's own)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,13 +38,15 @@ def run(args: argparse.Namespace) -> int:
     from bench.certificate.policy import read_policy
     from bench.certificate.statement import CertificateError
     from bench.certificate.verify import verify_certificate
+    from bench.data.loading import load_dataset
     from bench.digests import DigestError
 
-    folder, baseline = args.folder.expanduser(), None
+    folder, source = args.folder.expanduser(), None
     if args.baseline:
         from export.source import resolve
 
-        baseline = resolve(args.baseline).folder
+        source = resolve(args.baseline)
+    baseline = source.folder if source else None
     try:
         with hashing(folder, *([baseline] if baseline else [])) as on_chunk:
             found = verify_certificate(
@@ -51,6 +59,13 @@ def run(args: argparse.Namespace) -> int:
                 baseline=baseline,
                 progress=on_chunk,
             )
+        if source:
+            data = load_dataset(args.dataset)
+            if data.sha256 != found.validation.dataset_sha256:
+                raise CertificateError(
+                    "other-data", f"measured on other data than {data.name}; pass them: --dataset", 2
+                )
+            refuse_thinned(found.validation, folder, source, data, 1)
     except (CertificateError, DigestError) as e:
         if args.json:
             write_json({"valid": False, "reason": e.reason, "message": str(e)})

@@ -42,10 +42,18 @@ TOO_SHORT = "the texts or the context are too short"
 UNPROBED = "a bf16 cache cannot be stacked: numpy has no such type"
 SHORT_FLOATS_ONLY = "judged for fp16 and bf16 only"
 NOT_APPLICABLE = (UNPROBED, SHORT_FLOATS_ONLY)
-"""Why a check has nothing to say about a folder of this precision, however much evidence there is."""
+PROBE_CACHE = ("chunked_prefill", "long_context")
+"""Checks that stack a cache of their own."""
 Judge = Callable[[Evidence, Terms], Found]
 Decision = tuple[bool, float, float, str]
 """Whether it is good, value, limit and detail."""
+
+
+def not_applicable(name: str, terms: Terms) -> str | None:
+    """Why this check has nothing to say about a folder of this precision, however much evidence there is."""
+    if name in PROBE_CACHE and terms.kv_dtype == "bf16":
+        return UNPROBED
+    return SHORT_FLOATS_ONLY if name == "null_ratio" and not terms.short_floats else None
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------
@@ -96,8 +104,8 @@ def judge_tokens(
         terms: margins and mode.
     """
     tier, mode = terms.tier, terms.mode
-    if name == "null_ratio" and not terms.short_floats:
-        return Found("SKIPPED", SHORT_FLOATS_ONLY)
+    if why := not_applicable(name, terms):
+        return Found("SKIPPED", why)
     if not scores:
         return Found("SKIPPED", NO_PROSE)
     if name == "perplexity_ratio":
@@ -130,19 +138,18 @@ def judge_tokens(
 # -- behaviour at places ---------------------------------------------------------------------------------------------
 
 
-def places(name: str, title: str, detail: str, probes_cache: bool = False) -> Judge:
+def places(name: str, title: str, detail: str) -> Judge:
     """The judge of a check that takes the largest of several KL divergences.
 
     Args:
         name: of the check.
         title: of its measurement.
         detail: what was compared, in a few words.
-        probes_cache: whether it stacks a cache of its own, which cannot be done in bf16.
     """
 
     def judge(evidence: Evidence, terms: Terms) -> Found:
-        if probes_cache and terms.kv_dtype == "bf16":
-            return Found("SKIPPED", UNPROBED)
+        if why := not_applicable(name, terms):
+            return Found("SKIPPED", why)
         rows, limit = evidence.places.get(name, []), terms.tail_limit
         if not rows:
             return Found("SKIPPED", TOO_SHORT)

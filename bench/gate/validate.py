@@ -19,6 +19,7 @@ from bench.deployment import Deployment
 from bench.digests import DigestError
 from bench.errors import BenchError
 from bench.gate.baseline import Baseline
+from bench.gate.checks.numeric import places_expected
 from bench.gate.found import CheckSpec, Found, stopped
 from bench.gate.localize import localize
 from bench.gate.modes import MODES, Mode
@@ -272,6 +273,29 @@ def validate(
     return gate.validation(place, command)
 
 
+def thinned(document: Validation, subject: Subject) -> list[str]:
+    """What of the evidence that folder, baseline and data demand a PASS does not hold, one sentence each.
+
+    It could be cut out of a document and every result computed anew from the rest, where no replay sees it. Nothing is
+    opened for it but the tokenizer, the configuration and the manifest.
+    """
+    if document.verdict != "PASS":
+        return []
+    e, terms = document.evidence, subject.terms
+    claims = {"tier": terms.precision, "activations": terms.activations, "kv_dtype": terms.kv_dtype}
+    wrong = [f"{n}: says {have}, the folder is {v}" for n, v in claims.items() if (have := getattr(document, n)) != v]
+    if [len(c.kld) for c in e.chunks] != [len(w) - 1 for w in subject.windows]:
+        wrong.append(
+            f"{document.tokens_scored:,} tokens in {len(e.chunks)} chunks, the data have {len(subject.windows)}"
+        )
+    wanted = [i.id for items in subject.dataset.groups(subject.mode.items).values() for i in items]
+    if [o.item for o in e.outputs] != wanted:
+        wrong.append(f"{len(e.outputs)} generations are not those of the data's {len(wanted)} items")
+    planned = {name: count for name, count in places_expected(subject).items() if count}
+    held = {name: len(rows) for name, rows in e.places.items() if rows}
+    return wrong + [f"{n} looked at {held.get(n, 0)} places, not {c}" for n, c in planned.items() if held.get(n) != c]
+
+
 def make_subject(
     folder: Path,
     model: str | Source,
@@ -303,11 +327,14 @@ def make_subject(
     Raises:
         ExportError: the baseline cannot be found.
         ManifestError: no such folder.
+        BenchError: several workers may fall back, each by itself: what they ran on would stand nowhere.
     """
     folder = folder.expanduser()
     if not folder.is_dir():
         raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
     deployment = deployment or Deployment()
+    if workers > 1 and deployment.allow_fallback:
+        raise BenchError("--allow-fallback with --workers: no result could say which of them fell back; leave one out")
     source = resolve(model, status=status) if isinstance(model, str) else model
     baseline = Baseline(source, deployment.threads, memo_bytes, keep=keep, say=status, device=deployment.device)
     data = dataset or load_shipped()

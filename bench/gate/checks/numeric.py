@@ -8,7 +8,7 @@ Try: ``llama-onnx validate FOLDER --baseline demo --only mean_kld,long_context``
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
 
@@ -25,12 +25,16 @@ from runtime.trim import trim
 Rows = list[tuple[str, float]]
 LEAST_TEXT = 8
 """Tokens that the shortest of these comparisons needs."""
+PREFILL_TEXT, DECODE_TEXT, BATCH_TEXT, CHUNKED_TEXT = 200, 160, 100, 120
+"""Tokens of text that each looks at, where the context has room for them."""
+CONTINUED = 16
+"""Tokens after a long past."""
 PLACES: dict[str, judge.Judge] = {
     "prefill_logits": judge.places("prefill_logits", "Logits of prefill", "candidate against baseline"),
     "decode_steps": judge.places("decode_steps", "Step-by-step decode", "cache against one pass"),
     "batch_rows": judge.places("batch_rows", "Uneven batches", "three orders, prefill and two steps"),
-    "chunked_prefill": judge.places("chunked_prefill", "Chunked prefill", "three chunks against one piece", True),
-    "long_context": judge.places("long_context", "Long context", "mean of the tokens after a long past", True),
+    "chunked_prefill": judge.places("chunked_prefill", "Chunked prefill", "three chunks against one piece"),
+    "long_context": judge.places("long_context", "Long context", "mean of the tokens after a long past"),
 }
 """The judges of the checks below that look at single places."""
 
@@ -39,7 +43,7 @@ def tokens(name: str) -> Callable[[Subject], Found]:
     """A check that shows one measurement of the teacher-forced comparison."""
 
     def run(s: Subject) -> Found:
-        applies = s.windows and (name != "null_ratio" or s.terms.short_floats)
+        applies = s.windows and not judge.not_applicable(name, s.terms)
         scores, null = (s.scores, s.null_scores) if applies else ([], [])
         found = judge.judge_tokens(name, scores, null, s.own_loss, s.terms)
         s.baseline.drop_nulls()
@@ -57,12 +61,27 @@ def _places(look: Callable[[Subject], Rows]) -> Callable[[Subject], Found]:
 
     @wraps(look)
     def run(s: Subject) -> Found:
-        unprobed = name in ("chunked_prefill", "long_context") and s.manifest.kv.dtype == "bf16"
-        rows = [] if unprobed or len(_text(s, LEAST_TEXT)) < LEAST_TEXT else look(s)
+        rows = look(s) if _applies(name, s) else []
         evidence = Evidence(places={name: [PlaceScore(place=place, kld=kld) for place, kld in rows]})
         return replace(PLACES[name](evidence, s.terms), evidence=evidence)
 
     return run
+
+
+def _applies(name: str, s: Subject) -> bool:
+    return not judge.not_applicable(name, s.terms) and len(_text(s, LEAST_TEXT)) == LEAST_TEXT
+
+
+def places_expected(s: Subject) -> dict[str, int]:
+    """At how many places each check looks, by its name; nothing is opened for it."""
+    planned = {
+        "prefill_logits": len(_prompts(_text(s, PREFILL_TEXT))),
+        "decode_steps": sum(steps for _, steps in _starts(s)),
+        "batch_rows": sum(3 * len(order) for order in _orders(s).values()),
+        "chunked_prefill": max(0, len(_cuts(s)) - 1),
+        "long_context": len(_pasts(s)),
+    }
+    return {name: count if _applies(name, s) else 0 for name, count in planned.items()}
 
 
 def _text(s: Subject, length: int) -> list[int]:
@@ -77,12 +96,51 @@ def _text(s: Subject, length: int) -> list[int]:
     return out[:length]
 
 
+def _prompts(text: Sequence[int]) -> list[int]:
+    return sorted({1, 2, 17, min(64, len(text)), len(text)})
+
+
+def _starts(s: Subject) -> list[tuple[int, int]]:
+    """Where decode starts, and its steps."""
+    length = len(_text(s, DECODE_TEXT))
+    starts = ((3, 12), (length - 25, 24))[: s.mode.places]
+    return [(start, steps) for start, steps in starts if start >= 1 and start + steps <= length]
+
+
+def _cuts(s: Subject) -> list[int]:
+    """Where a prompt is cut into three chunks, its ends included; none for one too short."""
+    length = len(_text(s, CHUNKED_TEXT))
+    return [0, length // 2, length // 2 + 5, length] if length >= 12 else []
+
+
+def _orders(s: Subject) -> dict[str, list[int]]:
+    """Lengths of a batch's rows, in several orders."""
+    length = len(_text(s, BATCH_TEXT))
+    lengths = [max(1, n) for n in (length - 3, 2, length // 2, length // 4, 1)]
+    orders = {"as given": lengths, "shortest first": sorted(lengths), "longest first": sorted(lengths)[::-1]}
+    return dict(list(orders.items())[: s.mode.places])
+
+
+def _pasts(s: Subject) -> dict[str, int]:
+    """Tokens before the continued ones: to the end of the context, to its middle, around the original rope context."""
+    end = s.manifest.context_length
+    scaling = getattr(s.baseline.config, "rope_scaling", None) or {}
+    original = scaling.get("original_max_position_embeddings")
+    if scaling.get("rope_type", scaling.get("type")) in (None, "default", "dynamic"):
+        original = None
+    places = {"the end of the context": end - CONTINUED, "the middle of the context": end // 2}
+    if original and original + CONTINUED < end:
+        places["the original rope context"] = int(original) - CONTINUED // 2
+    chosen = list(places.items())[: None if original else s.mode.places]
+    return {title: length for title, length in chosen if length >= 1}
+
+
 @_places
 def prefill_logits(s: Subject) -> Rows:
     """The decode graph's own prefill against the baseline at several prompt lengths, one token included."""
-    text = _text(s, 200)
+    text = _text(s, PREFILL_TEXT)
     rows: Rows = []
-    for n in sorted({1, 2, 17, min(64, len(text)), len(text)}):
+    for n in _prompts(text):
         ours = s.candidate.prefill([text[:n]], reserve=0)[0].copy()
         rows.append((f"prompt of {n}", float(kl_divergence(ours[None], s.baseline.score(text[:n])[-1:])[0])))
     return rows
@@ -91,12 +149,10 @@ def prefill_logits(s: Subject) -> Rows:
 @_places
 def decode_steps(s: Subject) -> Rows:
     """Steps over the KV cache against the baseline's one pass, from an early and a late start."""
-    text = _text(s, 160)
+    text = _text(s, DECODE_TEXT)
     whole = s.baseline.score(text)
     rows: Rows = []
-    for start, steps in ((3, 12), (len(text) - 25, 24))[: s.mode.places]:
-        if start < 1 or start + steps > len(text):
-            continue
+    for start, steps in _starts(s):
         logits = s.candidate.prefill([text[:start]], reserve=steps).copy()
         for k in range(steps):
             logits = s.candidate.step([text[start + k]])
@@ -107,11 +163,11 @@ def decode_steps(s: Subject) -> Rows:
 @_places
 def chunked_prefill(s: Subject) -> Rows:
     """A prompt in three chunks over the cache against the same prompt in one piece."""
-    text = _text(s, 120)
-    if len(text) < 12:
+    cuts = _cuts(s)
+    if not cuts:
         return []
+    text = _text(s, CHUNKED_TEXT)
     whole = s.baseline.score(text)
-    cuts = [0, len(text) // 2, len(text) // 2 + 5, len(text)]
     names = ["logits", *s.probe.present_names]
     past = None
     rows: Rows = []
@@ -127,12 +183,10 @@ def chunked_prefill(s: Subject) -> Rows:
 @_places
 def batch_rows(s: Subject) -> Rows:
     """Every row of uneven batches in several orders, prefill and two steps, against the baseline's row alone."""
-    text = _text(s, 100)
-    lengths = [max(1, n) for n in (len(text) - 3, 2, len(text) // 2, len(text) // 4, 1)]
+    text = _text(s, BATCH_TEXT)
     whole = s.baseline.score(text)
     rows: Rows = []
-    orders = {"as given": lengths, "shortest first": sorted(lengths), "longest first": sorted(lengths)[::-1]}
-    for title, order in list(orders.items())[: s.mode.places]:
+    for title, order in _orders(s).items():
         logits = s.candidate.prefill([text[:n] for n in order], reserve=2).copy()
         for step in range(3):
             wanted = np.stack([whole[n - 1 + step] for n in order])
@@ -148,21 +202,10 @@ def batch_rows(s: Subject) -> Rows:
 @_places
 def long_context(s: Subject) -> Rows:
     """Positions at the end of the context and around the original rope context, after a stacked past."""
-    config = s.baseline.config
-    end = s.manifest.context_length
-    text, new = _text(s, 64), 16
-    tail = _text(s, 96)[-new:]
-    scaling = getattr(config, "rope_scaling", None) or {}
-    original = scaling.get("original_max_position_embeddings")
-    if scaling.get("rope_type", scaling.get("type")) in (None, "default", "dynamic"):
-        original = None
-    places = {"the end of the context": end - new, "the middle of the context": end // 2}
-    if original and original + new < end:
-        places["the original rope context"] = int(original) - new // 2
+    text = _text(s, 64)
+    tail = _text(s, 96)[-CONTINUED:]
     rows: Rows = []
-    for title, length in list(places.items())[: None if original else s.mode.places]:
-        if length < 1:
-            continue
+    for title, length in _pasts(s).items():
         first, wanted = s.baseline.continued(text, length, tail)
         trim()  # the past is in memory once at a time
         logits = s.probe.after_past(tail, first, length).astype(np.float32)

@@ -31,10 +31,10 @@ from bench.certificate.verify import Verified, verify_certificate
 from bench.cli.main import main
 from bench.data.loading import load_shipped
 from bench.digests import DigestError, folder_digest, hash_baseline, hash_folder
-from bench.gate.modes import MODES, Terms
+from bench.gate.modes import MODES
 from bench.gate.statistics import TIERS
 from reports.validation import Finding, Validation, decide_verdict
-from tests.synthetic import judged, synthetic
+from tests.synthetic import rejudged, synthetic
 
 NOW = datetime.datetime(2026, 11, 24, 12, 0, tzinfo=datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -99,17 +99,6 @@ def forge(path: Path, result: Validation, folder: Path, baseline: Path, keys: Pa
     roles = {**hash_baseline(baseline), "data": {result.dataset: result.dataset_sha256}}
     statement = build_statement(result, hash_folder(folder), roles, NOW, NOW + 30 * DAY)
     path.write_text(json.dumps(seal(statement, keys / "ours.pem")))
-
-
-def rejudged(result: Validation, **changes: Any) -> Validation:
-    """A result with other evidence, mode or tier, all that follows from them made to fit."""
-    changed = result.model_copy(update=changes)
-    mode = MODES[changed.mode]
-    results = judged(changed.evidence, Terms(changed.tier, changed.activations, changed.kv_dtype, mode))
-    verdict, reasons = decide_verdict(results)
-    settings = changed.settings | {"window": mode.window, "windows": mode.windows, "items": mode.items}
-    fits = {"results": results, "verdict": verdict, "reasons": reasons, "settings": settings}
-    return changed.model_copy(update=fits)
 
 
 def refused(reason: str, code: int, *args: Any, **options: Any) -> str:
@@ -440,6 +429,15 @@ def test_a_policy_that_is_not_met(
     assert words in refused(reason, code, certificate, folder, policy=policy)
 
 
+def test_a_policy_of_a_provider_that_ran_a_part_only(
+    folder: Path, baseline: Path, keys: Path, certificate: Path, result_of: Results
+) -> None:
+    session = {"provider": "cpu", "partly_elsewhere": "MatMul runs elsewhere"}
+    forge(certificate, result_of(folder, baseline, session=session), folder, baseline, keys)
+    policy = policy_of(keys / "policy.json", provider="cpu")
+    assert "MatMul runs elsewhere" in refused("policy", 1, certificate, folder, policy=policy)
+
+
 def test_a_policy_that_is_met(
     certificate: Path, folder: Path, keys: Path, baseline: Path, result_of: Results, tmp_path: Path
 ) -> None:
@@ -522,8 +520,16 @@ def test_keys(tmp_path: Path) -> None:
 
 
 def test_the_commands(
-    folder: Path, baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], result_of: Results
+    folder: Path,
+    baseline: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    result_of: Results,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # These files are no model; what it counts in a real folder is tested with the gate's own certificate.
+    for command in ("certify", "verify"):
+        monkeypatch.setattr(f"bench.cli.{command}.refuse_thinned", lambda *_: None)
     result, certificate = tmp_path / "result.json", tmp_path / "cert.json"
     today = datetime.datetime.now(datetime.UTC).isoformat()
     quick = result_of(folder, baseline, mode="quick", created_utc=today)

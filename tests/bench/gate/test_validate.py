@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 
+from bench.certificate.envelope import seal
+from bench.certificate.statement import make_certificate
 from bench.cli.main import main
+from bench.data.loading import load_dataset
 from bench.defects.in_graph import DEFECTS
 from bench.defects.workshop import Workshop
-from bench.gate.replay import replay
+from bench.deployment import Deployment
+from bench.errors import BenchError
+from bench.gate.modes import MODES
+from bench.gate.replay import incomplete, replay
+from bench.gate.validate import make_subject, thinned, validate
 from reports.validation import CheckResult, Finding, Validation, decide_verdict
+from tests.synthetic import rejudged
 
 Exports = Callable[..., Path]
 EXACT = "files,manifest,config,graph,attributes,rotary_tables,weights,tokenizer,special_ids"
@@ -77,6 +85,56 @@ def test_a_certificate_from_the_gate_itself(
     capsys.readouterr()
     assert main([*arguments, *data]) == 2
     assert "23 of 26 checks were not run" in capsys.readouterr().err
+
+
+def test_evidence_that_was_cut_out(
+    exports: Exports, checkpoints: Exports, tiny_dataset_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every bound and status follows from the rest, so that only folder, baseline and data say what is missing."""
+    dataset, certificate, part = load_dataset(str(tiny_dataset_file)), tmp_path / "cert.json", tmp_path / "part.json"
+    subject = make_subject(exports(), str(checkpoints()), MODES["standard"], dataset, Deployment(threads=1))
+    whole = validate(subject)
+    subject.close()
+    assert whole.verdict == "PASS"
+    assert thinned(whole, subject) == []
+    e = whole.evidence
+    cut = {
+        "chunks, the data have": {"chunks": e.chunks[:-1]},
+        "generations are not those": {"outputs": e.outputs[:-1], "tasks": []},
+        "decode_steps looked at 35 places, not 36": {
+            "places": e.places | {"decode_steps": e.places["decode_steps"][:-1]}
+        },
+        "long_context looked at 1 places, not 2": {"places": e.places | {"long_context": e.places["long_context"][1:]}},
+    }
+    common = [str(exports()), "--baseline", str(checkpoints()), "--dataset", str(tiny_dataset_file)]
+    changed = [(words, rejudged(whole, evidence=e.model_copy(update=change))) for words, change in cut.items()]
+    changed.append(("kv_dtype: says fp16, the folder is fp32", rejudged(whole, kv_dtype="fp16")))
+    for words, result in changed:
+        if result.evidence.tasks:  # without them the result is incomplete in any case
+            assert replay(result) == incomplete(result) == []
+            part.write_text(result.to_json())
+            assert main(["certify", str(part), *common, "--certificate", str(certificate)]) == 2
+            assert words in capsys.readouterr().err
+            assert not certificate.exists()
+        assert words in " ".join(thinned(result, subject))
+        certificate.unlink(missing_ok=True)
+    part.write_text(whole.to_json())
+    assert main(["certify", str(part), *common, "--certificate", str(certificate)]) == 0
+    assert main(["verify", str(certificate), *common]) == 0
+    # Somebody who signs what he likes: the recipient who has the baseline counts as well.
+    statement = make_certificate(changed[0][1], exports(), checkpoints(), dataset)
+    certificate.write_text(json.dumps(seal(statement)))
+    assert main(["verify", str(certificate), str(exports())]) == 0
+    assert main(["verify", str(certificate), *common]) == 1
+    assert "refused (incomplete): the evidence is not whole" in capsys.readouterr().err
+    assert main(["verify", str(certificate), *common[:3]]) == 2
+    assert "--dataset" in capsys.readouterr().err
+
+
+def test_workers_that_may_fall_back_are_refused(exports: Exports, checkpoints: Exports) -> None:
+    deployment = Deployment(threads=1, allow_fallback=True)
+    with pytest.raises(BenchError, match="--allow-fallback with --workers"):
+        make_subject(exports(), str(checkpoints()), MODES["quick"], deployment=deployment, workers=2)
 
 
 def test_kept_results_need_no_pytorch(checkpoints: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
