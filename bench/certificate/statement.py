@@ -246,7 +246,7 @@ def canonical(value: Any) -> bytes:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     except ValueError:
         raise CertificateError(
-            "not-finite", "the result holds infinity or NaN; a folder that gives them is no folder to certify"
+            "not-finite", "the result holds infinity or NaN, which no certificate can hold"
         ) from None
 
 

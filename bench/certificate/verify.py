@@ -162,7 +162,7 @@ def _check_dates(extension: Extension, ages: Mapping[str, float | None], now: da
     age = (now - measured).total_seconds() / 86400
     for name, most in ages.items():
         if most is not None and not most >= 0:
-            raise CertificateError("dates", f"{name} {most:g} is no number of days", 2)
+            raise CertificateError("dates", f"{name} {most:g} must be a number of days, 0 or more", 2)
         if most is not None and age > most:
             raise CertificateError("too-old", f"the result is {age:.2f} days old, {name} allows {most:g}")
 

@@ -240,8 +240,8 @@ def _would_decide(status: Status, value: float, bounds: tuple[float, float], lim
     return f"; about {need} chunks of this kind would decide" if need else "; the value lies on the limit"
 
 
-def _where(scores: Sequence[TokenScores]) -> str:
-    return f"{sum(len(s.kld) for s in scores)} tokens in {len(scores)} chunks"
+def _where(chunks: Sequence[NDArray[Any]]) -> str:
+    return f"{sum(map(len, chunks))} tokens in {len(chunks)} chunks"
 
 
 def perplexity_ratio(scores: Sequence[TokenScores], null: Sequence[TokenScores], tier: Tier, seed: int) -> Measurement:
@@ -253,47 +253,43 @@ def perplexity_ratio(scores: Sequence[TokenScores], null: Sequence[TokenScores],
         tier: the margins.
         seed: of the bootstrap.
     """
-    log_ratio = [s.nll_candidate - s.nll_baseline for s in scores]
-    low, high = (math.exp(v) for v in mean_bounds(log_ratio, seed))
-    value = math.exp(float(np.concatenate(log_ratio).mean()))
-    status = decide(high, low, tier.ppl_ratio, "lower")
+    ours, theirs = ([s.nll_candidate - s.nll_baseline for s in side] for side in (scores, null))
+    found = _mean("perplexity_ratio", "Perplexity ratio", ours, theirs, tier.ppl_ratio, seed, math.exp)
     ppl = math.exp(float(np.mean(np.concatenate([s.nll_baseline for s in scores]))))
-    of_null = np.concatenate([s.nll_candidate - s.nll_baseline for s in null]) if null else None
-    return Measurement(
-        name="perplexity_ratio",
-        title="Perplexity ratio",
-        status=status,
-        value=value,
-        bound=high,
-        limit=tier.ppl_ratio,
-        better="lower",
-        null_value=None if of_null is None else math.exp(float(np.mean(of_null))),
-        samples=sum(map(len, log_ratio)),
-        unit="",
-        detail=f"baseline perplexity {ppl:.4f} over {_where(scores)}"
-        + _would_decide(status, value, (low, high), tier.ppl_ratio, len(scores)),
-    )
+    return found.model_copy(update={"detail": f"baseline perplexity {ppl:.4f} over {found.detail}"})
 
 
 def mean_kld(scores: Sequence[TokenScores], null: Sequence[TokenScores], tier: Tier, seed: int) -> Measurement:
     """Mean KL divergence; arguments as for :func:`perplexity_ratio`."""
-    kld = [s.kld for s in scores]
-    low, high = mean_bounds(kld, seed)
-    value = float(np.concatenate(kld).mean())
-    status = decide(high, low, tier.mean_kld, "lower")
-    of_null = float(np.concatenate([s.kld for s in null]).mean()) if null else None
+    ours, theirs = ([s.kld for s in side] for side in (scores, null))
+    found = _mean("mean_kld", "Mean KL divergence", ours, theirs, tier.mean_kld, seed, float)
+    status = _suspicious(found.status, found.value, found.null_value)
+    return found.model_copy(update={"status": status, "unit": "nats"})
+
+
+def _mean(
+    name: str,
+    title: str,
+    values: Sequence[Array],
+    null: Sequence[Array],
+    limit: float,
+    seed: int,
+    shown: Callable[[float], float],
+) -> Measurement:
+    """A mean over all tokens with its bootstrap bounds; ``shown`` makes what is compared of it."""
+    low, high = map(shown, mean_bounds(values, seed))
+    value = shown(float(np.concatenate(values).mean()))
+    status = decide(high, low, limit, "lower")
     return Measurement(
-        name="mean_kld",
-        title="Mean KL divergence",
-        status=_suspicious(status, value, of_null),
+        name=name,
+        title=title,
+        status=status,
         value=value,
         bound=high,
-        limit=tier.mean_kld,
-        better="lower",
-        null_value=of_null,
-        samples=sum(map(len, kld)),
-        unit="nats",
-        detail=_where(scores) + _would_decide(status, value, (low, high), tier.mean_kld, len(kld)),
+        limit=limit,
+        null_value=shown(float(np.concatenate(null).mean())) if null else None,
+        samples=sum(map(len, values)),
+        detail=_where(values) + _would_decide(status, value, (low, high), limit, len(values)),
     )
 
 
@@ -320,7 +316,7 @@ def tail_kld(
     status: Status = "REPORTED" if limit is None else tail_status([k > limit for k in kld])
     if limit is not None and (high <= limit) != (status == "PASS"):
         high = math.inf  # this bound of the quantile is too wide to say what the count of tokens says
-    detail = f"{_where(scores)}; largest {pooled.max():.2e}"
+    detail = f"{_where(kld)}; largest {pooled.max():.2e}"
     shown = _suspicious(status, _tail(pooled), null_tail)
     bound = high if math.isfinite(high) else None
     if limit is not None and own_loss is not None and status != "PASS":
@@ -336,7 +332,6 @@ def tail_kld(
         value=_tail(pooled),
         bound=bound,
         limit=limit,
-        better="lower",
         null_value=null_tail,
         samples=len(pooled),
         unit="nats",
@@ -417,8 +412,7 @@ def top1_agreement(
         better="higher",
         null_value=float(np.concatenate([s.same_top1 for s in null]).mean()) if null else None,
         samples=tokens,
-        unit="",
-        detail=f"{detail}; {_where(scores)}",
+        detail=f"{detail}; {_where(same)}",
     )
 
 
@@ -454,10 +448,10 @@ def null_ratio(scores: Sequence[TokenScores], null: Sequence[TokenScores], seed:
         value=value,
         bound=high,
         limit=NULL_RATIO,
-        better="lower",
         null_value=1.0,
         samples=tokens,
         unit="x",
         detail=f"mean KL divergence {ours.sum() / tokens:.3g} against {theirs.sum() / tokens:.3g} nats, "
-        f"{tokens} tokens in {len(scores)} chunks" + _would_decide(status, value, (low, high), NULL_RATIO, len(ours)),
+        + _where([f.kld for f in scores])
+        + _would_decide(status, value, (low, high), NULL_RATIO, len(ours)),
     )

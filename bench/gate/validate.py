@@ -2,7 +2,7 @@
 
 ``llama-onnx validate``, ``pytest bench/``, ``llama-onnx compare --model`` and the catalogue of defects all judge by
 :class:`Gate`. Exact checks run first and cost seconds; numbers follow. A check that raises has failed: a folder that
-stops the runtime is no folder to ship. Try: ``llama-onnx validate FOLDER --baseline demo --mode quick``.
+stops the runtime must not be shipped. Try: ``llama-onnx validate FOLDER --baseline demo --mode quick``.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def output_of(
     """Standard output of a command that is waited for.
 
     Raises:
-        BenchError: its exit code is none of ``good``; ``failed`` and the last line of its standard error.
+        BenchError: its exit code is not in ``good``; ``failed`` and the last line of its standard error.
     """
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout)
     if done.returncode not in good:

@@ -61,12 +61,11 @@ def manifest(s: Subject) -> Found:
     """What the manifest claims against what the baseline's configuration and the request demand."""
     m, config = s.manifest, s.baseline.config
     from export.convert import head_dim_of
-    from export.pipeline import eos_ids
 
     wanted: dict[str, tuple[Any, Any]] = {
         "context_length": (m.context_length, config.max_position_embeddings),
         "vocab_size": (m.vocab_size, config.vocab_size),
-        "eos_token_ids": (tuple(m.eos_token_ids), eos_ids(s.baseline.checkpoint, config)),
+        "eos_token_ids": (tuple(m.eos_token_ids), s.baseline.eos),
         "kv.layers": (m.kv.layers, config.num_hidden_layers),
         "kv.kv_heads": (m.kv.kv_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)),
         "kv.head_dim": (m.kv.head_dim, head_dim_of(config)),

@@ -246,7 +246,7 @@ def _around(text: str, other: str) -> str:
 
 @_tokenizers
 def special_ids(s: Subject, ours: Any, theirs: Any) -> Found:
-    """bos, eos, pad and unk ids of tokenizer, manifest, genai_config.json; the added tokens."""
+    """bos, eos, pad and unk ids of tokenizer and genai_config.json; the added tokens."""
     findings = []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         a, b = getattr(ours, name, None), getattr(theirs, name, None)
@@ -256,12 +256,6 @@ def special_ids(s: Subject, ours: Any, theirs: Any) -> Found:
         differ = sorted(set(ours.get_added_vocab().items()) ^ set(theirs.get_added_vocab().items()))
         findings.append(Finding(where="tokenizer, added tokens", what=f"differ, such as {differ[0]}"))
     wanted = s.baseline.eos
-    if tuple(s.manifest.eos_token_ids) != wanted:
-        findings.append(
-            Finding(
-                where="eos_token_ids", what=f"generation ends at {list(s.manifest.eos_token_ids)}, not {list(wanted)}"
-            )
-        )
     genai = s.folder / "genai_config.json"
     if genai.is_file():
         model = json.loads(genai.read_text(encoding="utf-8")).get("model", {})
