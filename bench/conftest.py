@@ -14,7 +14,7 @@ from bench.errors import check_writable, user_error
 from bench.latency.workload import choose_profile
 from bench.machine.lock import machine_lock
 from bench.progress import Bar, progress
-from bench.suite.options import Options, add_options
+from bench.suite.options import add_options
 from bench.suite.run import Run, command_line
 
 RUN = pytest.StashKey[Run]()
@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make the run; bad input ends here, before anything is loaded."""
     refuse_workers(config)
-    run = Run(Options.of(config.option), progress=lambda title, total: _progress(config, title, total))
+    run = Run(config.option, progress=lambda title, total: _progress(config, title, total))
     run.command = command_line([str(a) for a in config.invocation_params.args])
     config.stash[RUN] = run
 

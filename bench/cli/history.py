@@ -100,11 +100,9 @@ def _export(args: argparse.Namespace, store: Any) -> int:
 
 
 def _import(args: argparse.Namespace, store: Any) -> int:
-    try:
-        lines = args.file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise BenchError(f"cannot read {args.file}: {e}") from None
-    added = store.load(lines, str(args.file))
+    from reports.base import read_text
+
+    added = store.load(read_text(args.file).splitlines(), str(args.file))
     show(args, {"added": added}, f"{added} points were new in {store.path}")
     return 0
 

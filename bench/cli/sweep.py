@@ -41,17 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, merge, print a table; 0, or 1 when a process failed."""
     from bench.latency.case_log import RECORDS, CaseLog
-    from bench.latency.sweep import SweepError, merge, parse_sweep
+    from bench.latency.sweep import merge, parse_sweep
     from bench.latency.sweep_measure import measure_here, measure_on_machines
     from bench.machine.lock import machine_lock
+    from reports.base import read_text
     from reports.case_files import read_records
     from reports.publish import write_atomically
 
-    try:
-        text = args.file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise SweepError(f"cannot read {args.file}: {e}") from None
-    sweep = parse_sweep(text, str(args.file))
+    sweep = parse_sweep(read_text(args.file), str(args.file))
     log = CaseLog(args.out, args.resume)
     if args.ray:
         measure_on_machines(sweep, log, args.wait, status)

@@ -16,6 +16,7 @@ import numpy as np
 
 from bench.defects.in_graph import attentions, in_graphs, insert, set_attribute
 from bench.defects.workshop import NUMPY, Harmless, Workshop
+from bench.gate.tensors import TensorReader
 
 
 @contextmanager
@@ -123,18 +124,15 @@ def _data_layout(w: Workshop) -> None:
 
 def _small_inside(w: Workshop) -> None:
     """Norm weights stored in the graph itself."""
-    m = w.manifest
-    content = {x.name: x for x in m.weights if "norm" in x.name}
+    from onnx import numpy_helper
+
+    names = {x.name for x in w.manifest.weights if "norm" in x.name and x.dtype in NUMPY}
+    read = TensorReader(w.folder).read
 
     def change(model: Any) -> None:
         for tensor in model.graph.initializer:
-            if tensor.name in content and content[tensor.name].dtype in NUMPY:
-                place = {e.key: e.value for e in tensor.external_data}
-                with (w.folder / place["location"]).open("rb") as f:
-                    f.seek(int(place["offset"]))
-                    tensor.raw_data = f.read(int(place["length"]))
-                del tensor.external_data[:]
-                tensor.data_location = 0
+            if tensor.name in names:
+                tensor.CopyFrom(numpy_helper.from_array(read(tensor), tensor.name))
 
     w.graphs(change)
 

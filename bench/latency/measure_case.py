@@ -19,7 +19,7 @@ import platform
 import runpy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,26 @@ def _turns(a: dict[str, Any]) -> Iterator[int]:
     raise EOFError("the measuring process is gone")
 
 
+def undisturbed(work: Callable[[], Any]) -> Any:
+    """``work()`` without garbage collection in it."""
+    gc.collect()
+    gc.disable()
+    try:
+        return work()
+    finally:
+        gc.enable()
+
+
+def warm_up(generate: Callable[[int], Any], cap: int) -> tuple[int, bool]:
+    """Untimed rounds until two in a row agree within 5 %, at most ``cap``: how many, and whether two agreed."""
+    totals: list[float] = []
+    steady = False
+    while len(totals) < cap and not steady:
+        totals.append(generate(len(totals)).total_s)
+        steady = len(totals) > 1 and abs(totals[-1] - totals[-2]) <= STEADY * totals[-2]
+    return len(totals), steady
+
+
 def measure(a: dict[str, Any]) -> dict[str, Any]:
     """Load, warm until two rounds agree within 5 % (at most ``warmup_cap``), then measure ``rounds`` generations.
 
@@ -107,18 +127,9 @@ def measure(a: dict[str, Any]) -> dict[str, Any]:
 
     def one(index: int) -> Any:
         prompts = _prompts(manifest.vocab_size, a["batch"], a["prompt"], seed + index)
-        gc.collect()
-        gc.disable()
-        try:
-            return generate(session, prompts, a["new_tokens"])
-        finally:
-            gc.enable()
+        return undisturbed(lambda: generate(session, prompts, a["new_tokens"]))
 
-    totals: list[float] = []
-    steady = False
-    while len(totals) < cap and not steady:
-        totals.append(one(1000 + len(totals)).total_s)
-        steady = len(totals) > 1 and abs(totals[-1] - totals[-2]) <= STEADY * totals[-2]
+    warmup_rounds, steady = warm_up(lambda n: one(1000 + n), cap)
     rounds = [one(k) for k in _turns(a)]
     metrics = {
         "ttft": [r.ttft_s for r in rounds],
@@ -129,7 +140,7 @@ def measure(a: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "metrics": {name: values for name, values in metrics.items() if values},
-        "warmup_rounds": len(totals),
+        "warmup_rounds": warmup_rounds,
         "steady": steady,
         "details": session.info.details,
         "versions": _versions(),

@@ -43,10 +43,9 @@ class SideSpec:
         """
         if self.venv is None:
             return sys.executable
-        for place in ("bin/python", "Scripts/python.exe"):
-            found = Path(self.venv).expanduser() / place
-            if found.exists():
-                return str(found.absolute())
+        found = Path(self.venv).expanduser() / "bin" / "python"
+        if found.exists():
+            return str(found.absolute())
         raise BenchError(f"no virtual environment at {self.venv}; make one with: python -m venv {self.venv}")
 
     def arguments(self) -> dict[str, Any]:

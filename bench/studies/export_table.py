@@ -29,8 +29,8 @@ from bench.gate.modes import SEED
 from bench.gate.statistics import TIERS, TokenScores, score_tokens
 from bench.latency.interleave import interleave
 from bench.peers.exports import genai_export
-from bench.process.child import output_of
-from bench.studies.tables import markdown, show
+from bench.process.child import json_of
+from bench.studies.tables import markdown, show, write_json
 from reports.record import Case
 from reports.validation import overall
 
@@ -97,8 +97,7 @@ def export_once(job: dict[str, Any]) -> dict[str, Any]:
 def export_apart(kind: str, checkpoint: Path, out: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """:func:`export_once` in a process of its own."""
     job = {"kind": kind, "checkpoint": str(checkpoint), "out": str(out), "spec": spec}
-    said = output_of([sys.executable, "-m", "bench.studies.export_table", "--once", json.dumps(job)])
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    found: dict[str, Any] = json_of([sys.executable, "-m", "bench.studies.export_table", "--once", json.dumps(job)])
     return found
 
 
@@ -115,16 +114,16 @@ def _describe(row: Row, folder: Path) -> None:
 
 def _score(row: Row, session: Any, windows: list[list[int]], baseline: list[Any], tier: str) -> None:
     scores: list[TokenScores] = []
-    largest, means = 0.0, []
+    largest, means = [], []
     for ids, reference in zip(windows, baseline, strict=True):
         logits = session.score(ids)
         scores.append(score_tokens(logits, reference, ids))
         difference = np.abs(logits - reference)
-        largest = max(largest, float(difference.max()))
+        largest.append(float(difference.max()))
         means.append(float(difference.mean()))
     ratio, mean = gate.perplexity_ratio(scores, [], TIERS[tier], SEED), gate.mean_kld(scores, [], TIERS[tier], SEED)
     tail, top1 = gate.tail_kld(scores, [], TIERS[tier], None), gate.top1_agreement(scores, [], TIERS[tier], SEED, None)
-    row.max_logit, row.mean_logit = largest, statistics.fmean(means)
+    row.max_logit, row.mean_logit = max(largest), statistics.fmean(means)
     row.ppl_ratio, row.mean_kld, row.tail_kld, row.top1 = ratio.value, mean.value, tail.value, top1.value
     row.verdict = f"{tier} {overall(m.status for m in (ratio, mean, tail, top1))}"
 
@@ -237,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(markdown(columns, cells), encoding="utf-8")
         raw = {"model": source.name, "origin": source.origin, "rows": [asdict(r) for r in rows]}
-        args.out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out.with_suffix(".json"), raw)
     return 0
 
 

@@ -9,7 +9,6 @@ GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from bench.studies.tables import write_json
 from runtime.doctor import Report, diagnose
 
 GIB = 1 << 30
@@ -172,9 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = diagnose()
     say = partial(print, file=sys.stderr, flush=True)
     found = gather(args.out, args.scratch, reasons(report, args.scratch), run_step, say)
-    evidence: dict[str, Any] = {"machine": asdict(report), "steps": [asdict(d) for d in found]}
     target = args.out / "evidence.json"
-    target.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+    write_json(target, {"machine": asdict(report), "steps": [asdict(d) for d in found]})
     print(target)
     return exit_code(found)
 

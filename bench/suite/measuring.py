@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from bench.gate.subject import Subject
 from bench.latency.interleave import interleave, load_times, peak_memory
 from bench.latency.workload import Profile, latency_prompts
 from bench.machine.bandwidth import CpuBandwidth, CudaBandwidth
-from bench.peers.choice import LLAMA_CPP, TITLES, Peers, choose
+from bench.peers.choice import TITLES, Peers, choose
 from bench.peers.choice import opener as peer_opener
+from bench.peers.llama_cpp import LABEL as LLAMA_CPP
 from bench.peers.optimum_ort import LABEL as OPTIMUM
 from bench.peers.optimum_ort import OptimumSession, plain_export
 from bench.peers.parity import PeerParity, peer_parity
@@ -214,14 +215,9 @@ class Measuring:
             s, where = self.subject, self.subject.deployment
             kinds = {self.candidate: "onnxruntime", self.baseline: "pytorch", OPTIMUM: "optimum"}
             paths = {self.candidate: s.folder, self.baseline: s.baseline.checkpoint}
-            arguments = {
-                "kind": kinds[label],
-                "path": str(paths.get(label) or self._plain),
-                "precision": s.manifest.activations,
-                "deployment": asdict(where),
-            }
+            path = paths.get(label) or self._plain
             with self.progress("memory", 1) as bar:
                 bar.tick(f"{label}: peak memory in a process of its own")
-                found = peak_memory(label, self.headline, arguments)
+                found = peak_memory(label, self.headline, kinds[label], path, s.manifest.activations, where)
             self.memory.append(found)
         return found

@@ -30,8 +30,7 @@ from bench.latency.paired_run import PairedRun, Plan, case_key, learned, parse_c
 from bench.latency.sides import SideSpec, parse_side, suite_root
 from bench.machine import state as machine_state
 from bench.machine.state import CpuTimes, Limits, cpu_times, disturbance, sample
-from bench.process import child
-from bench.process.child import Ended, can_take_turns, run_child
+from bench.process.child import Ended, run_child
 from reports.case_files import StorageError, read_records, repair
 from reports.compare import Rules
 from reports.comparison import Comparison, GpuState
@@ -266,12 +265,6 @@ def test_what_alternates(
     side = replace(plan(tmp_path).base, provider=provider)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
     assert turns_of(asked, side, side) == expected
-    monkeypatch.setattr(child, "can_take_turns", lambda: False)
-    if asked == "rounds":
-        with pytest.raises(BenchError, match="--turns processes"):
-            turns_of(asked, side, side)
-    else:
-        assert turns_of(asked, side, side) == "processes"
 
 
 def stands(process: psutil.Process) -> bool:
@@ -302,7 +295,7 @@ def test_kill_9_in_the_middle_of_a_real_run(exports: Paths, tmp_path: Path):
     while time.monotonic() < deadline and first.poll() is None:
         if (out / "cases.jsonl").exists() and len((out / "cases.jsonl").read_bytes().splitlines()) >= 3:
             waiting = [p for p in psutil.Process(first.pid).children() if stands(p)]
-            if waiting or not can_take_turns():
+            if waiting:
                 break
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
