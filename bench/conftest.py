@@ -147,9 +147,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     console = Console(file=terminalreporter._tw._file, width=max(80, terminalreporter._tw.fullwidth))
     print_summary(record, console)
     if config.stash[RUN].options.peers:
-        from bench.peers.table import peer_rows, print_peers
+        from bench.peers.table import print_peers
 
-        print_peers(peer_rows(record), config.stash[RUN].measuring.peers.skipped, console)
+        print_peers(record, config.stash[RUN].measuring.peers.skipped, console)
     terminalreporter.write_line(f"page: {page.resolve()}")
 
 

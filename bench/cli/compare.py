@@ -12,10 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-from rich.console import Console
 
 from bench.cli.output import add_out, show, status
 from bench.errors import BenchError
@@ -214,11 +213,9 @@ def past(results: Sequence[Any], fingerprint: str, model: str | None) -> list[Hi
     if not default_path().is_file():
         return []
     with Store(default_path()) as store:
-        if not store.points(fingerprint):
-            return []
-        asked = [(r.case, r.metric) for r in results if r.gating]
         known = {(p.case_name, p.metric) for p in store.points(fingerprint)}
-        found = [store.history(*key, fingerprint, model) for key in asked if key in known]
+        asked = [(r.case, r.metric) for r in results if r.gating and (r.case, r.metric) in known]
+        found = [store.history(*key, fingerprint, model) for key in asked]
     return [h for h in found if h is not None]
 
 
@@ -301,14 +298,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         raise BenchError("give either --base SIDE --candidate SIDE, or two files: BASE.jsonl CANDIDATE.jsonl")
     from reports.publish import write_report
+    from reports.render.comparison_terminal import print_comparison
 
     page = write_report(made, args.out)
-
-    def printed(console: Console) -> None:
-        from reports.render.comparison_terminal import print_comparison
-
-        print_comparison(made, console)
-        print(f"page: {page.resolve()}")
-
-    show(args, made, printed)
+    show(args, made, partial(print_comparison, made), f"page: {page.resolve()}")
     return made.verdict.exit_code

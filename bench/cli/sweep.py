@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -58,12 +57,8 @@ def run(args: argparse.Namespace) -> int:
     records = merge([log.records, *(read_records(p) for p in args.merge)])
     if args.merge:
         write_atomically(args.out / "merged.jsonl", "".join(r.model_dump_json() + "\n" for r in records))
-
-    def printed(console: Console) -> None:
-        console.print(_table(records))
-        print(f"records: {(args.out / ('merged.jsonl' if args.merge else RECORDS)).resolve()}")
-
-    show(args, [r.model_dump() for r in records], printed)
+    file = args.out / ("merged.jsonl" if args.merge else RECORDS)
+    show(args, [r.model_dump() for r in records], _table(records), f"records: {file.resolve()}")
     return 1 if any(r.outcome not in ("ok", "invalid") for r in records) else 0
 
 

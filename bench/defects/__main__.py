@@ -77,13 +77,12 @@ def run_change(change: Defect | Harmless, subject: Subject, good: Path, work: Pa
     shop = Workshop(good, work / "changed", subject.baseline.checkpoint)
     changed = subject.at(shop.folder)
     try:
-        layer = layer_at(shop.manifest.kv.layers) if isinstance(change, Defect) and change.in_layer else None
         change.change(shop)
+        if isinstance(change, Harmless) or change.sealed:
+            shop.reseal()
         if isinstance(change, Defect):
-            if change.sealed:
-                shop.reseal()
+            layer = layer_at(subject.manifest.kv.layers) if change.in_layer else None
             return row_of(change.name, validate(changed), change.first, layer, False)
-        shop.reseal()
         if change.threads:
             changed.deployment = replace(changed.deployment, threads=change.threads)
         with change.around() if change.around else contextlib.nullcontext():

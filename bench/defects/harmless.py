@@ -25,21 +25,14 @@ def _session_options(**settings: Any) -> Iterator[None]:
     from runtime import ort_session
 
     ort: Any = vars(ort_session)["ort"]  # the runtime owns onnxruntime; here only its options are changed
-    base: Any = ort.SessionOptions
+    opened = ort.InferenceSession
 
-    def keep(options: Any, name: str, value: Any) -> None:
-        if name not in settings:
-            base.__setattr__(options, name, value)
-
-    fixed = type("FixedOptions", (base,), {"__setattr__": keep})
-
-    def made() -> Any:
-        options = fixed()
+    def changed(model: Any, sess_options: Any, **more: Any) -> Any:
         for name, value in settings.items():
-            getattr(base, name).fset(options, value)
-        return options
+            setattr(sess_options, name, value)
+        return opened(model, sess_options, **more)
 
-    with patch.object(ort, "SessionOptions", made):
+    with patch.object(ort, "InferenceSession", changed):
         yield
 
 

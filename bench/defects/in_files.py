@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,32 +67,32 @@ def _row_of_table(w: Workshop) -> None:
         table[len(table) // 2] *= 0.5
 
 
-def _key_times(factor: float) -> Callable[[Workshop], None]:
-    def change(w: Workshop) -> None:
-        config, size = _config(w), w.manifest.kv.head_dim
-        first = config.num_attention_heads * size
-        with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
-            weight[:, first : first + config.num_key_value_heads * size] *= factor
+@contextmanager
+def _projections(w: Workshop) -> Iterator[list[Any]]:
+    """The columns of queries, keys and values in the layer's joined projection."""
+    config, size = _config(w), w.manifest.kv.head_dim
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
+        yield np.split(weight, [queries, queries + keys], axis=1)
 
-    return change
+
+def _keys_scaled(w: Workshop) -> None:
+    with _projections(w) as (_, keys, _):
+        keys *= 1.01
 
 
 def _kv_heads_swapped(w: Workshop) -> None:
-    config, size = _config(w), w.manifest.kv.head_dim
-    start = config.num_attention_heads * size
-    with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
-        for offset in (start, start + config.num_key_value_heads * size):
-            a, b = slice(offset, offset + size), slice(offset + size, offset + 2 * size)
-            weight[:, a], weight[:, b] = weight[:, b].copy(), weight[:, a].copy()
+    size = w.manifest.kv.head_dim
+    with _projections(w) as (_, *keys_and_values):
+        for part in keys_and_values:
+            part[:, : 2 * size] = np.roll(part[:, : 2 * size], size, axis=1)
 
 
 def _query_rows_permuted(w: Workshop) -> None:
     """The order of rotary halves that another layout has, as when a converter forgets to undo it."""
-    config, size = _config(w), w.manifest.kv.head_dim
-    with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
-        for head in range(config.num_attention_heads):
-            part = weight[:, head * size : (head + 1) * size]
-            part[:] = part.reshape(-1, 2, size // 2).swapaxes(1, 2).reshape(-1, size)
+    half = w.manifest.kv.head_dim // 2
+    with _projections(w) as (queries, _, _):
+        queries[:] = queries.reshape(len(queries), -1, 2, half).swapaxes(2, 3).reshape(queries.shape)
 
 
 def _square_transposed(w: Workshop) -> None:
@@ -105,15 +106,12 @@ def _norm_left_out(w: Workshop) -> None:
         weight[:] = 1.0
 
 
-def _noise(name: str, size: float) -> Callable[[Workshop], None]:
-    def change(w: Workshop) -> None:
-        rng = np.random.default_rng(5)
-        with w.weight(name) as weight:
-            for start in range(0, len(weight), 1024):
-                rows = weight[start : start + 1024]
-                rows *= (1 + size * rng.standard_normal(rows.shape)).astype(weight.dtype)
-
-    return change
+def _other_head(w: Workshop) -> None:
+    rng = np.random.default_rng(5)
+    with w.weight("lm_head.weight") as weight:
+        for start in range(0, len(weight), 1024):
+            rows = weight[start : start + 1024]
+            rows *= (1 + 0.05 * rng.standard_normal(rows.shape)).astype(weight.dtype)
 
 
 def _stale_file(w: Workshop) -> None:
@@ -311,12 +309,12 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("rope base off by 0.1 %", _base(1.001), "rotary_tables"),
     Defect("rotary scale ignored beyond a quarter of the context", _scale_ignored, "rotary_tables"),
     Defect("one row of the sine table halved", _row_of_table, "rotary_tables"),
-    Defect("one layer's K times 1.01", _key_times(1.01), "weights", True),
+    Defect("one layer's K times 1.01", _keys_scaled, "weights", True),
     Defect("two KV heads exchanged, one layer", _kv_heads_swapped, "weights", True),
     Defect("query rows in another rotary order, one layer", _query_rows_permuted, "weights", True),
     Defect("output projection transposed, one layer", _square_transposed, "weights", True),
     Defect("norm weight of one layer left out", _norm_left_out, "weights", True),
-    Defect("lm_head of another checkpoint", _noise("lm_head.weight", 0.05), "weights"),
+    Defect("lm_head of another checkpoint", _other_head, "weights"),
     Defect("data file of another fine-tune", _stale_file, "weights"),
     Defect("embedding rows of two frequent tokens exchanged", _rows_swapped, "weights"),
     Defect("one rare token's row zeroed", _rare_row_zeroed, "weights"),

@@ -137,7 +137,7 @@ class Child:
         self._errors.seek(0)
         said = self._errors.read()
         self.close()
-        lines = _last_lines("".join(self._lines), said)
+        lines = [line[:500] for line in f"{''.join(self._lines)}\n{said}".splitlines() if line.strip()][-LAST_LINES:]
         if self._timed_out:
             return Ended("timeout", f"no end after {self.limit_s:g} s", None, lines, {}, seconds=seconds)
         return _outcome(code, self._lines, said, lines, seconds)
@@ -151,11 +151,6 @@ class Child:
             if stream is not None:
                 with contextlib.suppress(OSError):  # what was still to be flushed to a dead child
                     stream.close()
-
-
-def _last_lines(out: str, err: str) -> list[str]:
-    lines = [line for line in (out + "\n" + err).splitlines() if line.strip()]
-    return [line[:500] for line in lines[-LAST_LINES:]]
 
 
 def _outcome(code: int, out: list[str], err: str, lines: list[str], seconds: float) -> Ended:

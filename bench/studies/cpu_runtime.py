@@ -27,6 +27,7 @@ from bench.deployment import Deployment
 from bench.latency.interleave import interleave, peak_memory
 from bench.machine.bandwidth import CpuBandwidth, GemmFloor, median_time
 from bench.peers.choice import choose
+from bench.peers.exports import genai_export
 from bench.peers.genai import GenaiSide
 from bench.peers.llama_cpp import LABEL as LLAMA_CPP
 from bench.peers.llama_cpp import LlamaCppSide
@@ -147,44 +148,33 @@ def profile(
     return {n: [v / len(runs) for v in row] for n, row in sorted(found.items(), key=lambda item: -item[1][0])}
 
 
-def prepare(checkpoint: Path, work: Path, genai: Path | None, measured: Measurements) -> dict[str, Path]:
-    """Folders by side; those that lie in ``work`` already are used as they are."""
-    from bench.peers.exports import genai_export
+def open_sides(
+    checkpoint: Path, work: Path, genai: Path | None, gguf: Path | None, threads: int, measured: Measurements
+) -> tuple[dict[str, Path], dict[str, Session]]:
+    """Folders, exported where ``work`` lacks them, and sides by name; others are named in ``measured.skipped``."""
     from export.pipeline import export_model
     from export.spec import ExportSpec
+    from runtime.loading import load
 
-    folders = {}
+    folders = {name: work / name.replace(" ", "-").replace(",", "") for name in (*OURS, *GENAI)}
     for name, fields in OURS.items():
-        folders[name] = work / name.replace(" ", "-").replace(",", "")
         if not folders[name].exists():
             export_model(ExportSpec(str(checkpoint), **fields), folders[name])
     for name, precision in GENAI.items():
         if genai is None:
             measured.skipped[name] = "no --genai-python, an environment with onnxruntime-genai and its builder"
-            continue
-        folders[name] = work / name.replace(" ", "-")
-        if not folders[name].exists():
+        elif not folders[name].exists():
             genai_export(genai, checkpoint, folders[name], precision)
-    return folders
-
-
-def open_sides(
-    folders: dict[str, Path], genai: Path | None, gguf: Path | None, threads: int, measured: Measurements
-) -> dict[str, Session]:
-    """Every side that can be opened here; the others are named in ``measured.skipped``."""
-    from runtime.loading import load
-
     sides: dict[str, Session] = {name: load(folders[name], threads=threads, verify=False) for name in OURS}
-    for name in GENAI:
-        if genai is not None and name in folders:
-            sides[name] = GenaiSide(genai, folders[name], threads, sides[FP32].info)
+    if genai is not None:
+        sides |= {name: GenaiSide(genai, folders[name], threads, sides[FP32].info) for name in GENAI}
     why = choose("cpu", sides[FP32].manifest.attention, gguf).skipped.get(LLAMA_CPP)  # type: ignore[attr-defined]
     if why:
         measured.skipped[LLAMA_CPP] = why
     else:
         assert gguf is not None
         sides[LLAMA_CPP] = LlamaCppSide(gguf, threads)
-    return sides
+    return folders, sides
 
 
 def interleaved(
@@ -254,9 +244,8 @@ def measure(
 ) -> Measurements:
     """Everything, in one run."""
     measured = Measurements()
-    folders = prepare(checkpoint, work, genai, measured)
+    folders, sides = open_sides(checkpoint, work, genai, gguf, threads, measured)
     config = json.loads((folders[FP32] / "config.json").read_text(encoding="utf-8"))
-    sides = open_sides(folders, genai, gguf, threads, measured)
     try:
         interleaved(sides, measured, config, rounds, threads)
         ours = sides[FP32]

@@ -118,14 +118,9 @@ def run(s: Scenario, families: int = 1000, seed: int = SEED) -> Outcome:
     """Simulate and judge ``families`` families."""
     rng = np.random.default_rng(seed)
     changed = np.arange(s.size) < s.slow
-    first, last, fixed = [], [], []
-    for _ in range(families):
-        d = simulate_pairs(rng, s)
-        a, b = judge_family(d)
-        first.append(a)
-        last.append(b)
-        fixed.append(d[:, 0] > math.log(1.05))
-    one, two = np.stack(first), np.stack(last)
+    pairs = np.stack([simulate_pairs(rng, s) for _ in range(families)])
+    one, two = np.stack([judge_family(d) for d in pairs], axis=1)
+    fixed = pairs[:, ~changed, 0] > math.log(1.05)
 
     def share(of: NDArray[np.bool_], rows: NDArray[np.bool_]) -> float | None:
         return float(of[:, rows].mean()) if rows.any() else None
@@ -143,7 +138,7 @@ def run(s: Scenario, families: int = 1000, seed: int = SEED) -> Outcome:
         equivalent=share(two == "EQUIVALENT", changed),
         passed=share(two == "EQUIVALENT", ~changed),
         extended=float((one == "INCONCLUSIVE").mean()),
-        fixed=float(np.stack(fixed)[:, ~changed].any(axis=1).mean()) if not changed.all() else None,
+        fixed=float(fixed.any(axis=1).mean()) if not changed.all() else None,
     )
 
 

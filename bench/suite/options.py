@@ -30,10 +30,7 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--batch-sizes", type=numbers, default=(), help="for example 1,4")
     add("--prompt-lengths", type=numbers, default=(), help="in tokens, for example 128,1024")
     add("--new-tokens", type=int, help="tokens generated in each latency round")
-    add(
-        "--dataset",
-        help="JSONL file (bench/data/README.md) or hf:NAME[:CONFIG][@SPLIT]; own+FILE adds to ours",
-    )
+    add("--dataset", help="JSONL file (bench/data/README.md) or hf:NAME[:CONFIG][@SPLIT]; own+FILE adds to ours")
     add("--workers", type=int, default=1, help="processes that share the gate's chunks and generations (Ray)")
     add("--peers", action="store_true", help="torch.compile, onnxruntime-genai and llama.cpp beside it")
     add("--gguf", type=Path, help="the file that llama.cpp runs with --peers")
