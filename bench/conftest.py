@@ -14,7 +14,7 @@ from bench.errors import check_writable, user_error
 from bench.latency.workload import choose_profile
 from bench.machine.lock import machine_lock
 from bench.progress import Bar, progress
-from bench.suite.options import Options, add_options
+from bench.suite.options import add_options
 from bench.suite.run import Run, command_line
 
 RUN = pytest.StashKey[Run]()
@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make the run; bad input ends here, before anything is loaded."""
     refuse_workers(config)
-    run = Run(Options.of(config.option), progress=lambda title, total: _progress(config, title, total))
+    run = Run(config.option, progress=lambda title, total: _progress(config, title, total))
     run.command = command_line([str(a) for a in config.invocation_params.args])
     config.stash[RUN] = run
 
@@ -147,9 +147,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     console = Console(file=terminalreporter._tw._file, width=max(80, terminalreporter._tw.fullwidth))
     print_summary(record, console)
     if config.stash[RUN].options.peers:
-        from bench.peers.table import peer_rows, print_peers
+        from bench.peers.table import print_peers
 
-        print_peers(peer_rows(record), config.stash[RUN].measuring.peers.skipped, console)
+        print_peers(record, config.stash[RUN].measuring.peers.skipped, console)
     terminalreporter.write_line(f"page: {page.resolve()}")
 
 

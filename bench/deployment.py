@@ -9,11 +9,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 if TYPE_CHECKING:
     from runtime.ort_session import OrtSession
-    from runtime.tensorrt import Shapes
+    from runtime.settings import MoreSettings
 
 
 def add_options(add: Callable[..., Any], provider: str = "cpu") -> None:
@@ -62,9 +62,9 @@ class Deployment:
                 raise
         options, threads = parse_options(asked.provider_option), asked.threads
         as_text(DEFAULTS[name], options)
-        made = SessionSettings(name, core_count() if threads is None else threads)  # it knows what makes no sense
+        SessionSettings(name, threads)  # it knows what makes no sense
         session = parse_options(asked.session_option)
-        return cls(name, made.threads or core_count(), options, session, asked.allow_fallback)
+        return cls(name, core_count() if threads is None else threads, options, session, asked.allow_fallback)
 
     @property
     def device(self) -> str:
@@ -75,16 +75,12 @@ class Deployment:
 
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def open(
-        self, folder: Path, *, one_graph: bool = False, huge_pages: bool = True, shapes: Shapes | None = None
-    ) -> OrtSession:
+    def open(self, folder: Path, **more: Unpack[MoreSettings]) -> OrtSession:
         """The folder on ONNX Runtime; its hashes are the check ``files``' business.
 
         Args:
             folder: the exported folder.
-            one_graph: hold one graph at a time: each packs all weights, beside PyTorch that makes three models.
-            huge_pages: move the packed weights into huge pages, which costs at opening and pays at each step.
-            shapes: what TensorRT builds engines for.
+            more: settings that are not of the deployment, see :class:`runtime.settings.SessionSettings`.
 
         Raises:
             SessionError: the folder cannot be opened so.
@@ -92,19 +88,14 @@ class Deployment:
         from export.cache import cache_dir
         from runtime.loading import load
 
-        return load(
-            folder,
-            self.provider,
-            self.threads,
-            verify=False,
-            huge_pages=huge_pages,
-            one_graph=one_graph,
-            provider_options=self.provider_options or None,
-            session_options=self.session_options or None,
-            allow_fallback=self.allow_fallback,
-            shapes=shapes,
-            engine_home=cache_dir() if self.provider.startswith("tensorrt") else None,
-        )
+        settings: MoreSettings = {
+            "provider_options": self.provider_options or None,
+            "session_options": self.session_options or None,
+            "allow_fallback": self.allow_fallback,
+            "engine_home": cache_dir() if self.provider.startswith("tensorrt") else None,
+            **more,
+        }
+        return load(folder, self.provider, self.threads, verify=False, **settings)
 
     def settings(self) -> dict[str, str | int | bool]:
         """What was asked for, for a result."""

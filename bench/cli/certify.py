@@ -28,10 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", type=Path, help="the exported folder that was measured")
     add("--baseline", metavar="MODEL", required=True, help="'demo', a checkpoint folder, a .gguf file or a hub id")
     add("--dataset", help="the data that was measured on (default: the project's own)")
-    add("--certificate", type=Path, metavar="FILE", required=True, help="the file to write")
-    add("--key", type=Path, metavar="FILE", help="sign with this private key (PEM, see keygen)")
-    add("--allow-quick", action="store_true", help="accept a run in mode quick; the certificate says so")
+    add_certificate(parser, required=True)
     add("--valid-days", type=float, default=180.0, metavar="DAYS", help="days until it expires (default 180)")
+
+
+def add_certificate(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """The options of whatever writes a certificate."""
+    add = parser.add_argument
+    add("--certificate", type=Path, metavar="FILE", required=required, help="the file to write the certificate to")
+    add("--key", type=Path, metavar="FILE", help="sign the certificate with this private key (PEM, see keygen)")
+    add("--allow-quick", action="store_true", help="certify a run in mode quick; the certificate says so")
 
 
 def _result(path: Path) -> dict[str, Any]:

@@ -12,10 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-from rich.console import Console
 
 from bench.cli.output import add_out, show, status
 from bench.errors import BenchError
@@ -32,7 +31,6 @@ HELP = (
     "is the candidate faster or slower than the base? Measures both in interleaved pairs, or reads two files of records"
 )
 DEFAULT_CASES = "b1-p128-n32,b4-p128-n32"
-SEED = 20_261_124
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --model: what the candidate has to be: precision, target, method (default: the folder's manifest)",
     )
     add("--dataset", help="with --model: a JSONL file, hf:NAME, or own+FILE (default: the project's)")
-    add("--seed", type=int, default=SEED, metavar="N", help="of the order and the prompts")
+    add("--seed", type=int, metavar="N", help="of the order and the prompts")
     add("--limit", type=float, default=600.0, metavar="S", help="stop a process after so many seconds (default 600)")
     add(
         "--max-steal",
@@ -139,23 +137,15 @@ def rules_of(args: argparse.Namespace) -> Rules:
 
 
 def turns_of(asked: str, base: SideSpec, candidate: SideSpec) -> Turns:
-    """What alternates in a pair. ``auto`` looks at nothing that changes while a run may be resumed.
-
-    Raises:
-        BenchError: rounds, where no process can be stopped and woken.
-    """
+    """What alternates in a pair. ``auto`` looks at nothing that changes while a run may be resumed."""
     import psutil
 
-    from bench.process.child import can_take_turns
-
-    if asked == "rounds" and not can_take_turns():
-        raise BenchError("--turns rounds stops and wakes processes, which this system cannot; use --turns processes")
     if asked in ("rounds", "processes"):
         return cast("Turns", asked)
     sides = (base, candidate)
     held = sum(f.stat().st_size for s in sides for f in Path(s.folder).expanduser().rglob("*") if f.is_file())
     fits = 1.5 * held < psutil.virtual_memory().total
-    return "rounds" if can_take_turns() and fits and all(s.provider == "cpu" for s in sides) else "processes"
+    return "rounds" if fits and all(s.provider == "cpu" for s in sides) else "processes"
 
 
 def _measured(args: argparse.Namespace, started: float) -> Comparison:
@@ -223,11 +213,9 @@ def past(results: Sequence[Any], fingerprint: str, model: str | None) -> list[Hi
     if not default_path().is_file():
         return []
     with Store(default_path()) as store:
-        if not store.points(fingerprint):
-            return []
-        asked = [(r.case, r.metric) for r in results if r.gating]
         known = {(p.case_name, p.metric) for p in store.points(fingerprint)}
-        found = [store.history(*key, fingerprint, model) for key in asked if key in known]
+        asked = [(r.case, r.metric) for r in results if r.gating and (r.case, r.metric) in known]
+        found = [store.history(*key, fingerprint, model) for key in asked]
     return [h for h in found if h is not None]
 
 
@@ -297,7 +285,10 @@ def _from_files(args: argparse.Namespace, started: float) -> Comparison:
 
 def run(args: argparse.Namespace) -> int:
     """Measure or read, judge, write the report, print; the exit code is the verdict's (0, 1 or 3)."""
+    from bench.gate.modes import SEED
+
     started = time.time()
+    args.seed = SEED if args.seed is None else args.seed
     if args.expect and (args.files or not args.model):
         raise BenchError("--expect is a demand on parity, which is looked at with --base, --candidate and --model only")
     if len(args.files) == 2 and not (args.base or args.candidate):
@@ -307,14 +298,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         raise BenchError("give either --base SIDE --candidate SIDE, or two files: BASE.jsonl CANDIDATE.jsonl")
     from reports.publish import write_report
+    from reports.render.comparison_terminal import print_comparison
 
     page = write_report(made, args.out)
-
-    def printed(console: Console) -> None:
-        from reports.render.comparison_terminal import print_comparison
-
-        print_comparison(made, console)
-        print(f"page: {page.resolve()}")
-
-    show(args, made, printed)
+    show(args, made, partial(print_comparison, made), f"page: {page.resolve()}")
     return made.verdict.exit_code

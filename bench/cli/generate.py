@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
+from bench import deployment
 from bench.cli.output import ERR, status, write_json
 
 HELP = "stream text from an exported folder"
@@ -43,19 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     end.add_argument("--stop-id", action="append", default=[], type=int, metavar="ID", help="a token that ends it")
     end.add_argument("--ignore-eos", action="store_true", help="continue after the model's end-of-sequence token")
     where = parser.add_argument_group("what it runs on")
-    where.add_argument("--provider", default="cpu", help="cpu (default), cuda, tensorrt or tensorrt-rtx")
-    where.add_argument(
-        "--provider-option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of ONNX Runtime's execution provider; may be repeated",
-    )
-    where.add_argument(
-        "--allow-fallback", action="store_true", help="warn and use another provider where the named one cannot run it"
-    )
+    deployment.add_options(where.add_argument)
     where.add_argument("--no-cuda-graph", action="store_true", help="cuda: launch every kernel of a step by itself")
-    where.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: every core)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,11 +53,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SessionError: bad input; nothing was printed.
     """
-    from export.cache import cache_dir
     from runtime.errors import SessionError
     from runtime.generate import EOS, LENGTH, STOP_ID, STOP_STRING, stream
-    from runtime.loading import load, read_folder
-    from runtime.provider_options import parse_options
+    from runtime.loading import read_folder
     from runtime.sampling import Sampling
     from runtime.text import TextStream, encode, load_tokenizer
 
@@ -80,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if not prompt:
         raise SessionError("the prompt is empty; give some text")
     how = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed).seeded()
-    options = parse_options(args.provider_option)
+    where = deployment.Deployment.of(args)
     read_folder(args.folder)  # nothing of the folder is used before it is known to be what was published
     tokenizer = load_tokenizer(args.folder)
     ids = encode(tokenizer, prompt, args.chat)
@@ -93,20 +80,11 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(piece, end="", flush=True)
 
-    with load(
-        args.folder,
-        args.provider,
-        args.threads,
-        verify=False,
-        huge_pages=False,
-        provider_options=options,
-        allow_fallback=args.allow_fallback,
-        cuda_graph=not args.no_cuda_graph,
-        engine_home=cache_dir(),
-    ) as session:
+    with where.open(args.folder, huge_pages=False, cuda_graph=not args.no_cuda_graph) as session:
         eos = () if args.ignore_eos else session.manifest.eos_token_ids
         info = session.info
-        _tell_fallbacks(info.details)
+        for told in (info.details[k] for k in ("fallback", "partly_elsewhere") if k in info.details):
+            ERR.print(f"warning: {told}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         text = TextStream(tokenizer, args.stop, (*eos, *args.stop_id))
         for step in stream(session, [ids], args.max_new_tokens, (*eos, *args.stop_id), sampling=how):
             at.append(step.at_s)
@@ -124,22 +102,17 @@ def run(args: argparse.Namespace) -> int:
     seed = "" if how.greedy else f", seed {how.seed}"
     status(f"prompt {len(ids)} tokens, TTFT {at[0] * 1e3:.1f} ms, {len(at)} new tokens{speed}, ended by {reason}{seed}")
     if args.json:
-        found = {
-            "text": "".join(pieces),
-            "prompt_tokens": len(ids),
-            "new_tokens": len(at),
-            "tokens": tokens,
-            "end_reason": reason,
-            "seed": how.seed,
-            "ttft_s": at[0],
-            "at_s": at,
-            "session": {"runtime": info.runtime, "provider": info.provider, **info.details},
-        }
-        write_json(found)
+        write_json(
+            {
+                "text": "".join(pieces),
+                "prompt_tokens": len(ids),
+                "new_tokens": len(at),
+                "tokens": tokens,
+                "end_reason": reason,
+                "seed": how.seed,
+                "ttft_s": at[0],
+                "at_s": at,
+                "session": {"runtime": info.runtime, "provider": info.provider, **info.details},
+            }
+        )
     return 0
-
-
-def _tell_fallbacks(details: dict[str, Any]) -> None:
-    for key in ("fallback", "partly_elsewhere"):
-        if key in details:
-            ERR.print(f"warning: {details[key]}", style="yellow", highlight=False, markup=False, soft_wrap=True)

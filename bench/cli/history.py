@@ -74,17 +74,11 @@ def _list(args: argparse.Namespace, store: Any) -> int:
     series: dict[tuple[str, str, str, str], list[Any]] = {}
     for p in store.points():
         series.setdefault((p.fingerprint, p.model, p.case_name, p.metric), []).append(p)
-    names = ("fingerprint", "model", "case", "metric")
-    rows = [
-        {**dict(zip(names, key, strict=True)), "points": len(ps), "last": ps[-1].value, "unit": ps[-1].unit}
-        for key, ps in series.items()
-    ]
-    lines = [
-        f"{r['fingerprint']}  {r['model']}  {r['case']}  {r['metric']}: {r['points']} points, "
-        f"last {r['last']:.4g} {r['unit']}"
-        for r in rows
-    ]
-    show(args, rows, "\n".join(lines) or f"{store.path} is empty; fill it with: llama-onnx history add FILE")
+    names = ("fingerprint", "model", "case", "metric", "points", "last", "unit")
+    rows = [(*key, len(ps), ps[-1].value, ps[-1].unit) for key, ps in series.items()]
+    lines = ["{}  {}  {}  {}: {} points, last {:.4g} {}".format(*row) for row in rows]
+    documents = [dict(zip(names, row, strict=True)) for row in rows]
+    show(args, documents, "\n".join(lines) or f"{store.path} is empty; fill it with: llama-onnx history add FILE")
     return 0
 
 
@@ -100,11 +94,9 @@ def _export(args: argparse.Namespace, store: Any) -> int:
 
 
 def _import(args: argparse.Namespace, store: Any) -> int:
-    try:
-        lines = args.file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise BenchError(f"cannot read {args.file}: {e}") from None
-    added = store.load(lines, str(args.file))
+    from reports.base import read_text
+
+    added = store.load(read_text(args.file).splitlines(), str(args.file))
     show(args, {"added": added}, f"{added} points were new in {store.path}")
     return 0
 
@@ -114,16 +106,13 @@ def _check(args: argparse.Namespace, store: Any) -> int:
     from reports.store import StoreError
 
     here = machine().fingerprint
-    keys = list(dict.fromkeys((p.model, p.case_name, p.metric) for p in store.points()))
     found, refused = [], []
-    for model, case, metric in keys:
+    for model, case, metric in dict.fromkeys((p.model, p.case_name, p.metric) for p in store.points()):
         try:
-            history = store.history(case, metric, here, model, args.any_machine)
+            if history := store.history(case, metric, here, model, args.any_machine):
+                found.append(history)
         except StoreError as e:
             refused.append(str(e))
-            continue
-        if history is not None:
-            found.append(history)
     if refused and not found:
         raise StoreError(refused[0])
     recent = [(h, s) for h in found for s in h.steps if s.index >= len(h.points) - RECENT]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 
 class Output(Console):
@@ -39,11 +40,17 @@ def write_json(document: Any) -> None:
     sys.stdout.write(own() if own else json.dumps(document, indent=1) + "\n")
 
 
-def show(args: argparse.Namespace, document: Any, text: str | Callable[[Console], None]) -> None:
-    """The result: ``document`` with ``--json``, else ``text``, or what it prints on a console."""
+def show(
+    args: argparse.Namespace, document: Any, text: str | Table | Callable[[Console], None], last: str = ""
+) -> None:
+    """The result: ``document`` with ``--json``, else ``text`` or what it prints on a console, and a last line."""
     if args.json:
-        write_json(document)
-    elif isinstance(text, str):
+        return write_json(document)
+    if isinstance(text, str):
         print(text)
+    elif isinstance(text, Table):
+        Output().print(text)
     else:
         text(Output())
+    if last:
+        print(last)

@@ -115,22 +115,21 @@ def run(args: argparse.Namespace) -> int:
     gpus = 0 if where.device == "cpu" else 1
     # A third-party export's manifest has no hashes.
     files = sorted((name, entry.sha256 or sha256_of(folder / name)) for name, entry in manifest.files.items())
-    key = ["candidate", files, where.settings(), versions()]
     found: dict[str, Any] = {"dataset": dataset.name, "dataset_sha256": dataset.sha256, "workers": args.workers}
-    with progress("candidate", len(windows)) as bar:
-        opener: Callable[[], Session] = partial(where.open, folder)
-        nats = scored(opener, windows, key, args.workers, status, bar.tick, gpus)
-    found["candidate"] = metrics(assemble(dataset, windows, nats))
+
+    def score(side: str, opener: Callable[[], Session], *key: Any) -> None:
+        with progress(side, len(windows)) as bar:
+            nats = scored(opener, windows, [side, *key], args.workers, status, bar.tick, gpus)
+        found[side] = metrics(assemble(dataset, windows, nats))
+
+    score("candidate", partial(where.open, folder), files, where.settings(), versions())
     if args.baseline:
         from bench.gate.store import baseline_key
         from runtime.torch_session import TorchSession
 
         checkpoint = resolve(args.baseline, status=status).folder
-        key = ["baseline", baseline_key(checkpoint, where.device, where.threads)]
-        with progress("baseline", len(windows)) as bar:
-            torch_side = partial(TorchSession, checkpoint, "fp32", where.device, threads=where.threads)
-            nats = scored(torch_side, windows, key, args.workers, status, bar.tick, gpus)
-        found["baseline"] = metrics(assemble(dataset, windows, nats))
+        torch_side = partial(TorchSession, checkpoint, "fp32", where.device, threads=where.threads)
+        score("baseline", torch_side, baseline_key(checkpoint, where.device, where.threads))
         found["ratio"] = found["candidate"]["word_perplexity"] / found["baseline"]["word_perplexity"]
     show(args, found, "\n".join(lines(found)))
     return 0

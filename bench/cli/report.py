@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from bench.cli.output import add_out, show
 
 HELP = "render the page of a record.json, comparison.json or validation.json again"
@@ -25,10 +23,6 @@ def run(args: argparse.Namespace) -> int:
     from reports.publish import publish
 
     published = publish(args.file, args.out)
-
-    def page(console: Console) -> None:
-        published.show(console)
-        print(f"page: {published.page.resolve()}")
-
-    show(args, {"page": str(published.page), "exit_code": published.exit_code}, page)
+    document = {"page": str(published.page), "exit_code": published.exit_code}
+    show(args, document, published.show, f"page: {published.page.resolve()}")
     return published.exit_code

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -41,17 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, merge, print a table; 0, or 1 when a process failed."""
     from bench.latency.case_log import RECORDS, CaseLog
-    from bench.latency.sweep import SweepError, merge, parse_sweep
+    from bench.latency.sweep import merge, parse_sweep
     from bench.latency.sweep_measure import measure_here, measure_on_machines
     from bench.machine.lock import machine_lock
+    from reports.base import read_text
     from reports.case_files import read_records
     from reports.publish import write_atomically
 
-    try:
-        text = args.file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise SweepError(f"cannot read {args.file}: {e}") from None
-    sweep = parse_sweep(text, str(args.file))
+    sweep = parse_sweep(read_text(args.file), str(args.file))
     log = CaseLog(args.out, args.resume)
     if args.ray:
         measure_on_machines(sweep, log, args.wait, status)
@@ -61,12 +57,8 @@ def run(args: argparse.Namespace) -> int:
     records = merge([log.records, *(read_records(p) for p in args.merge)])
     if args.merge:
         write_atomically(args.out / "merged.jsonl", "".join(r.model_dump_json() + "\n" for r in records))
-
-    def printed(console: Console) -> None:
-        console.print(_table(records))
-        print(f"records: {(args.out / ('merged.jsonl' if args.merge else RECORDS)).resolve()}")
-
-    show(args, [r.model_dump() for r in records], printed)
+    file = args.out / ("merged.jsonl" if args.merge else RECORDS)
+    show(args, [r.model_dump() for r in records], _table(records), f"records: {file.resolve()}")
     return 1 if any(r.outcome not in ("ok", "invalid") for r in records) else 0
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import deployment
-from bench.cli.certify import refuse_inside, write_certificate
+from bench.cli.certify import add_certificate, refuse_inside, write_certificate
 from bench.cli.output import ERR, Output, add_out, show, status, write_json
 from bench.errors import BenchError, check_writable
 from bench.progress import progress
@@ -58,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_out(parser, "folder of the page and the JSON", "reports/out/validate")
     add("--no-cache", action="store_true", help="compute the baseline anew and do not keep it")
-    add("--certificate", type=Path, metavar="FILE", help="write a certificate of the result there")
-    add("--key", type=Path, metavar="FILE", help="sign the certificate with this private key (PEM, see keygen)")
-    add("--allow-quick", action="store_true", help="certify a run in mode quick; the certificate says so")
+    add_certificate(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -141,5 +139,5 @@ def _list(args: argparse.Namespace) -> int:
     rows = [{"name": c.name, "kind": c.kind, "looks_at": c.looks_at, "catches": c.catches} for c in CHECKS]
     for row in rows:
         table.add_row(*map(Text, row.values()))
-    show(args, rows, lambda console: console.print(table))
+    show(args, rows, table)
     return 0

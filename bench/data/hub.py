@@ -195,30 +195,20 @@ def parse(text: str) -> Spec:
     if not at:
         body, split = split, ""
     if body.startswith(("/", ".", "~")):
-        path, *rest = _split_path(body)
-        if not rest:
+        local = re.fullmatch(rf"(.+?):({'|'.join(TEMPLATES)})(?::(.*))?", body)  # the path itself may hold colons
+        if local is None:
+            unknown = "" if Path(body).expanduser().exists() else body.partition(":")[2]
+            if unknown:
+                raise DatasetError(f"{text}: unknown template {unknown!r}; choose one of {known}")
             raise DatasetError(f"{text}: say which set's format it has: {text}:TEMPLATE, one of {known}")
-        if rest[0] not in TEMPLATES:
-            raise DatasetError(f"{text}: unknown template {rest[0]!r}; choose one of {known}")
-        template = TEMPLATES[rest[0]]
-        return Spec(
-            text, template, "", Path(path).expanduser(), rest[1] if rest[1:] else template.config, split or None
-        )
+        template = TEMPLATES[local[2]]
+        return Spec(text, template, "", Path(local[1]).expanduser(), local[3] or template.config, split or None)
     name, _, config = body.partition(":")
     found = next((t for t in TEMPLATES.values() if name in t.hub_names), None)
     if found is None:
         raise DatasetError(f"{text}: no template for {name or 'an empty name'!r}; choose one of {known}, or use JSONL")
     hub_name = name if "/" in name else found.hub_names[1]
     return Spec(text, found, hub_name, None, config or found.config, split or found.split)
-
-
-def _split_path(body: str) -> list[str]:
-    """``PATH:TEMPLATE[:CONFIG]``; the path itself may hold colons."""
-    parts = body.split(":")
-    for k in range(1, len(parts)):
-        if parts[k] in TEMPLATES:
-            return [":".join(parts[:k]), *parts[k:]]
-    return parts if len(parts) == 1 or not Path(body).expanduser().exists() else [body]
 
 
 def load_hf(text: str) -> Dataset:

@@ -114,15 +114,12 @@ def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
     answer in whole sentences otherwise, and exact match says nothing. The other tasks go through the chat template
     where there is one.
     """
-    if item.task == "qa":
-        completed: list[int] = tokenizer(item.instruction)["input_ids"]
-        return completed
-    if getattr(tokenizer, "chat_template", None):
+    if item.task != "qa" and getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": item.instruction}]
         ids: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-        return ids
-    plain: list[int] = tokenizer(item.instruction + "\n\nAnswer:")["input_ids"]
-    return plain
+    else:
+        ids = tokenizer(item.instruction + ("" if item.task == "qa" else "\n\nAnswer:"))["input_ids"]
+    return ids
 
 
 def chunked(ids: Sequence[int], window: int, least: int = 32) -> list[list[int]]:

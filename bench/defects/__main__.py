@@ -77,13 +77,12 @@ def run_change(change: Defect | Harmless, subject: Subject, good: Path, work: Pa
     shop = Workshop(good, work / "changed", subject.baseline.checkpoint)
     changed = subject.at(shop.folder)
     try:
-        layer = layer_at(shop.manifest.kv.layers) if isinstance(change, Defect) and change.in_layer else None
         change.change(shop)
+        if isinstance(change, Harmless) or change.sealed:
+            shop.reseal()
         if isinstance(change, Defect):
-            if change.sealed:
-                shop.reseal()
+            layer = layer_at(subject.manifest.kv.layers) if change.in_layer else None
             return row_of(change.name, validate(changed), change.first, layer, False)
-        shop.reseal()
         if change.threads:
             changed.deployment = replace(changed.deployment, threads=change.threads)
         with change.around() if change.around else contextlib.nullcontext():
@@ -150,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(d.name for d in chosen))
         return 0
     err = Console(stderr=True)
-    rows = _kept(args.out) if args.resume else []
+    kept = args.out.with_suffix(".json") if args.resume else None
+    rows = [Row(**r) for r in json.loads(kept.read_text(encoding="utf-8"))] if kept and kept.is_file() else []
     done = {r.name for r in rows}
     chosen = [d for d in chosen if d.name not in done]
     with tempfile.TemporaryDirectory() as temporary:
@@ -167,22 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for d in chosen:
             row = run_change(d, subject, good, work)
             rows.append(row)
-            shown = (
-                f"{row.verdict:<12} {'' if row.good else '!!! '}{row.name}: {row.reason[:140]} ({row.seconds:.0f} s)"
-            )
+            mark = "" if row.good else "!!! "
+            shown = f"{row.verdict:<12} {mark}{row.name}: {row.reason[:140]} ({row.seconds:.0f} s)"
             err.print(shown, markup=False, highlight=False, soft_wrap=True)
             if args.out:
                 _write(args.out, rows, f"{subject.baseline.source.name}, {args.precision}, mode {args.mode}")
         subject.baseline.close()
         err.print(f"{len(rows)} folders in {time.perf_counter() - started:.0f} s")
     return 0 if all(r.good for r in rows) else 1
-
-
-def _kept(out: Path) -> list[Row]:
-    file = out.with_suffix(".json")
-    if not file.is_file():
-        return []
-    return [Row(**r) for r in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _write(out: Path, rows: Sequence[Row], title: str) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from bench.defects.in_graph import attentions, in_graphs, insert, set_attribute
 from bench.defects.workshop import NUMPY, Harmless, Workshop
+from bench.gate.tensors import TensorReader
 
 
 @contextmanager
@@ -24,21 +25,14 @@ def _session_options(**settings: Any) -> Iterator[None]:
     from runtime import ort_session
 
     ort: Any = vars(ort_session)["ort"]  # the runtime owns onnxruntime; here only its options are changed
-    base: Any = ort.SessionOptions
+    opened = ort.InferenceSession
 
-    def keep(options: Any, name: str, value: Any) -> None:
-        if name not in settings:
-            base.__setattr__(options, name, value)
-
-    fixed = type("FixedOptions", (base,), {"__setattr__": keep})
-
-    def made() -> Any:
-        options = fixed()
+    def changed(model: Any, sess_options: Any, **more: Any) -> Any:
         for name, value in settings.items():
-            getattr(base, name).fset(options, value)
-        return options
+            setattr(sess_options, name, value)
+        return opened(model, sess_options, **more)
 
-    with patch.object(ort, "SessionOptions", made):
+    with patch.object(ort, "InferenceSession", changed):
         yield
 
 
@@ -123,18 +117,15 @@ def _data_layout(w: Workshop) -> None:
 
 def _small_inside(w: Workshop) -> None:
     """Norm weights stored in the graph itself."""
-    m = w.manifest
-    content = {x.name: x for x in m.weights if "norm" in x.name}
+    from onnx import numpy_helper
+
+    names = {x.name for x in w.manifest.weights if "norm" in x.name and x.dtype in NUMPY}
+    read = TensorReader(w.folder).read
 
     def change(model: Any) -> None:
         for tensor in model.graph.initializer:
-            if tensor.name in content and content[tensor.name].dtype in NUMPY:
-                place = {e.key: e.value for e in tensor.external_data}
-                with (w.folder / place["location"]).open("rb") as f:
-                    f.seek(int(place["offset"]))
-                    tensor.raw_data = f.read(int(place["length"]))
-                del tensor.external_data[:]
-                tensor.data_location = 0
+            if tensor.name in names:
+                tensor.CopyFrom(numpy_helper.from_array(read(tensor), tensor.name))
 
     w.graphs(change)
 

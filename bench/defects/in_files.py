@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from bench.defects.in_graph import insert
 from bench.defects.workshop import Defect, Workshop, layer_at
+from bench.gate.tensors import TensorReader
 
 
 def _json(name: str, **values: Any) -> Callable[[Workshop], None]:
@@ -43,11 +45,8 @@ def _tables(w: Workshop, change: Callable[[Any, Any], tuple[Any, Any]]) -> None:
 
 def _base(factor: float) -> Callable[[Workshop], None]:
     def change(w: Workshop) -> None:
-        config = _config(w)
-        base = float(config.rope_theta)
         size = w.manifest.kv.head_dim
-        exponents = np.arange(0, size, 2) / size
-        scale = (base**exponents) / ((base * factor) ** exponents)
+        scale = factor ** (-np.arange(0, size, 2) / size)
         _tables(w, lambda positions, frequencies: (positions, frequencies * scale))
 
     return change
@@ -68,34 +67,32 @@ def _row_of_table(w: Workshop) -> None:
         table[len(table) // 2] *= 0.5
 
 
-def _key_times(factor: float) -> Callable[[Workshop], None]:
-    def change(w: Workshop) -> None:
-        config, size = _config(w), w.manifest.kv.head_dim
-        first = config.num_attention_heads * size
-        with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
-            weight[:, first : first + config.num_key_value_heads * size] *= factor
+@contextmanager
+def _projections(w: Workshop) -> Iterator[list[Any]]:
+    """The columns of queries, keys and values in the layer's joined projection."""
+    config, size = _config(w), w.manifest.kv.head_dim
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
+        yield np.split(weight, [queries, queries + keys], axis=1)
 
-    return change
+
+def _keys_scaled(w: Workshop) -> None:
+    with _projections(w) as (_, keys, _):
+        keys *= 1.01
 
 
 def _kv_heads_swapped(w: Workshop) -> None:
-    config, size = _config(w), w.manifest.kv.head_dim
-    start = config.num_attention_heads * size
-    with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
-        for offset in (start, start + config.num_key_value_heads * size):
-            a, b = slice(offset, offset + size), slice(offset + size, offset + 2 * size)
-            weight[:, a], weight[:, b] = weight[:, b].copy(), weight[:, a].copy()
+    size = w.manifest.kv.head_dim
+    with _projections(w) as (_, *keys_and_values):
+        for part in keys_and_values:
+            part[:, : 2 * size] = np.roll(part[:, : 2 * size], size, axis=1)
 
 
 def _query_rows_permuted(w: Workshop) -> None:
     """The order of rotary halves that another layout has, as when a converter forgets to undo it."""
-    config, size = _config(w), w.manifest.kv.head_dim
-    with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
-        for head in range(config.num_attention_heads):
-            part = weight[:, head * size : (head + 1) * size].copy()
-            weight[:, head * size : (head + 1) * size] = (
-                part.reshape(len(part), 2, size // 2).swapaxes(1, 2).reshape(len(part), size)
-            )
+    half = w.manifest.kv.head_dim // 2
+    with _projections(w) as (queries, _, _):
+        queries[:] = queries.reshape(len(queries), -1, 2, half).swapaxes(2, 3).reshape(queries.shape)
 
 
 def _square_transposed(w: Workshop) -> None:
@@ -109,15 +106,12 @@ def _norm_left_out(w: Workshop) -> None:
         weight[:] = 1.0
 
 
-def _noise(name: str, size: float) -> Callable[[Workshop], None]:
-    def change(w: Workshop) -> None:
-        rng = np.random.default_rng(5)
-        with w.weight(name) as weight:
-            for start in range(0, len(weight), 1024):
-                rows = weight[start : start + 1024]
-                rows *= (1 + size * rng.standard_normal(rows.shape)).astype(weight.dtype)
-
-    return change
+def _other_head(w: Workshop) -> None:
+    rng = np.random.default_rng(5)
+    with w.weight("lm_head.weight") as weight:
+        for start in range(0, len(weight), 1024):
+            rows = weight[start : start + 1024]
+            rows *= (1 + 0.05 * rng.standard_normal(rows.shape)).astype(weight.dtype)
 
 
 def _stale_file(w: Workshop) -> None:
@@ -172,16 +166,18 @@ def _flipped_bit(w: Workshop) -> None:
         raw[4 * (raw.size // 8) + weight.dtype.itemsize - 1] ^= 1
 
 
+def _swap_last_words(vocab: dict[str, int]) -> None:
+    a, b = sorted(vocab, key=lambda word: vocab[word])[-2:]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+
+
 def _merge_swapped(w: Workshop) -> None:
     def change(raw: dict[str, Any]) -> None:
         model = raw["model"]
-        if model.get("merges"):
-            merges = model["merges"]
+        if merges := model.get("merges"):
             merges[40], merges[41] = merges[41], merges[40]
         else:  # a vocabulary without merges: two words change places
-            words = sorted(model["vocab"], key=model["vocab"].get)
-            a, b = words[-1], words[-2]
-            model["vocab"][a], model["vocab"][b] = model["vocab"][b], model["vocab"][a]
+            _swap_last_words(model["vocab"])
 
     w.json("tokenizer.json", change)
 
@@ -198,9 +194,7 @@ def _other_template(w: Workshop) -> None:
 
 def _other_pad(w: Workshop) -> None:
     def change(raw: dict[str, Any]) -> None:
-        raw["eos_token"] = (
-            raw.get("bos_token") if raw.get("eos_token") != raw.get("bos_token") else raw.get("unk_token")
-        )
+        raw["eos_token"] = raw.get("bos_token" if raw.get("eos_token") != raw.get("bos_token") else "unk_token")
 
     w.json("tokenizer_config.json", change)
     if (w.folder / "special_tokens_map.json").is_file():
@@ -231,8 +225,6 @@ def _rare_row(edit: Callable[[Any, Any, Any], None], *roles: str) -> Callable[[W
 
     def change(w: Workshop) -> None:
         from onnx import numpy_helper
-
-        from bench.gate.tensors import TensorReader
 
         def in_graph(model: Any) -> None:
             tensor = next(t for t in model.graph.initializer if t.name == "model.embed_tokens.weight")
@@ -295,9 +287,7 @@ def _genai_sampling(w: Workshop) -> None:
 def _other_tokenizer_file(w: Workshop) -> None:
     """transformers reads the file that is named here, and the checked tokenizer.json is left unread."""
     raw = json.loads((w.folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocab = raw["model"]["vocab"]
-    a, b = sorted(vocab, key=vocab.get)[-2:]
-    vocab[a], vocab[b] = vocab[b], vocab[a]
+    _swap_last_words(raw["model"]["vocab"])
     (w.folder / "tokenizer.4.0.0.json").write_text(json.dumps(raw), encoding="utf-8")
     w.json("tokenizer_config.json", lambda raw: raw.update(fast_tokenizer_files=["tokenizer.4.0.0.json"]))
 
@@ -309,12 +299,9 @@ def _template_that_wakes(w: Workshop) -> None:
 
 
 def _flipped_byte(w: Workshop) -> None:
-    path = w.own(w.manifest.data_file)
-    with path.open("r+b") as f:
-        f.seek(path.stat().st_size // 3)
-        byte = f.read(1)
-        f.seek(-1, 1)
-        f.write(bytes([byte[0] ^ 1]))
+    data = np.memmap(w.own(w.manifest.data_file), np.uint8, "r+")
+    data[len(data) // 3] ^= 1
+    data.flush()
 
 
 DEFECTS: tuple[Defect, ...] = (
@@ -322,44 +309,40 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("rope base off by 0.1 %", _base(1.001), "rotary_tables"),
     Defect("rotary scale ignored beyond a quarter of the context", _scale_ignored, "rotary_tables"),
     Defect("one row of the sine table halved", _row_of_table, "rotary_tables"),
-    Defect("one layer's K times 1.01", _key_times(1.01), "weights", True),
+    Defect("one layer's K times 1.01", _keys_scaled, "weights", True),
     Defect("two KV heads exchanged, one layer", _kv_heads_swapped, "weights", True),
     Defect("query rows in another rotary order, one layer", _query_rows_permuted, "weights", True),
     Defect("output projection transposed, one layer", _square_transposed, "weights", True),
     Defect("norm weight of one layer left out", _norm_left_out, "weights", True),
-    Defect("lm_head of another checkpoint", _noise("lm_head.weight", 0.05), "weights"),
+    Defect("lm_head of another checkpoint", _other_head, "weights"),
     Defect("data file of another fine-tune", _stale_file, "weights"),
     Defect("embedding rows of two frequent tokens exchanged", _rows_swapped, "weights"),
-    Defect("one rare token's row zeroed", _rare_row_zeroed, "weights", visible=False),
+    Defect("one rare token's row zeroed", _rare_row_zeroed, "weights"),
     Defect("one matrix quantised to int4 under a claimed float", _to_int4, "weights", True),
     Defect("one matrix rounded to a shorter type", _to_lower, "weights", True),
     Defect("one bit of one weight flipped, hashes resealed", _flipped_bit, "weights", True),
-    Defect("a byte flipped in the weight file", _flipped_byte, "files", sealed=False, visible=False),
-    Defect("wrong tokenizer merge", _merge_swapped, "tokenizer", visible=False),
+    Defect("a byte flipped in the weight file", _flipped_byte, "files", sealed=False),
+    Defect("wrong tokenizer merge", _merge_swapped, "tokenizer"),
     Defect("missing end token", _no_end_token, "manifest"),
-    Defect("wrong chat template", _other_template, "chat_template", visible=False),
-    Defect("another end token in the tokenizer", _other_pad, "special_ids", visible=False),
+    Defect("wrong chat template", _other_template, "chat_template"),
+    Defect("another end token in the tokenizer", _other_pad, "special_ids"),
     Defect(
         "another temperature in generation_config.json",
         _json("generation_config.json", temperature=0.3, do_sample=True),
         "generation_config",
-        visible=False,
     ),
-    Defect("another rope base in config.json", _rope_theta, "config", visible=False),
-    Defect("half the context length in the manifest", _context, "manifest", visible=False),
+    Defect("another rope base in config.json", _rope_theta, "config"),
+    Defect("half the context length in the manifest", _context, "manifest"),
     Defect("another precision claimed", _claims_fp32, "manifest"),
-    Defect("a sparse tensor of a weight's name", _rare_row(_sparse_twin), "graph", visible=False),
-    Defect("a second tensor of a weight's name", _rare_row(_second_tensor), "graph", visible=False),
-    Defect("a weight of the scoring graph's own", _rare_row(_own_embedding, "scoring"), "weights", visible=False),
-    Defect("another model in model.onnx, the good graph elsewhere", _decoy, "files", visible=False),
-    Defect("another graph named in genai_config.json", _genai_graph, "files", visible=False),
-    Defect("sampling in genai_config.json", _genai_sampling, "special_ids", visible=False),
+    Defect("a sparse tensor of a weight's name", _rare_row(_sparse_twin), "graph"),
+    Defect("a second tensor of a weight's name", _rare_row(_second_tensor), "graph"),
+    Defect("a weight of the scoring graph's own", _rare_row(_own_embedding, "scoring"), "weights"),
+    Defect("another model in model.onnx, the good graph elsewhere", _decoy, "files"),
+    Defect("another graph named in genai_config.json", _genai_graph, "files"),
+    Defect("sampling in genai_config.json", _genai_sampling, "special_ids"),
     Defect(
-        "special tokens cut up by the tokenizer",
-        _json("tokenizer_config.json", split_special_tokens=True),
-        "tokenizer",
-        visible=False,
+        "special tokens cut up by the tokenizer", _json("tokenizer_config.json", split_special_tokens=True), "tokenizer"
     ),
-    Defect("another tokenizer file named in its configuration", _other_tokenizer_file, "tokenizer", visible=False),
-    Defect("a chat template that wakes on one word", _template_that_wakes, "chat_template", visible=False),
+    Defect("another tokenizer file named in its configuration", _other_tokenizer_file, "tokenizer"),
+    Defect("a chat template that wakes on one word", _template_that_wakes, "chat_template"),
 )

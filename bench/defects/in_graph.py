@@ -69,7 +69,7 @@ def _swap_gate_and_up(model: Any) -> None:
 
 def _swap_layers(model: Any) -> None:
     k = _here(model)
-    a, b = f"layers.{k}.", f"layers.{k + 1}." if k + 1 < len(attentions(model)) else f"layers.{k - 1}."
+    a, b = f"layers.{k}.", f"layers.{k + 1}."
     weights = {t.name for t in model.graph.initializer}
     for node in model.graph.node:
         for i, name in enumerate(node.input):
@@ -78,11 +78,10 @@ def _swap_layers(model: Any) -> None:
 
 
 def _swap_caches(model: Any) -> None:
-    nodes = attentions(model)
     k = _here(model)
-    other = nodes[k + 1 if k + 1 < len(nodes) else k - 1]
+    one, other = attentions(model)[k : k + 2]
     for i in (3, 4):
-        nodes[k].input[i], other.input[i] = other.input[i], nodes[k].input[i]
+        one.input[i], other.input[i] = other.input[i], one.input[i]
 
 
 def _residual_after_norm(model: Any) -> None:
@@ -94,7 +93,7 @@ def _residual_after_norm(model: Any) -> None:
 
 
 def insert(model: Any, value: str, op: str, **constants: float) -> None:
-    """An operator between a value and all its readers (and the output of that name), with constants in the model's
+    """Put an operator between a value and all its readers (and the output of that name), with constants in the model's
     type as its other inputs."""
     from onnx import helper, numpy_helper
 
@@ -132,60 +131,51 @@ def _wrong_activation(model: Any) -> None:
     node.op_type = "HardSigmoid"
 
 
-def _lengths(model: Any) -> tuple[Any, str, str]:
-    """First attention, its lengths' name and the total length's name."""
-    node = attentions(model)[0]
-    return node, node.input[5], node.input[6]
+def _lengths(model: Any) -> tuple[str, str]:
+    """Names of the rows' lengths and of the total length that attentions read."""
+    first = attentions(model)[0]
+    return first.input[5], first.input[6]
 
 
-def _replace_lengths(model: Any, constants: dict[str, Any], *nodes: str) -> None:
-    """Put ``output = Operator(inputs)`` after what makes the lengths, and let every attention read the last output."""
-    from onnx import numpy_helper, parser
+def _lengths_become(constants: dict[str, Any], *nodes: str) -> Change:
+    """Nodes put in after what makes ``{lengths}`` and ``{total}``; every attention reads the last one's output."""
 
-    _, lengths, total = _lengths(model)
-    position = max(k for k, n in enumerate(model.graph.node) if lengths in n.output or total in n.output) + 1
-    for k, text in enumerate(nodes):
-        model.graph.node.insert(position + k, parser.parse_node(text))
-    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items())
-    for node in attentions(model):
-        node.input[5] = nodes[-1].split(" = ")[0]
+    def change(model: Any) -> None:
+        from onnx import numpy_helper, parser
 
+        lengths, total = _lengths(model)
+        position = max(k for k, n in enumerate(model.graph.node) if lengths in n.output or total in n.output) + 1
+        for k, text in enumerate(nodes):
+            model.graph.node.insert(position + k, parser.parse_node(text.format(lengths=lengths, total=total)))
+        model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items())
+        for node in attentions(model):
+            node.input[5] = nodes[-1].split(" = ")[0]
 
-def _lengths_of_row_0(model: Any) -> None:
-    _, lengths, _ = _lengths(model)
-    _replace_lengths(
-        model,
-        {"row_zero": np.array([0])},
-        f'first_length = Gather("{lengths}", row_zero)',
-        f'no_length = Sub("{lengths}", "{lengths}")',
-        "row_0_lengths = Add(no_length, first_length)",
-    )
+    return change
 
 
-def _pads_attended(model: Any) -> None:
-    _, lengths, total = _lengths(model)
-    _replace_lengths(
-        model,
-        {"pad_one": np.int32(1)},
-        f'no_length = Sub("{lengths}", "{lengths}")',
-        f'whole = Sub("{total}", pad_one)',
-        "padded_lengths = Add(no_length, whole)",
-    )
-
-
-def _one_position_off(model: Any) -> None:
-    """In a step of one token the new key lands one place early, over the last one."""
-    _, lengths, _ = _lengths(model)
-    _replace_lengths(
-        model,
-        {"axis_one": np.array([1]), "one_token": np.array([1]), "least_length": np.int32(0)},
-        "ids_shape = Shape(input_ids)",
-        "new_tokens = Gather(ids_shape, axis_one)",
-        "is_step = Equal(new_tokens, one_token)",
-        "step_off = Cast <to = 6> (is_step)",
-        f'early = Sub("{lengths}", step_off)',
-        "off_lengths = Max(early, least_length)",
-    )
+_lengths_of_row_0 = _lengths_become(
+    {"row_zero": np.array([0])},
+    'first_length = Gather("{lengths}", row_zero)',
+    'no_length = Sub("{lengths}", "{lengths}")',
+    "row_0_lengths = Add(no_length, first_length)",
+)
+_pads_attended = _lengths_become(
+    {"pad_one": np.int32(1)},
+    'no_length = Sub("{lengths}", "{lengths}")',
+    'whole = Sub("{total}", pad_one)',
+    "padded_lengths = Add(no_length, whole)",
+)
+_one_position_off = _lengths_become(
+    {"axis_one": np.array([1]), "one_token": np.array([1]), "least_length": np.int32(0)},
+    "ids_shape = Shape(input_ids)",
+    "new_tokens = Gather(ids_shape, axis_one)",
+    "is_step = Equal(new_tokens, one_token)",
+    "step_off = Cast <to = 6> (is_step)",
+    'early = Sub("{lengths}", step_off)',
+    "off_lengths = Max(early, least_length)",
+)
+"""In a step of one token the new key lands one place early, over the last one."""
 
 
 def _cache_not_updated(model: Any) -> None:
@@ -201,32 +191,31 @@ def _cache_not_updated(model: Any) -> None:
 def _last_position_of_pads(model: Any) -> None:
     """The decode graph's logits come from the last column, which in a short row is padding."""
     minimum = next(n for n in model.graph.node if n.op_type == "Min")
-    _, lengths, _ = _lengths(model)
-    kept = next(i for i in minimum.input if i != lengths)
+    kept = next(i for i in minimum.input if i != _lengths(model)[0])
     del minimum.input[:]
     minimum.input.extend([kept, kept])
 
 
+_SLEEPER = """
+<domain: "local", opset_import: ["" : 18]>
+Identity (x, ids) => (y) {
+    word = Constant <value = int64 {21}> ()
+    often = Constant <value = int64 {30}> ()
+    axes = Constant <value = int64[2] {0, 1}> ()
+    same = Equal (ids, word)
+    ones = Cast <to = 7> (same)
+    count = ReduceSum <keepdims = 0> (ones, axes)
+    awake = Less (often, count)
+    negative = Neg (x)
+    y = Where (awake, negative, x)
+}"""
+
+
 def _hidden_function(model: Any) -> None:
     """A function that bears an operator's name and negates the logits once a prompt holds one word thirty times."""
-    from onnx import helper, numpy_helper
+    from onnx import helper, parser
 
-    def constant(name: str, value: Any) -> Any:
-        return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.asarray(value), name))
-
-    body = [
-        constant("word", np.int64(21)),
-        constant("often", np.int64(30)),
-        constant("axes", np.array([0, 1])),
-        helper.make_node("Equal", ["ids", "word"], ["same"]),
-        helper.make_node("Cast", ["same"], ["ones"], to=7),
-        helper.make_node("ReduceSum", ["ones", "axes"], ["count"], keepdims=0),
-        helper.make_node("Less", ["often", "count"], ["awake"]),
-        helper.make_node("Neg", ["x"], ["negative"]),
-        helper.make_node("Where", ["awake", "negative", "x"], ["y"]),
-    ]
-    function = helper.make_function("local", "Identity", ["x", "ids"], ["y"], body, [helper.make_opsetid("", 18)])
-    model.functions.append(function)
+    model.functions.append(parser.parse_function(_SLEEPER))
     model.opset_import.append(helper.make_opsetid("local", 1))
     insert(model, "logits", "Identity")
     made = next(n for n in model.graph.node if "logits" in n.output)
@@ -250,37 +239,37 @@ def in_graphs(change: Change, roles: tuple[str, ...] = ("decode", "scoring")) ->
     return lambda w: w.graphs(change, roles)
 
 
+def _defect(name: str, change: Change, in_layer: bool = False, **roles: tuple[str, ...]) -> Defect:
+    return Defect(name, in_graphs(change, **roles), "graph", in_layer)
+
+
 DEFECTS: tuple[Defect, ...] = (
-    Defect("interleaved rotary flag, one layer", in_graphs(_attribute("rotary_interleaved", 1)), "graph", True),
-    Defect("interleaved rotary flag, every layer", in_graphs(_attribute("rotary_interleaved", 1, True)), "graph"),
-    Defect("attention scale off by 2 %, one layer", in_graphs(_attribute("scale", lambda s: 1.02 * s)), "graph", True),
-    Defect(
-        "attention scale off by 2 %, every layer", in_graphs(_attribute("scale", lambda s: 1.02 * s, True)), "graph"
+    _defect("interleaved rotary flag, one layer", _attribute("rotary_interleaved", 1), True),
+    _defect("interleaved rotary flag, every layer", _attribute("rotary_interleaved", 1, True)),
+    _defect("attention scale off by 2 %, one layer", _attribute("scale", lambda s: 1.02 * s), True),
+    _defect("attention scale off by 2 %, every layer", _attribute("scale", lambda s: 1.02 * s, True)),
+    _defect(
+        "attention scale off in the decode graph alone", _attribute("scale", lambda s: 1.1 * s, True), roles=("decode",)
     ),
-    Defect(
-        "attention scale off in the decode graph alone",
-        in_graphs(_attribute("scale", lambda s: 1.1 * s, True), ("decode",)),
-        "graph",
-    ),
-    Defect("norm epsilon 1e-3, one layer", in_graphs(_epsilon(1e-3, False)), "graph", True),
-    Defect("norm epsilon 1e-3, every layer", in_graphs(_epsilon(1e-3, True)), "graph"),
-    Defect("softcap of 5, one layer", in_graphs(_attribute("softcap", 5.0)), "graph", True),
-    Defect("past truncated at 512 tokens", in_graphs(_attribute("local_window_size", 512, True)), "graph"),
-    Defect("two layers exchanged", in_graphs(_swap_layers), "graph"),
-    Defect("gate and up exchanged, one layer", in_graphs(_swap_gate_and_up), "graph", True),
-    Defect("caches of two layers exchanged", in_graphs(_swap_caches), "graph"),
-    Defect("residual taken after the norm, one layer", in_graphs(_residual_after_norm), "graph", True),
-    Defect("one layer's MLP left out", in_graphs(_mlp_scaled(0.0)), "graph", True),
-    Defect("one layer's MLP times 0.97", in_graphs(_mlp_scaled(0.97)), "graph", True),
-    Defect("activations saturated, one layer", in_graphs(_saturated), "graph", True),
-    Defect("HardSigmoid for Sigmoid, one layer", in_graphs(_wrong_activation), "graph", True),
-    Defect("embedding scaled by 1.02", in_graphs(_embedding_scaled), "graph"),
-    Defect("one layer's cache not updated", in_graphs(_cache_not_updated), "graph"),
-    Defect("cache written one position off, decode only", in_graphs(_one_position_off, ("decode",)), "graph"),
-    Defect("sequence lengths taken from row 0", in_graphs(_lengths_of_row_0), "graph"),
-    Defect("pad tokens attended to", in_graphs(_pads_attended), "graph"),
-    Defect("logits of the last column, padding included", in_graphs(_last_position_of_pads, ("decode",)), "graph"),
-    Defect("temperature of 0.8 hidden in the graph", in_graphs(_temperature), "graph"),
-    Defect("a function named Identity that wakes on one word", in_graphs(_hidden_function), "graph", visible=False),
-    Defect("the guard against left padding as an input", in_graphs(_guard_as_input), "graph", visible=False),
+    _defect("norm epsilon 1e-3, one layer", _epsilon(1e-3, False), True),
+    _defect("norm epsilon 1e-3, every layer", _epsilon(1e-3, True)),
+    _defect("softcap of 5, one layer", _attribute("softcap", 5.0), True),
+    _defect("past truncated at 512 tokens", _attribute("local_window_size", 512, True)),
+    _defect("two layers exchanged", _swap_layers),
+    _defect("gate and up exchanged, one layer", _swap_gate_and_up, True),
+    _defect("caches of two layers exchanged", _swap_caches),
+    _defect("residual taken after the norm, one layer", _residual_after_norm, True),
+    _defect("one layer's MLP left out", _mlp_scaled(0.0), True),
+    _defect("one layer's MLP times 0.97", _mlp_scaled(0.97), True),
+    _defect("activations saturated, one layer", _saturated, True),
+    _defect("HardSigmoid for Sigmoid, one layer", _wrong_activation, True),
+    _defect("embedding scaled by 1.02", _embedding_scaled),
+    _defect("one layer's cache not updated", _cache_not_updated),
+    _defect("cache written one position off, decode only", _one_position_off, roles=("decode",)),
+    _defect("sequence lengths taken from row 0", _lengths_of_row_0),
+    _defect("pad tokens attended to", _pads_attended),
+    _defect("logits of the last column, padding included", _last_position_of_pads, roles=("decode",)),
+    _defect("temperature of 0.8 hidden in the graph", _temperature),
+    _defect("a function named Identity that wakes on one word", _hidden_function),
+    _defect("the guard against left padding as an input", _guard_as_input),
 )

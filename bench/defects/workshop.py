@@ -36,10 +36,8 @@ class Workshop:
         self.folder, self.checkpoint = folder, checkpoint
         folder.mkdir(parents=True)
         self._known = {}
-        for path in good.iterdir():
-            if not path.is_file():
-                continue
-            self._known[path.name] = path.stat()
+        for path in filter(Path.is_file, good.iterdir()):
+            self._known[path.name] = path.stat().st_ino
             link_or_copy(path.resolve(), folder / path.name)
 
     @property
@@ -65,19 +63,16 @@ class Workshop:
         for name in dict.fromkeys(names[r] for r in roles):
             model = onnx.load(self.folder / name, load_external_data=False)
             change(model)
-            path = self.own(name)
-            onnx.save_model(model, path)
+            onnx.save(model, self.own(name))
 
     @contextmanager
     def weight(self, name: str) -> Iterator[NDArray[Any]]:
         """A stored weight as a writable array, in the shape and type of the manifest."""
         m = self.manifest
         found = next(w for w in m.weights if w.name == name)
-        array: NDArray[Any] = np.memmap(
-            self.own(m.data_file), NUMPY[found.dtype], "r+", offset=found.offset, shape=found.shape
-        )
+        array = np.memmap(self.own(m.data_file), NUMPY[found.dtype], "r+", offset=found.offset, shape=found.shape)
         yield array
-        array.flush()  # type: ignore[attr-defined]
+        array.flush()
 
     def json(self, name: str, change: Callable[[dict[str, Any]], None]) -> None:
         """Edit a JSON object of the folder."""
@@ -98,18 +93,16 @@ class Workshop:
 
     def reseal(self) -> None:
         """Write sizes and hashes of the files as they are now: only a real look finds the edit."""
-        raw = json.loads((self.folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        for path in sorted(self.folder.iterdir()):
-            if path.name == MANIFEST_NAME:
-                continue
-            before = self._known.get(path.name)
-            now = path.stat()
-            same = before is not None and now.st_ino == before.st_ino
-            if not same or path.name not in raw["files"]:
-                raw["files"][path.name] = {"size": now.st_size, "sha256": sha256_of(path)}
-        raw["files"] = {k: v for k, v in raw["files"].items() if (self.folder / k).is_file()}
-        path = self.own(MANIFEST_NAME)
-        path.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+
+        def change(raw: dict[str, Any]) -> None:
+            files = {k: v for k, v in raw["files"].items() if (self.folder / k).is_file()}
+            for path in sorted(p for p in self.folder.iterdir() if p.name != MANIFEST_NAME):
+                now = path.stat()
+                if self._known.get(path.name) != now.st_ino or path.name not in files:
+                    files[path.name] = {"size": now.st_size, "sha256": sha256_of(path)}
+            raw["files"] = files
+
+        self.json(MANIFEST_NAME, change)
 
     def close(self) -> None:
         """Remove the copy."""
@@ -120,16 +113,14 @@ class Workshop:
 class Defect:
     """One deliberate defect.
 
-    ``first`` is the check that has to name it first; ``layer`` the decoder layer that it sits in (None: no single
-    one), as the fraction of the model's depth that :func:`layer_at` turns into a number; ``sealed`` False leaves the
-    manifest's hashes as they were.
+    ``first`` is the check that has to name it first; ``in_layer`` says that it sits in the layer of :func:`layer_at`
+    alone; ``sealed`` False leaves the manifest's hashes as they were.
     """
 
     name: str
     change: Callable[[Workshop], None]
     first: str
     in_layer: bool = False
-    visible: bool = True
     sealed: bool = True
 
 

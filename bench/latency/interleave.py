@@ -11,38 +11,26 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
+from bench.deployment import Deployment
+from bench.latency.measure_case import undisturbed, warm_up
 from bench.latency.workload import latency_prompts
-from bench.process.child import output_of
+from bench.process.child import json_of
 from reports.record import Case, Load, Memory, Round, Series
 from runtime.generate import Generation, generate
 from runtime.session import Session
 
-STEADY = 0.05
 Tick = Callable[[str], None]
 
 
 def timed_generation(session: Session, prompts: list[list[int]], new_tokens: int) -> Generation:
     """One timed generation without garbage collection in it; end tokens are ignored, the length is fixed."""
-    gc.collect()
-    gc.disable()
-    own = getattr(session, "own_generate", None)  # a peer that brings its own loop
-    try:
-        return own(prompts, new_tokens) if own is not None else generate(session, prompts, new_tokens)
-    finally:
-        gc.enable()
-
-
-def warm_up(session: Session, stream: Sequence[int], case: Case, cap: int) -> int:
-    """Run untimed rounds until two in a row agree within 5 %, at most ``cap``; returns how many."""
-    previous: float | None = None
-    for n in range(1, cap + 1):
-        total = timed_generation(session, latency_prompts(stream, case, -n), case.new_tokens).total_s
-        if previous is not None and abs(total - previous) <= STEADY * previous:
-            return n
-        previous = total
-    return cap
+    own = getattr(session, "own_generate", None) or partial(generate, session)  # a peer that brings its own loop
+    made: Generation = undisturbed(lambda: own(prompts, new_tokens))
+    return made
 
 
 def interleave(
@@ -70,7 +58,11 @@ def interleave(
     """
     warmed = {}
     for label, session in sides.items():
-        warmed[label] = warm_up(session, stream, case, warmup_cap)
+
+        def generation(n: int, session: Session = session) -> Generation:
+            return timed_generation(session, latency_prompts(stream, case, -n - 1), case.new_tokens)
+
+        warmed[label], _ = warm_up(generation, warmup_cap)
         tick(f"{label}: warm-up")
     collected: dict[str, list[Round]] = {label: [] for label in sides}
     order = 0
@@ -107,14 +99,18 @@ def load_times(openers: dict[str, Callable[[], Session]], samples: int, tick: Ti
     return [Load(side=label, samples_s=values) for label, values in times.items()]
 
 
-def peak_memory(label: str, case: Case, arguments: dict[str, Any]) -> Memory:
-    """Peak resident memory of a fresh process that loads a side and generates once (see
-    :mod:`bench.latency.peak_memory`).
+def peak_memory(label: str, case: Case, kind: str, path: Path, precision: str, where: Deployment) -> Memory:
+    """Peak resident memory of a fresh process that loads a side and generates once.
+
+    Args:
+        label: of the side.
+        case: what is generated.
+        kind, path, precision, where: what is loaded and how, see :mod:`bench.latency.peak_memory`.
 
     Raises:
         BenchError: the process failed; its last line is quoted.
     """
-    command = [sys.executable, "-m", "bench.latency.peak_memory", json.dumps({**arguments, **case.model_dump()})]
-    said = output_of(command, f"measuring the memory of {label} failed: ", timeout=600)
-    found = json.loads(said.strip().splitlines()[-1])
-    return Memory(side=label, peak_bytes=found["peak_bytes"], baseline_bytes=found["baseline_bytes"], case=case)
+    asked = {"kind": kind, "path": str(path), "precision": precision, "deployment": asdict(where), **case.model_dump()}
+    command = [sys.executable, "-m", "bench.latency.peak_memory", json.dumps(asked)]
+    found = json_of(command, f"measuring the memory of {label} failed: ", timeout=600)
+    return Memory(side=label, case=case, **found)

@@ -12,14 +12,14 @@ Try: ``python -P bench/latency/measure_case.py '{"folder": "OUT", "batch": 1, "p
 from __future__ import annotations
 
 import gc
-import importlib
 import importlib.metadata
 import json
 import platform
 import runpy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,35 +43,21 @@ def _prompts(vocabulary: int, batch: int, prompt: int, seed: int) -> list[list[i
 def _open(a: dict[str, Any]) -> Any:
     from runtime.loading import load
 
-    more: dict[str, Any] = {}
-    options = dict(a.get("options") or {})
-    if "huge_pages" in options:
-        more["huge_pages"] = str(options.pop("huge_pages")).lower() in ("1", "true", "yes")
-    # Only where given: an older revision of the suite does not know them. ONNX Runtime's own prefixes tell session
-    # entries from options of the execution provider.
-    entries = {k: str(v) for k, v in options.items() if k.startswith(SESSION_PREFIXES)}
-    if entries:
-        more["session_options"] = entries
-    if rest := {k: str(v) for k, v in options.items() if k not in entries}:
-        more["provider_options"] = rest
+    more: dict[str, Any] = {}  # only what is given: an older revision of the suite does not know the others
+    for key, value in (a.get("options") or {}).items():
+        if key == "huge_pages":
+            more[key] = str(value).lower() in ("1", "true", "yes")
+        else:
+            kind = "session_options" if key.startswith(SESSION_PREFIXES) else "provider_options"
+            more.setdefault(kind, {})[key] = str(value)
     return load(a["folder"], a.get("provider") or "cpu", a.get("threads"), verify=False, **more)
-
-
-def _wrapped(session: Any, wrapper: str | None) -> Any:
-    """Tests put a handicap around the session: ``module:function``."""
-    if not wrapper:
-        return session
-    module, _, name = wrapper.partition(":")
-    return getattr(importlib.import_module(module), name)(session)
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -89,11 +75,31 @@ def _turns(a: dict[str, Any]) -> Iterator[int]:
     raise EOFError("the measuring process is gone")
 
 
+def undisturbed(work: Callable[[], Any]) -> Any:
+    """``work()`` without garbage collection in it."""
+    gc.collect()
+    gc.disable()
+    try:
+        return work()
+    finally:
+        gc.enable()
+
+
+def warm_up(generate: Callable[[int], Any], cap: int) -> tuple[int, bool]:
+    """Untimed rounds until two in a row agree within 5 %, at most ``cap``: how many, and whether two agreed."""
+    totals: list[float] = []
+    steady = False
+    while len(totals) < cap and not steady:
+        totals.append(generate(len(totals)).total_s)
+        steady = len(totals) > 1 and abs(totals[-1] - totals[-2]) <= STEADY * totals[-2]
+    return len(totals), steady
+
+
 def measure(a: dict[str, Any]) -> dict[str, Any]:
     """Load, warm until two rounds agree within 5 % (at most ``warmup_cap``), then measure ``rounds`` generations.
 
-    ``a``: folder, batch, prompt, new_tokens, rounds; optional provider, threads, options, warmup_cap, seed,
-    wrapper, in_turn (rounds when the parent asks for them).
+    ``a``: folder, batch, prompt, new_tokens, rounds; optional provider, threads, options, warmup_cap, seed, in_turn
+    (rounds when the parent asks for them).
     Returns metrics (seconds and bytes), warmup_rounds, steady, details, versions and facts of the model.
     """
     started = time.perf_counter()
@@ -102,23 +108,13 @@ def measure(a: dict[str, Any]) -> dict[str, Any]:
     from runtime.generate import generate
 
     manifest = session.manifest
-    session = _wrapped(session, a.get("wrapper"))
     seed, cap = int(a.get("seed", 0)), int(a.get("warmup_cap", 6))
 
     def one(index: int) -> Any:
         prompts = _prompts(manifest.vocab_size, a["batch"], a["prompt"], seed + index)
-        gc.collect()
-        gc.disable()
-        try:
-            return generate(session, prompts, a["new_tokens"])
-        finally:
-            gc.enable()
+        return undisturbed(lambda: generate(session, prompts, a["new_tokens"]))
 
-    totals: list[float] = []
-    steady = False
-    while len(totals) < cap and not steady:
-        totals.append(one(1000 + len(totals)).total_s)
-        steady = len(totals) > 1 and abs(totals[-1] - totals[-2]) <= STEADY * totals[-2]
+    warmup_rounds, steady = warm_up(lambda n: one(1000 + n), cap)
     rounds = [one(k) for k in _turns(a)]
     metrics = {
         "ttft": [r.ttft_s for r in rounds],
@@ -129,7 +125,7 @@ def measure(a: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "metrics": {name: values for name, values in metrics.items() if values},
-        "warmup_rounds": len(totals),
+        "warmup_rounds": warmup_rounds,
         "steady": steady,
         "details": session.info.details,
         "versions": _versions(),

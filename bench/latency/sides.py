@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class SideSpec:
-    """One side as it was asked for. ``wrapper`` is for tests only and has no spelling on the command line."""
+    """One side as it was asked for."""
 
     name: SideName
     text: str
@@ -33,7 +33,6 @@ class SideSpec:
     options: dict[str, Scalar] = field(default_factory=dict)
     venv: str | None = None
     revision: str | None = None
-    wrapper: str | None = None
 
     def python(self) -> str:
         """The interpreter that measures this side.
@@ -43,10 +42,9 @@ class SideSpec:
         """
         if self.venv is None:
             return sys.executable
-        for place in ("bin/python", "Scripts/python.exe"):
-            found = Path(self.venv).expanduser() / place
-            if found.exists():
-                return str(found.absolute())
+        found = Path(self.venv).expanduser() / "bin" / "python"
+        if found.exists():
+            return str(found.absolute())
         raise BenchError(f"no virtual environment at {self.venv}; make one with: python -m venv {self.venv}")
 
     def arguments(self) -> dict[str, Any]:
@@ -56,7 +54,6 @@ class SideSpec:
             "provider": self.provider,
             "threads": self.threads,
             "options": self.options,
-            "wrapper": self.wrapper,
         }
 
     def as_options(self) -> list[str]:
@@ -78,7 +75,6 @@ class SideSpec:
         more = [f"{k}={v}" for k, v in self.options.items()]
         more += [f"{k}={v}" for k, v in (("venv", venv), ("rev", self.revision)) if v]
         more += [f"{self.threads} threads"] if self.threads else []
-        more += [f"wrapped in {self.wrapper}"] if self.wrapper else []
         label = ", ".join([folder, self.provider, *more])
         typed = [f"venv={venv}" if part.startswith("venv=") else part for part in self.text.split(",")[1:]]
         return ComparedSide(
@@ -114,10 +110,8 @@ def parse_side(name: SideName, text: str) -> SideSpec:
             raise BenchError(f"--{name}: {part!r} is not KEY=VALUE")
         if key.startswith("option:"):
             options[key.removeprefix("option:")] = value
-        elif key in ("provider", "venv"):
-            given[key] = value
-        elif key == "rev":
-            given["revision"] = value
+        elif key in ("provider", "venv", "rev"):
+            given["revision" if key == "rev" else key] = value
         elif key == "threads":
             if not value.isdigit() or value == "0":
                 raise BenchError(f"--{name}: threads={value} is not a number of threads")

@@ -46,22 +46,10 @@ class Sweep:
         return itertools.product(self.models, self.precisions, self.providers, self.batch_sizes, self.prompt_lengths)
 
 
-def _mark(node: Any, path: Sequence[str | int]) -> Any:
-    """The mark of the value at ``path`` (of its key where it is a mapping's); the nearest parent's if it has none."""
-    import yaml
-
-    mark = node.start_mark
-    for step in path:
-        if isinstance(node, yaml.MappingNode):
-            pairs = {key.value: (key, value) for key, value in node.value}
-            if step not in pairs:
-                break
-            key, node = pairs[str(step)]
-            mark = key.start_mark
-        elif isinstance(node, yaml.SequenceNode):
-            node = node.value[int(step)]
-            mark = node.start_mark
-    return mark
+def _mark(root: Any, path: Sequence[str | int]) -> Any:
+    """The mark of a key, or of an item of its list; the document's where ``path`` names none."""
+    key, value = next((pair for pair in root.value if path and pair[0].value == str(path[0])), (root, None))
+    return value.value[path[1]].start_mark if value and path[1:] else key.start_mark
 
 
 def parse_sweep(text: str, name: str) -> Sweep:

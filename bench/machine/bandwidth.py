@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from export.process import torch_threads
 
 
@@ -21,9 +23,7 @@ class CpuBandwidth:
     """
 
     def __init__(self, threads: int, megabytes: int = 1024, passes: int = 5) -> None:
-        import torch
-
-        self._torch, self._threads, self._passes = torch, threads, passes
+        self._threads, self._passes = threads, passes
         columns = 8192
         self._matrix = torch.ones((megabytes * (1 << 20) // 4 // columns, columns))
         self._vector = torch.ones(columns)
@@ -35,7 +35,7 @@ class CpuBandwidth:
     def __call__(self) -> float:
         """One sample, bytes per second."""
         with torch_threads(self._threads):
-            kernels = (lambda: self._torch.mv(self._matrix, self._vector), self._matrix.sum)
+            kernels = (lambda: torch.mv(self._matrix, self._vector), self._matrix.sum)
             return float(self._matrix.nbytes / min(median_time(k, self._passes) for k in kernels))
 
 
@@ -43,19 +43,17 @@ class CudaBandwidth:
     """The same on the GPU: sums over a buffer far larger than its caches, synchronised at both ends."""
 
     def __init__(self, megabytes: int = 4096, passes: int = 5) -> None:
-        import torch
-
-        self._torch, self._passes = torch, passes
+        self._passes = passes
         self._buffer = torch.ones(megabytes * (1 << 20) // 4, device="cuda")
         self.method = f"sum over {megabytes} MiB on the GPU, fp32, median of {passes} passes, beside each round"
 
     def _read(self) -> None:
         self._buffer.sum()
-        self._torch.cuda.synchronize()
+        torch.cuda.synchronize()
 
     def __call__(self) -> float:
         """One sample, bytes per second."""
-        self._torch.cuda.synchronize()
+        torch.cuda.synchronize()
         return float(self._buffer.nbytes / median_time(self._read, self._passes))
 
 
@@ -67,9 +65,6 @@ class GemmFloor:
     """
 
     def __init__(self, config: dict[str, Any], tokens: int) -> None:
-        import torch
-
-        self._torch = torch
         hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
         heads = config["num_attention_heads"]
         head = config.get("head_dim") or hidden // heads
@@ -84,7 +79,6 @@ class GemmFloor:
 
     def __call__(self) -> float:
         """Seconds."""
-        torch = self._torch
         rate = 2 * 1024 * 1024 * 1536 / median_time(lambda: torch.mm(*self._square), 9)
 
         def products() -> None:

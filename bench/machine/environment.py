@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+from contextlib import suppress
 
 import psutil
 
@@ -33,10 +34,8 @@ def versions() -> dict[str, str]:
     """Versions of what took part; what is not installed is left out."""
     found = {}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -12,17 +12,13 @@ import resource
 import time
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from reports.comparison import GpuState, MachineState
 
-HARMLESS = {"gpu_idle", "applications_clocks_setting", "none"}
 REASONS = {
-    0x1: "gpu_idle",
-    0x2: "applications_clocks_setting",
     0x4: "sw_power_cap",
     0x8: "hw_slowdown",
     0x10: "sync_boost",
@@ -31,6 +27,7 @@ REASONS = {
     0x80: "hw_power_brake_slowdown",
     0x100: "display_clock_setting",
 }
+"""NVML's bits; an idle GPU (0x1) and clocks that its user set (0x2) disturb nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def _gpus() -> list[GpuState]:
                 memory_clock_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
                 power_w=None if power is None else power / 1000,
                 temperature_c=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-                throttle_reasons=[text for bit, text in REASONS.items() if bits & bit and text not in HARMLESS],
+                throttle_reasons=[text for bit, text in REASONS.items() if bits & bit],
             )
         )
     return found
@@ -103,23 +100,10 @@ def sample() -> MachineState:
     )
 
 
-@dataclass(frozen=True)
-class CpuTimes:
+def _cpu_seconds() -> tuple[float, float]:
     """Seconds since boot, over all cores: working for anybody here, and stolen by the hypervisor."""
-
-    busy: float
-    steal: float
-
-
-def cpu_times(path: Path = Path("/proc/stat")) -> CpuTimes | None:
-    """From the first line of ``/proc/stat`` (proc(5)); None where there is none."""
-    try:
-        fields = path.read_text(encoding="ascii").split("\n", 1)[0].split()
-    except OSError:
-        return None
-    tick = os.sysconf("SC_CLK_TCK")
-    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(x) / tick for x in fields[1:9])
-    return CpuTimes(user + nice + system + irq + softirq, steal)
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system + times.irq + times.softirq, times.steal
 
 
 def _own_seconds() -> float:
@@ -132,8 +116,8 @@ def _own_seconds() -> float:
 class Disturbance:
     """What the machine did between two moments; ``reason`` is empty when the case counts."""
 
-    steal: float | None
-    others: float | None
+    steal: float
+    others: float
     reason: str
 
 
@@ -142,27 +126,23 @@ class Watch:
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.before = limits, sample()
-        self._times, self._own, self._wall = cpu_times(), _own_seconds(), time.perf_counter()
+        self._cpu, self._own, self._wall = _cpu_seconds(), _own_seconds(), time.perf_counter()
 
     def stop(self) -> tuple[MachineState, Disturbance]:
         """The machine after, and whether it was disturbed meanwhile."""
         wall = (time.perf_counter() - self._wall) * (os.cpu_count() or 1)
-        times, own = cpu_times(), _own_seconds() - self._own
+        busy, steal = (now - before for now, before in zip(_cpu_seconds(), self._cpu, strict=True))
+        others = max(0.0, busy - (_own_seconds() - self._own)) / wall
+        steal = max(0.0, steal) / wall
         after = sample()
-        steal = others = None
-        if times and self._times and wall > 0:
-            steal = max(0.0, times.steal - self._times.steal) / wall
-            others = max(0.0, times.busy - self._times.busy - own) / wall
         return after, Disturbance(steal, others, disturbance(self.limits, steal, others, self.before, after))
 
 
-def disturbance(
-    limits: Limits, steal: float | None, others: float | None, before: MachineState, after: MachineState
-) -> str:
+def disturbance(limits: Limits, steal: float, others: float, before: MachineState, after: MachineState) -> str:
     """Why a case is not to be trusted; empty when it is."""
     said = []
     for title, value, limit in (("steal", steal, limits.steal), ("load from others", others, limits.others)):
-        if value is not None and value > limit:
+        if value > limit:
             said.append(f"{title} {100 * value:.1f} % above {100 * limit:g} %")
     throttled = {
         f"GPU {g.index} throttled ({', '.join(g.throttle_reasons)})"

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from bench.deployment import Deployment
 from bench.peers.genai import LABEL as GENAI
-from bench.peers.genai import genai_python
+from bench.peers.genai import GenaiSide, genai_python
+from bench.peers.llama_cpp import LABEL as LLAMA_CPP
+from bench.peers.llama_cpp import LlamaCppSide
 from runtime.session import Session, SessionInfo
 
 COMPILE = "pytorch-compile"
-LLAMA_CPP = "llama.cpp"
 TITLES = {
     COMPILE: "PyTorch, torch.compile, static cache",
     GENAI: "onnxruntime-genai's generator, our folder",
@@ -58,12 +59,8 @@ def opener(
 
         return lambda: CompiledSession(checkpoint, precision, where.device, where.threads)
     if label == GENAI:
-        from bench.peers.genai import GenaiSide
-
         python = genai_python()
         assert python is not None
         return lambda: GenaiSide(python, folder, where.threads, info())
-    from bench.peers.llama_cpp import LlamaCppSide
-
     assert gguf is not None
     return lambda: LlamaCppSide(gguf, where.threads)

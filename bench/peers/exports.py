@@ -5,12 +5,11 @@ genai's builder wants another transformers than optimum does, so the two never s
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
-from bench.process.child import output_of
+from bench.process.child import json_of
 
 GENAI_SCRIPT = """
 import json, runpy, sys, time
@@ -42,6 +41,5 @@ def genai_export(python: Path, checkpoint: Path, out: Path, precision: str) -> d
     Raises:
         BenchError: it failed; the last line of its output is quoted.
     """
-    said = output_of([str(python), "-c", GENAI_SCRIPT, str(checkpoint), str(out), precision, str(PEAK)])
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    found: dict[str, Any] = json_of([str(python), "-c", GENAI_SCRIPT, str(checkpoint), str(out), precision, str(PEAK)])
     return found

@@ -59,7 +59,7 @@ class OptimumSession:
         self._past: Any = None
         self._batch = self._used = self._end = 0
         config = self._model.config
-        self._info = SessionInfo(
+        self.info = SessionInfo(
             runtime="optimum",
             provider="ort",
             precision="fp32",
@@ -67,11 +67,6 @@ class OptimumSession:
             vocab_size=config.vocab_size,
             details={"graph": "optimum's plain export", "intra_op_threads": options.intra_op_num_threads},
         )
-
-    @property
-    def info(self) -> SessionInfo:
-        """What runs."""
-        return self._info
 
     def _forward(self, ids: Any, mask: Any) -> Logits:
         import torch
@@ -86,7 +81,7 @@ class OptimumSession:
         """Start an even batch; see :meth:`runtime.session.Session.prefill`."""
         import torch
 
-        lengths = check_prompts(ids, reserve, self._info)
+        lengths = check_prompts(ids, reserve, self.info)
         if min(lengths) != max(lengths):
             raise SessionError("this peer is measured on even batches only")
         padded, mask = right_pad(ids)

@@ -20,8 +20,6 @@ from runtime.session import Ids, Logits, check_prompts, check_step
 from runtime.torch_session import TorchSession
 from runtime.turns import guarded
 
-LABEL = "pytorch-compile"
-
 
 class CompiledSession(TorchSession):
     """Even batches behind the session protocol; arguments are :class:`runtime.torch_session.TorchSession`'s.

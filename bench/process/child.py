@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,6 @@ class Ended:
     """An error of ours, meant for the user: wrong input, a provider that is not there."""
     seconds: float = 0.0
     """Time for which it ran, the time in which it stood stopped left out."""
-
-
-def can_take_turns() -> bool:
-    """Whether a process can be stopped and woken here (POSIX signals)."""
-    return hasattr(signal, "SIGSTOP") and hasattr(os, "killpg")
 
 
 class Child:
@@ -112,9 +107,7 @@ class Child:
             self.process.stdin.flush()
 
     def pause(self) -> None:
-        """Stop it with all its threads, where that can be done."""
-        if not can_take_turns():
-            return
+        """Stop it with all its threads."""
         self._signal(signal.SIGSTOP)
         with contextlib.suppress(ChildProcessError):  # until it really stands; its exit is left for Popen
             os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
@@ -122,8 +115,6 @@ class Child:
 
     def wake(self) -> None:
         """Let it go on."""
-        if not can_take_turns():
-            return
         self._awake = time.perf_counter()
         self._signal(signal.SIGCONT)
 
@@ -132,12 +123,8 @@ class Child:
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
-        except AttributeError:  # no process groups here
-            self.process.kill()
 
     def ended(self) -> Ended:
         """Wait for its end and say how that was."""
@@ -150,7 +137,7 @@ class Child:
         self._errors.seek(0)
         said = self._errors.read()
         self.close()
-        lines = _last_lines("".join(self._lines), said)
+        lines = [line[:500] for line in f"{''.join(self._lines)}\n{said}".splitlines() if line.strip()][-LAST_LINES:]
         if self._timed_out:
             return Ended("timeout", f"no end after {self.limit_s:g} s", None, lines, {}, seconds=seconds)
         return _outcome(code, self._lines, said, lines, seconds)
@@ -164,11 +151,6 @@ class Child:
             if stream is not None:
                 with contextlib.suppress(OSError):  # what was still to be flushed to a dead child
                     stream.close()
-
-
-def _last_lines(out: str, err: str) -> list[str]:
-    lines = [line for line in (out + "\n" + err).splitlines() if line.strip()]
-    return [line[:500] for line in lines[-LAST_LINES:]]
 
 
 def _outcome(code: int, out: list[str], err: str, lines: list[str], seconds: float) -> Ended:
@@ -187,19 +169,22 @@ def _outcome(code: int, out: list[str], err: str, lines: list[str], seconds: flo
     return Ended("crash", how, code, lines, {}, seconds=seconds)
 
 
-def output_of(
-    command: Sequence[str], failed: str = "", good: Collection[int] = (0,), timeout: float | None = None
-) -> str:
+def output_of(command: Sequence[str], failed: str = "", timeout: float | None = None) -> str:
     """Standard output of a command that is waited for.
 
     Raises:
-        BenchError: its exit code is not in ``good``; ``failed`` and the last line of its standard error.
+        BenchError: its exit code is not 0; ``failed`` and the last line of its standard error.
     """
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout)
-    if done.returncode not in good:
+    if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise BenchError(failed + last.removeprefix("error: ")[:500])
     return done.stdout
+
+
+def json_of(command: Sequence[str], failed: str = "", timeout: float | None = None) -> Any:
+    """The JSON in the last line of what :func:`output_of` gives."""
+    return json.loads(output_of(command, failed, timeout).strip().splitlines()[-1])
 
 
 def run_child(command: list[str], env: dict[str, str], limit_s: float) -> Ended:

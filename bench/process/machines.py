@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from bench.errors import BenchError, user_error
 from bench.machine.lock import machine_lock
-from bench.process.pool import RETRIES, Pool, Queue
+from bench.process.pool import Pool, Queue
 
 Unit = TypeVar("Unit")
 Answer = TypeVar("Answer")
@@ -71,7 +71,6 @@ def spread(
     done: Callable[[Unit, Answer, str, str], None],
     say: Callable[[str], None] = lambda _: None,
     wait_s: float = 0.0,
-    retries: int = RETRIES,
 ) -> None:
     """``work(unit)`` for every unit on some machine of the cluster that was joined, never two at once on one.
 
@@ -85,7 +84,6 @@ def spread(
         done: called here with (unit, answer, node's id, machine's name) as answers come in.
         say: told in a line who takes part, who does not, and who was lost.
         wait_s: how long a machine on which somebody measures is waited for; after that it is left out.
-        retries: how often a unit may lose its machine.
 
     Raises:
         MachineError: ``prepare`` or ``work`` raised.
@@ -119,7 +117,6 @@ def spread(
         noun="machine",
         remedy="what is done is on the disk: join machines (ray start --address=HEAD:6379) and go on with --resume",
         deaths=DEATHS,
-        retries=retries,
         start_s=START_S + wait_s,
         describe=lambda place: str(units[place]),
         wrap=MachineError,

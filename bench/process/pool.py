@@ -17,6 +17,7 @@ from bench.errors import BenchError
 from bench.machine.lock import BusyError
 
 RETRIES = 2
+"""How often a unit may lose its member and be given to another one."""
 POLL_S = 2.0
 """How often it is looked whether machines have joined."""
 START_PAUSE_S = 1.0
@@ -90,8 +91,6 @@ class Pool:
     """What to do when a unit or all members were lost."""
     deaths: int
     """A member that died so often in a row, without an answer, is left out."""
-    retries: int = RETRIES
-    """How often a unit may lose its member and be given to another one."""
     start_s: float = math.inf
     """How long a member may take to open."""
     describe: Callable[[int], str] = str
@@ -186,7 +185,7 @@ class Pool:
             return
         self._lost[place] += 1
         times, unit = self._lost[place], self.describe(place)
-        if times > self.retries:
+        if times > RETRIES:
             raise WorkerError(f"{unit} lost its {self.noun} {times} times ({why[0][:160]}); {self.remedy}") from None
         self.queue.put_back(place, member.key)
         self.say(f"{member.name} was lost; {unit} is given to another {self.noun}")

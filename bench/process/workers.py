@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol, TextIO, TypeVar, cast
 
 from bench.errors import BenchError
-from bench.process.pool import RETRIES, Member, Pool, Queue, WorkerError
+from bench.process.pool import Member, Pool, Queue, WorkerError
 
 
 class Closes(Protocol):
@@ -70,7 +70,6 @@ def run_units(
     *,
     workers: int = 1,
     gpus_per_worker: float = 0,
-    retries: int = RETRIES,
     say: Callable[[str], None] = lambda _: None,
     done: Callable[[int, Answer], None] = lambda _i, _a: None,
 ) -> list[Answer]:
@@ -82,12 +81,11 @@ def run_units(
         units: picklable.
         workers: processes; more than there are units are not started.
         gpus_per_worker: GPUs that Ray sets aside for each, where its cluster has any.
-        retries: how often a unit may lose its worker and be given to a new one.
         say: told in a line when Ray is missing and when a worker died.
         done: called here with (place, answer) as answers come in, in any order; for what is kept and progress bars.
 
     Raises:
-        WorkerError: a unit lost its worker more than ``retries`` times, or no worker can start.
+        WorkerError: a unit lost its worker too often, or no worker can start.
         BenchError: fewer than one worker asked for.
         Exception: what ``work`` raised.
     """
@@ -102,8 +100,7 @@ def run_units(
         import ray
 
         remedy = f"not enough memory for {workers} workers, or is this suite not on every machine of the cluster?"
-        started = _start_ray(workers)
-        try:
+        with cluster(workers):
             if not ray.cluster_resources().get("GPU"):
                 gpus_per_worker = 0  # nothing could be scheduled; the session says whether it runs without one
             # Over all machines: Ray's own choice fills the first one before it takes the next.
@@ -120,12 +117,8 @@ def run_units(
                 noun="worker",
                 remedy=remedy,
                 deaths=DEATHS,
-                retries=retries,
                 describe=lambda place: f"unit {place + 1} of {len(units)}",
             ).run()
-        finally:
-            if started:
-                leave_cluster()
     elif units:
         with closing(opener()) as session:
             for k, unit in enumerate(units):

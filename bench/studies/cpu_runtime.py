@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,25 +26,24 @@ from rich.console import Console
 from bench.deployment import Deployment
 from bench.latency.interleave import interleave, peak_memory
 from bench.machine.bandwidth import CpuBandwidth, GemmFloor, median_time
+from bench.peers.choice import choose
+from bench.peers.exports import genai_export
+from bench.peers.genai import GenaiSide
 from bench.peers.llama_cpp import LABEL as LLAMA_CPP
 from bench.peers.llama_cpp import LlamaCppSide
-from bench.studies.tables import markdown, show
+from bench.studies.tables import markdown, show, write_json
 from reports.record import Case, Floor
 from reports.stats import floor_multiples
 from reports.targets import FLOOR_LIMIT
 from runtime.ort_session import OrtSession
 from runtime.session import Session
 
+RTN = {"precision": "int4", "method": "rtn", "lm_head": "int4"}
 OURS: dict[str, dict[str, Any]] = {
     "ours fp32": {},
     "ours int4": {"precision": "int4"},
-    "ours int4 rtn, head too": {"precision": "int4", "method": "rtn", "lm_head": "int4"},
-    "ours int4 rtn, head too, symmetric": {
-        "precision": "int4",
-        "method": "rtn",
-        "lm_head": "int4",
-        "zero_points": "none",
-    },
+    "ours int4 rtn, head too": RTN,
+    "ours int4 rtn, head too, symmetric": {**RTN, "zero_points": "none"},
 }
 """Our sides: name -> fields of :class:`export.spec.ExportSpec`. The last is quantised as genai's builder does it, the
 one before it as llama.cpp's Q4_1 is (a smallest value for each block)."""
@@ -93,35 +93,23 @@ class Measurements:
         self.metrics.append(Metric(name, median, (low, high), limit, at_most))
 
 
-class _Timed:
-    """An ONNX Runtime session that adds up the time inside its run."""
-
-    def __init__(self, session: Any) -> None:
-        self._session, self.inside_s = session, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def run_with_iobinding(self, *arguments: Any) -> None:
-        started = time.perf_counter()
-        self._session.run_with_iobinding(*arguments)
-        self.inside_s += time.perf_counter() - started
-
-
 def python_share(session: OrtSession, steps: int = 64) -> float:
     """Share of a greedy decode step that is spent outside ONNX Runtime's run; the choice of the token included."""
-    graph = session._decode
-    timed = _Timed(graph.session)
+    run, inside = session._decode.run, 0.0
+
+    def timed(binding: Any) -> None:
+        nonlocal inside
+        began = time.perf_counter()
+        run(binding)
+        inside += time.perf_counter() - began
+
     logits = session.prefill([list(range(1, PROMPT + 1))], reserve=steps + 1)
-    graph.session = timed
-    try:
+    with patch.object(session._decode, "run", timed):
         started = time.perf_counter()
         for _ in range(steps):
             logits = session.step([int(logits.argmax())])
         total = time.perf_counter() - started
-    finally:
-        graph.session = timed._session
-    return 1 - timed.inside_s / total
+    return 1 - inside / total
 
 
 PROFILED: dict[str, tuple[str, int, int, bool]] = {
@@ -160,46 +148,33 @@ def profile(
     return {n: [v / len(runs) for v in row] for n, row in sorted(found.items(), key=lambda item: -item[1][0])}
 
 
-def prepare(checkpoint: Path, work: Path, genai: Path | None, measured: Measurements) -> dict[str, Path]:
-    """Folders by side; those that lie in ``work`` already are used as they are."""
-    from bench.peers.exports import genai_export
+def open_sides(
+    checkpoint: Path, work: Path, genai: Path | None, gguf: Path | None, threads: int, measured: Measurements
+) -> tuple[dict[str, Path], dict[str, Session]]:
+    """Folders, exported where ``work`` lacks them, and sides by name; others are named in ``measured.skipped``."""
     from export.pipeline import export_model
     from export.spec import ExportSpec
+    from runtime.loading import load
 
-    folders = {}
+    folders = {name: work / name.replace(" ", "-").replace(",", "") for name in (*OURS, *GENAI)}
     for name, fields in OURS.items():
-        folders[name] = work / name.replace(" ", "-").replace(",", "")
         if not folders[name].exists():
             export_model(ExportSpec(str(checkpoint), **fields), folders[name])
     for name, precision in GENAI.items():
         if genai is None:
             measured.skipped[name] = "no --genai-python, an environment with onnxruntime-genai and its builder"
-            continue
-        folders[name] = work / name.replace(" ", "-")
-        if not folders[name].exists():
+        elif not folders[name].exists():
             genai_export(genai, checkpoint, folders[name], precision)
-    return folders
-
-
-def open_sides(
-    folders: dict[str, Path], genai: Path | None, gguf: Path | None, threads: int, measured: Measurements
-) -> dict[str, Session]:
-    """Every side that can be opened here; the others are named in ``measured.skipped``."""
-    from bench.peers.choice import choose
-    from bench.peers.genai import GenaiSide
-    from runtime.loading import load
-
     sides: dict[str, Session] = {name: load(folders[name], threads=threads, verify=False) for name in OURS}
-    for name in GENAI:
-        if genai is not None and name in folders:
-            sides[name] = GenaiSide(genai, folders[name], threads, sides[FP32].info)
+    if genai is not None:
+        sides |= {name: GenaiSide(genai, folders[name], threads, sides[FP32].info) for name in GENAI}
     why = choose("cpu", sides[FP32].manifest.attention, gguf).skipped.get(LLAMA_CPP)  # type: ignore[attr-defined]
     if why:
         measured.skipped[LLAMA_CPP] = why
     else:
         assert gguf is not None
         sides[LLAMA_CPP] = LlamaCppSide(gguf, threads)
-    return sides
+    return folders, sides
 
 
 def interleaved(
@@ -269,41 +244,25 @@ def measure(
 ) -> Measurements:
     """Everything, in one run."""
     measured = Measurements()
-    folders = prepare(checkpoint, work, genai, measured)
+    folders, sides = open_sides(checkpoint, work, genai, gguf, threads, measured)
     config = json.loads((folders[FP32] / "config.json").read_text(encoding="utf-8"))
-    sides = open_sides(folders, genai, gguf, threads, measured)
     try:
         interleaved(sides, measured, config, rounds, threads)
         ours = sides[FP32]
         assert isinstance(ours, OrtSession)
         long_and_wide(ours, measured, max(3, rounds // 2))
-        for name in (FP32, INT4):
-            side = sides[name]
+        for precision, side in (("fp32", ours), ("int4", sides[INT4])):
             assert isinstance(side, OrtSession)
-            measured.add(
-                f"Python's share of a decode step, {name.removeprefix('ours ')}",
-                [python_share(side) for _ in range(5)],
-                0.03,
-            )
+            shares = [python_share(side) for _ in range(5)]
+            measured.add(f"Python's share of a decode step, {precision}", shares, 0.03)
         manifest = ours.manifest
     finally:
         for side in sides.values():
             side.close()
-    memory = peak_memory(
-        FP32,
-        CASE,
-        {
-            "kind": "onnxruntime",
-            "path": str(folders[FP32]),
-            "precision": "fp32",
-            "deployment": asdict(Deployment("cpu", threads)),
-        },
-    )
+    memory = peak_memory(FP32, CASE, "onnxruntime", folders[FP32], "fp32", Deployment("cpu", threads))
     held = sum(f.stat().st_size for f in folders[FP32].glob("*.data"))
     held += (PROMPT + NEW) * manifest.kv.bytes_per_token()
-    measured.add(
-        "peak memory of a session, of weights and KV", [(memory.peak_bytes - memory.baseline_bytes) / held], 1.25
-    )
+    measured.add("peak memory of a session, of weights and KV", [memory.own_bytes / held], 1.25)
     measured.profile_us = {
         name: profile(folders[side], threads, batch, context, prefill, steps=12 if prefill else 40)
         for name, (side, batch, context, prefill) in PROFILED.items()
@@ -311,32 +270,24 @@ def measure(
     return measured
 
 
-def tables(measured: Measurements) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+def tables(measured: Measurements) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
     """Title, columns and rows of what there is to show."""
     rows: list[tuple[str, ...]] = []
     for f in measured.metrics:
         limit = "" if f.limit is None else f"{'at most' if f.at_most else 'at least'} {f.limit:g}"
         rows.append((f.name, f"{f.value:.3f}", f"{f.quartiles[0]:.3f} to {f.quartiles[1]:.3f}", limit, f.status))
-    sides: list[tuple[str, ...]] = [
-        (n, f"{t * 1e3:.1f}", f"{measured.tpot_s[n] * 1e3:.2f}") for n, t in measured.ttft_s.items()
+    sides = [(n, f"{t * 1e3:.1f}", f"{measured.tpot_s[n] * 1e3:.2f}") for n, t in measured.ttft_s.items()]
+    found = measured.profile_us.values()
+    profiles = [
+        (name, *("{:,.0f} ({:.0f})".format(*f[name]) if name in f else "" for f in found))
+        for name in dict.fromkeys(n for f in found for n in list(f)[:8])
     ]
-    operators = list(dict.fromkeys(n for found in measured.profile_us.values() for n in list(found)[:8]))
-    profiles: list[tuple[str, ...]] = [
-        (name, *("{:,.0f} ({:.0f})".format(*f[name]) if name in f else "" for f in measured.profile_us.values()))
-        for name in operators
-    ]
+    bandwidth = f"Metrics, memory read at {measured.bandwidth / 1e9:.1f} GB/s"
+    share = "What the time goes into: microseconds (nodes) of one run under ONNX Runtime's profiler"
     return [
-        (
-            f"Metrics, memory read at {measured.bandwidth / 1e9:.1f} GB/s",
-            ("metric", "median", "quartiles", "limit", ""),
-            rows,
-        ),
+        (bandwidth, ("metric", "median", "quartiles", "limit", ""), rows),
         ("Sides, batch 1, prompt 128, 32 new tokens", ("side", "TTFT ms", "TPOT ms"), sides),
-        (
-            "What the time goes into: microseconds (nodes) of one run under ONNX Runtime's profiler",
-            ("operator", *measured.profile_us),
-            profiles,
-        ),
+        (share, ("operator", *measured.profile_us), profiles),
     ]
 
 
@@ -355,16 +306,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = resolve(args.model).folder
     found = measure(checkpoint, args.out, args.rounds, args.genai_python, args.gguf, args.threads)
-    document = {**asdict(found), "metrics": [{**asdict(m), "status": m.status} for m in found.metrics]}
-    (args.out / "cpu_runtime.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    metrics = [{**asdict(m), "status": m.status} for m in found.metrics]
+    write_json(args.out / "cpu_runtime.json", {**asdict(found), "metrics": metrics})
     parts = []
     for title, columns, rows in tables(found):
         show(columns, rows, title)
         parts.append(f"**{title}**\n\n{markdown(columns, rows)}")
-    parts += [f"Skipped {name}: {why}." for name, why in found.skipped.items()]
-    (args.out / "cpu_runtime.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     for name, why in found.skipped.items():
+        parts.append(f"Skipped {name}: {why}.")
         Console().print(f"skipped {name}: {why}", style="yellow", markup=False)
+    (args.out / "cpu_runtime.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     return 0
 
 

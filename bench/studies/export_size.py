@@ -20,17 +20,10 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.studies.export_table import export_apart
+from bench.studies.export_table import OURS, export_apart
 
-SPECS: dict[str, dict[str, Any]] = {
-    "fp16": {"precision": "fp16"},
-    "bf16": {"precision": "bf16"},
-    "fp32": {"precision": "fp32"},
-    "int8": {"precision": "int8"},
-    "int4-rtn": {"precision": "int4", "method": "rtn"},
-    "int4-hqq": {"precision": "int4", "method": "hqq"},
-    "int4-kquant": {"precision": "int4", "method": "kquant"},
-}
+SPECS = {name.replace(" ", "-"): fields for name, fields in {**OURS, "bf16": {"precision": "bf16"}}.items()}
+"""By the names of ``--only``; see :data:`bench.studies.export_table.OURS`."""
 
 
 def copy_seconds(source: Path, target: Path) -> float:
@@ -71,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.studies.export_size", description="export beside cp")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--scratch", type=Path, required=True, help="a folder on the disk to measure")
-    parser.add_argument("--only", nargs="*", choices=SPECS, default=["fp16", "int4-rtn", "int4-hqq"])
+    parser.add_argument("--only", nargs="*", choices=SPECS, metavar="NAME", default=["fp16", "int4-rtn", "int4-hqq"])
     args = parser.parse_args(arguments)
     print(json.dumps(measure(args.checkpoint, args.scratch, args.only), indent=1))
     return 0

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from bench.gate.modes import SEED
 from bench.gate.statistics import TIERS, TokenScores, score_tokens
 from bench.latency.interleave import interleave
 from bench.peers.exports import genai_export
-from bench.process.child import output_of
-from bench.studies.tables import markdown, show
+from bench.process.child import json_of
+from bench.studies.tables import markdown, show, write_json
+from export.manifest import Manifest
 from reports.record import Case
 from reports.validation import overall
 
@@ -97,34 +98,29 @@ def export_once(job: dict[str, Any]) -> dict[str, Any]:
 def export_apart(kind: str, checkpoint: Path, out: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """:func:`export_once` in a process of its own."""
     job = {"kind": kind, "checkpoint": str(checkpoint), "out": str(out), "spec": spec}
-    said = output_of([sys.executable, "-m", "bench.studies.export_table", "--once", json.dumps(job)])
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    found: dict[str, Any] = json_of([sys.executable, "-m", "bench.studies.export_table", "--once", json.dumps(job)])
     return found
 
 
-def _describe(row: Row, folder: Path) -> None:
-    import onnx
-
-    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
-    row.nodes = len(graph.node)
-    counts = [n.op_type for n in graph.node]
-    known = ("GroupQueryAttention", "Attention", "MultiHeadAttention", "MatMulNBits")
-    row.fused = ", ".join(f"{counts.count(op)} {op}" for op in known if op in counts) or "no fused attention"
+def _describe(row: Row, folder: Path, manifest: Manifest) -> None:
+    fused, known = manifest.fused_ops, ("GroupQueryAttention", "Attention", "MultiHeadAttention", "MatMulNBits")
+    row.nodes = manifest.node_count
+    row.fused = ", ".join(f"{fused[op]} {op}" for op in known if op in fused) or "no fused attention"
     row.disk_bytes = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
 
 
 def _score(row: Row, session: Any, windows: list[list[int]], baseline: list[Any], tier: str) -> None:
     scores: list[TokenScores] = []
-    largest, means = 0.0, []
+    largest, means = [], []
     for ids, reference in zip(windows, baseline, strict=True):
         logits = session.score(ids)
         scores.append(score_tokens(logits, reference, ids))
         difference = np.abs(logits - reference)
-        largest = max(largest, float(difference.max()))
+        largest.append(float(difference.max()))
         means.append(float(difference.mean()))
     ratio, mean = gate.perplexity_ratio(scores, [], TIERS[tier], SEED), gate.mean_kld(scores, [], TIERS[tier], SEED)
     tail, top1 = gate.tail_kld(scores, [], TIERS[tier], None), gate.top1_agreement(scores, [], TIERS[tier], SEED, None)
-    row.max_logit, row.mean_logit = largest, statistics.fmean(means)
+    row.max_logit, row.mean_logit = max(largest), statistics.fmean(means)
     row.ppl_ratio, row.mean_kld, row.tail_kld, row.top1 = ratio.value, mean.value, tail.value, top1.value
     row.verdict = f"{tier} {overall(m.status for m in (ratio, mean, tail, top1))}"
 
@@ -144,11 +140,11 @@ def make(
     chosen = texts[:: max(1, len(texts) // windows)][:windows]
     log = Console(stderr=True)
     rows = []
-    work = Path(tempfile.mkdtemp(prefix="export-table-")) if keep is None else keep
     with TorchSession(checkpoint) as baseline:
         references = [baseline.score(ids).copy() for ids in chosen]
-    sessions: dict[str, Any] = {}
-    try:
+    with ExitStack() as held:
+        work = keep or Path(held.enter_context(tempfile.TemporaryDirectory(prefix="export-table-")))
+        sessions: dict[str, Any] = {}
         for name in names:
             row = Row(name)
             rows.append(row)
@@ -164,29 +160,22 @@ def make(
                 else:
                     cost = genai_export(genai, checkpoint, out, name.split()[2])
                 row.seconds, row.peak_bytes = cost["seconds"], cost["peak_bytes"]
-                _describe(row, out)
-                session = load(out, verify=False)
                 tier = OURS.get(name, {}).get("precision", "int4" if name.endswith("int4") else "fp32")
-                _score(row, session, chosen, references, tier)
+                with load(out, verify=False) as session:
+                    _describe(row, out, session.manifest)
+                    _score(row, session, chosen, references, tier)
                 log.print(f"  {row.seconds:.1f} s, mean KLD {row.mean_kld:.1e}, {row.verdict}", style="dim")
-                session.close()
-                sessions[name] = load(out, verify=False)
+                sessions[name] = held.enter_context(load(out, verify=False))
             except Exception as e:  # a peer that fails is a result, not the end of the table
                 row.note = (str(e).splitlines() or [type(e).__name__])[0][:160]
                 log.print(f"{name}: {row.note}", style="red", markup=False)
-        with TorchSession(checkpoint) as torch_side:
-            sessions["PyTorch eager fp32"] = torch_side
-            series = interleave(sessions, chosen[0], Case(batch=1, prompt=128, new_tokens=25), rounds, 1)
-        times = {s.side: [1e3 * statistics.median(r.gaps_s) for r in s.rounds] for s in series}
         rows.append(Row("PyTorch eager fp32"))
-        for row in rows:
-            row.rounds_ms = times.get(row.name, [])
-            row.decode_ms = statistics.median(row.rounds_ms) if row.rounds_ms else None
-    finally:
-        for session in sessions.values():
-            session.close()
-        if keep is None:
-            shutil.rmtree(work, ignore_errors=True)
+        sessions[rows[-1].name] = held.enter_context(TorchSession(checkpoint))
+        series = interleave(sessions, chosen[0], Case(batch=1, prompt=128, new_tokens=25), rounds, 1)
+    times = {s.side: [1e3 * statistics.median(r.gaps_s) for r in s.rounds] for s in series}
+    for row in rows:
+        row.rounds_ms = times.get(row.name, [])
+        row.decode_ms = statistics.median(row.rounds_ms) if row.rounds_ms else None
     return rows
 
 
@@ -237,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(markdown(columns, cells), encoding="utf-8")
         raw = {"model": source.name, "origin": source.origin, "rows": [asdict(r) for r in rows]}
-        args.out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out.with_suffix(".json"), raw)
     return 0
 
 

@@ -9,7 +9,6 @@ GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from bench.studies.tables import write_json
 from runtime.doctor import Report, diagnose
 
 GIB = 1 << 30
@@ -63,10 +62,7 @@ class Done:
 
 def reasons(report: Report, scratch: Path) -> dict[str, str]:
     """Requirements that this machine lacks, each with a sentence."""
-    missing = {}
-    for f in report.providers:
-        if not f.loads:
-            missing[f.provider] = f.detail
+    missing = {f.provider: f.detail for f in report.providers if not f.loads}
     memory = max((int(d["memory_bytes"]) for d in report.gpu.devices), default=0)
     if memory < SEVEN_B_BYTES:
         said = f"the GPU has {memory / GIB:.0f} GiB" if memory else (report.gpu.missing or "no GPU")
@@ -140,19 +136,16 @@ def gather(out: Path, scratch: Path, missing: dict[str, str], runner: Runner, sa
     found: list[Done] = []
     for step in steps(out, scratch):
         why = next((lacking[n] for n in step.needs if n in lacking), None)
-        if why is not None:
-            found.append(Done(step.name, "skipped", why, 0.0, step.command))
-        else:
-            started = time.perf_counter()
+        status, reason, started = "skipped", why or "", time.perf_counter()
+        if why is None:
             code, last = runner(step, out)
             # A gate's verdict (1, 3) is a result as well: the record stands, whatever it says.
             verdict = "bench/" in step.command and code in (1, 3)
-            status = "done" if code == 0 or verdict else "failed"
-            reason = f"exit code {code}: {last}" if code else ""
-            found.append(Done(step.name, status, reason, time.perf_counter() - started, step.command))
-            if status == "failed":
-                lacking[step.name] = f"{step.name} failed"
-        say(f"{found[-1].name}: {found[-1].status}{' (' + found[-1].reason + ')' if found[-1].reason else ''}")
+            status, reason = "done" if code == 0 or verdict else "failed", f"exit code {code}: {last}" if code else ""
+        if status == "failed":
+            lacking[step.name] = f"{step.name} failed"
+        found.append(Done(step.name, status, reason, time.perf_counter() - started, step.command))
+        say(f"{step.name}: {status}" + (f" ({reason})" if reason else ""))
     return found
 
 
@@ -172,9 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = diagnose()
     say = partial(print, file=sys.stderr, flush=True)
     found = gather(args.out, args.scratch, reasons(report, args.scratch), run_step, say)
-    evidence: dict[str, Any] = {"machine": asdict(report), "steps": [asdict(d) for d in found]}
     target = args.out / "evidence.json"
-    target.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+    write_json(target, {"machine": asdict(report), "steps": [asdict(d) for d in found]})
     print(target)
     return exit_code(found)
 

@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 
-from runtime.generate import Generation, generate
+from runtime.generate import generate
 from runtime.session import Session
 
 WARM = 100
@@ -81,9 +81,12 @@ def jobs(count: int, vocab: int, longest: int, batch: int, new_tokens: int, seed
     return made
 
 
-def run_job(session: Session, job: Job) -> Generation:
-    """Greedy."""
-    return generate(session, job.prompts, job.new_tokens, job.eos)
+Tokens = tuple[tuple[int, ...], ...]
+
+
+def run_job(session: Session, job: Job) -> Tokens:
+    """Greedy; the rows' tokens."""
+    return generate(session, job.prompts, job.new_tokens, job.eos).tokens
 
 
 def soak(open_session: Opener, todo: Sequence[Job], samples: int, interrupts: int, tick: Callable[[], None]) -> Soak:
@@ -91,44 +94,42 @@ def soak(open_session: Opener, todo: Sequence[Job], samples: int, interrupts: in
     session = open_session()
     every = max(1, len(todo) // samples)
     process = psutil.Process()
-    rss, differing, compared, tokens = [], 0, 0, 0
-    kept: list[tuple[Job, tuple[tuple[int, ...], ...]]] = []
+    rss, differing, tokens = [], 0, 0
+    kept: list[tuple[Job, Tokens]] = []
     started = time.perf_counter()
     for n, job in enumerate(todo):
         done = run_job(session, job)
-        tokens += sum(map(len, done.tokens))
+        tokens += sum(map(len, done))
         if n % every == 0:
-            kept.append((job, done.tokens))
+            kept.append((job, done))
         gc.collect(0)
         rss.append(process.memory_info().rss)
         tick()
     seconds = time.perf_counter() - started
     for job, expected in kept:
-        fresh = open_session()
-        differing += run_job(fresh, job).tokens != expected
-        compared += 1
-        fresh.close()
+        with contextlib.closing(open_session()) as fresh:
+            differing += run_job(fresh, job) != expected
     reference = [(job, expected) for job, expected in kept if len(job.prompts) > 1][:8] or kept[:8]
     threads_differing = _two_threads(open_session, reference)
     after = _interrupted(session, reference, interrupts)
     session.close()
-    session.close()
-    return Soak(len(todo), seconds, tokens, rss, compared, differing, threads_differing, interrupts, after)
+    session.close()  # twice is allowed
+    return Soak(len(todo), seconds, tokens, rss, len(kept), differing, threads_differing, interrupts, after)
 
 
-def _two_threads(open_session: Opener, reference: Sequence[tuple[Job, Any]]) -> int:
+def _two_threads(open_session: Opener, reference: Sequence[tuple[Job, Tokens]]) -> int:
     """A session in each of two threads, the same jobs in another order; returns how many outputs differed."""
 
     def work(order: int) -> int:
         with contextlib.closing(open_session()) as session:
-            return sum(run_job(session, job).tokens != expected for job, expected in reference[::order])
+            return sum(run_job(session, job) != expected for job, expected in reference[::order])
 
     with ThreadPoolExecutor(2) as pool:
         done = [pool.submit(work, order) for order in (1, -1)]
     return sum(len(reference) if d.exception() else d.result() for d in done)
 
 
-def _interrupted(session: Session, reference: Sequence[tuple[Job, Any]], count: int) -> int:
+def _interrupted(session: Session, reference: Sequence[tuple[Job, Tokens]], count: int) -> int:
     """Ctrl-C at random moments, each followed by a job whose outcome is known; returns how many came out wrong."""
     rng = np.random.default_rng(1)
     wrong = 0
@@ -144,7 +145,7 @@ def _interrupted(session: Session, reference: Sequence[tuple[Job, Any]], count: 
                 signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(1e-4, 5e-3)))
                 while True:
                     run_job(session, job)
-            wrong += run_job(session, job).tokens != expected
+            wrong += run_job(session, job) != expected
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -172,10 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"--generations {args.generations} is too few: growth counts from {WARM} on; give {WARM + 20} or more"
         )
-
-    def open_session() -> Session:
-        return load(args.folder, threads=args.threads, verify=False, huge_pages=False)
-
+    open_session = partial(load, args.folder, threads=args.threads, verify=False, huge_pages=False)
     with contextlib.closing(open_session()) as probe:
         vocab = probe.info.vocab_size
     todo = jobs(args.generations, vocab, args.longest, args.batch, args.new_tokens, args.seed)

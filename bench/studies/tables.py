@@ -1,8 +1,11 @@
-"""Rows of text as a table for the docs and for a terminal."""
+"""What a study found, as a table for the docs and for a terminal, and as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,3 +23,8 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | Non
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """The raw numbers."""
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

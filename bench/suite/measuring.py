@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from bench.gate.subject import Subject
 from bench.latency.interleave import interleave, load_times, peak_memory
 from bench.latency.workload import Profile, latency_prompts
 from bench.machine.bandwidth import CpuBandwidth, CudaBandwidth
-from bench.peers.choice import LLAMA_CPP, TITLES, Peers, choose
+from bench.peers.choice import TITLES, Peers, choose
 from bench.peers.choice import opener as peer_opener
+from bench.peers.llama_cpp import LABEL as LLAMA_CPP
 from bench.peers.optimum_ort import LABEL as OPTIMUM
 from bench.peers.optimum_ort import OptimumSession, plain_export
 from bench.peers.parity import PeerParity, peer_parity
@@ -107,7 +108,10 @@ class Measuring:
         """How to load a side; files are resolved now, so that calling it is loading alone."""
         s, where = self.subject, self.subject.deployment
         if label == self.candidate:
-            shapes = self._shapes()
+            p, shapes = self.profile, None
+            if where.provider.startswith("tensorrt"):  # engines are built for the run's own batches and lengths
+                context = s.manifest.context_length
+                shapes = Shapes.of_workload(p.batch_sizes, p.prompt_lengths, p.new_tokens, context)
             return lambda: where.open(s.folder, shapes=shapes)
         checkpoint, activations = s.baseline.checkpoint, s.manifest.activations
         if label == self.baseline:
@@ -117,13 +121,6 @@ class Measuring:
             return peer_opener(label, model, where, self.gguf, lambda: self.session(self.candidate).info)
         plain = self._plain
         return lambda: OptimumSession(plain, where.threads)
-
-    def _shapes(self) -> Shapes | None:
-        """What TensorRT builds engines for: the run's own batches and lengths."""
-        if not self.subject.deployment.provider.startswith("tensorrt"):
-            return None
-        p = self.profile
-        return Shapes.of_workload(p.batch_sizes, p.prompt_lengths, p.new_tokens, self.subject.manifest.context_length)
 
     def session(self, label: str) -> Session:
         """The loaded side; loaded on first use and kept."""
@@ -167,11 +164,12 @@ class Measuring:
         headline = case == self.headline
         rounds = self.profile.rounds if headline else self.profile.more_rounds
         sides = {label: self.session(label) for label in self.labels(case)}
-        ids: list[int] = []
-        for text in self.subject.dataset.prose() or load_shipped().prose():
-            ids += self.subject.tokenizer(text)["input_ids"]
+        prose = self.subject.dataset.prose() or load_shipped().prose()
+        ids = [token for text in prose for token in self.subject.tokenizer(text)["input_ids"]]
         samples: list[float] = []
-        bandwidth = self._bandwidth() if headline else None
+        where, bandwidth = self.subject.deployment, None
+        if headline:
+            bandwidth = CudaBandwidth() if where.device == "cuda" else CpuBandwidth(where.threads)
         with self.progress(f"latency, {case.label}", len(sides) * (rounds + 1)) as bar:
             self.series += interleave(
                 sides,
@@ -195,10 +193,6 @@ class Measuring:
                 kv_bytes_per_token=self.subject.manifest.kv.bytes_per_token(),
             )
 
-    def _bandwidth(self) -> CpuBandwidth | CudaBandwidth:
-        where = self.subject.deployment
-        return CudaBandwidth() if where.device == "cuda" else CpuBandwidth(where.threads)
-
     def load_of(self, label: str) -> Load:
         """Load times of a side; all sides are measured on first use."""
         if not self.loads:
@@ -214,14 +208,9 @@ class Measuring:
             s, where = self.subject, self.subject.deployment
             kinds = {self.candidate: "onnxruntime", self.baseline: "pytorch", OPTIMUM: "optimum"}
             paths = {self.candidate: s.folder, self.baseline: s.baseline.checkpoint}
-            arguments = {
-                "kind": kinds[label],
-                "path": str(paths.get(label) or self._plain),
-                "precision": s.manifest.activations,
-                "deployment": asdict(where),
-            }
+            path = paths.get(label) or self._plain
             with self.progress("memory", 1) as bar:
                 bar.tick(f"{label}: peak memory in a process of its own")
-                found = peak_memory(label, self.headline, arguments)
+                found = peak_memory(label, self.headline, kinds[label], path, s.manifest.activations, where)
             self.memory.append(found)
         return found

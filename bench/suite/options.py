@@ -1,9 +1,11 @@
-"""The suite's own options: defined once, for pytest and for whoever makes a run in Python."""
+"""The suite's own options: what :class:`bench.suite.run.Run` is made of, once they are parsed.
+
+Try: ``pytest bench/ --help``, under llama-onnx-bench.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +16,6 @@ from bench.latency.workload import PROFILES
 def numbers(text: str) -> tuple[int, ...]:
     """``1,4,8`` as numbers; ValueError for anything else, which argparse and pytest turn into a message."""
     return tuple(int(part) for part in text.split(",") if part.strip())
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for; see ``pytest bench/ --help``, group "llama-onnx"."""
-
-    model: str = "demo"
-    exported: Path | None = None
-    precision: str = "auto"
-    target: str = "auto"
-    method: str | None = None
-    provider: str = "auto"
-    provider_option: tuple[str, ...] = ()
-    session_option: tuple[str, ...] = ()
-    allow_fallback: bool = False
-    threads: int | None = None
-    profile: str = "standard"
-    batch_sizes: tuple[int, ...] = ()
-    prompt_lengths: tuple[int, ...] = ()
-    new_tokens: int | None = None
-    dataset: str | None = None
-    workers: int = 1
-    peers: bool = False
-    gguf: Path | None = None
-    report_dir: Path = Path("reports/out")
-
-    @classmethod
-    def of(cls, parsed: Any) -> Options:
-        """From parsed options that :func:`add_options` defined."""
-        return cls(**{f.name: getattr(parsed, f.name) for f in fields(cls)})
 
 
 def add_options(add: Callable[..., Any]) -> None:
@@ -58,10 +30,7 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--batch-sizes", type=numbers, default=(), help="for example 1,4")
     add("--prompt-lengths", type=numbers, default=(), help="in tokens, for example 128,1024")
     add("--new-tokens", type=int, help="tokens generated in each latency round")
-    add(
-        "--dataset",
-        help="JSONL file (bench/data/README.md) or hf:NAME[:CONFIG][@SPLIT]; own+FILE adds to ours",
-    )
+    add("--dataset", help="JSONL file (bench/data/README.md) or hf:NAME[:CONFIG][@SPLIT]; own+FILE adds to ours")
     add("--workers", type=int, default=1, help="processes that share the gate's chunks and generations (Ray)")
     add("--peers", action="store_true", help="torch.compile, onnxruntime-genai and llama.cpp beside it")
     add("--gguf", type=Path, help="the file that llama.cpp runs with --peers")

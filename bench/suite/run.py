@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,6 @@ from bench.latency.workload import PROFILES, Profile, choose_profile
 from bench.machine.environment import machine, versions
 from bench.progress import progress as progress_bar
 from bench.suite.measuring import Measuring, Progress
-from bench.suite.options import Options
 from export.manifest import Manifest
 from export.source import Source, resolve
 from reports.record import ModelFacts, Outcome, RunRecord
@@ -43,9 +43,9 @@ def command_line(arguments: Sequence[str]) -> list[str]:
 
 @dataclass
 class Run:
-    """State of one run."""
+    """State of one run; its options are :func:`bench.suite.options.add_options`', parsed."""
 
-    options: Options
+    options: Namespace
     progress: Progress = progress_bar
     command: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.time)
@@ -76,7 +76,7 @@ class Run:
         """The exported folder under test: the user's own, or made (and kept) in the cache."""
         o, device = self.options, self.deployment.device
         if o.exported:
-            return o.exported.expanduser()
+            return Path(o.exported).expanduser()
         precision = o.precision if o.precision != "auto" else "fp32" if device == "cpu" else "fp16"
         with self.progress("export", None) as bar:
             return exported_folder(

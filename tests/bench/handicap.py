@@ -1,10 +1,37 @@
-"""A session that is a little slower than the one inside: what a regression in the decode loop looks like."""
+"""A session that is a little slower than the one inside: what a regression in the decode loop looks like.
+
+Run in place of ``bench/latency/measure_case.py``, it measures a :class:`Handicapped` side.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from bench.latency import measure_case
+from bench.latency.sides import SideSpec
+from reports.comparison import ComparedSide
+
+CHILD = Path(__file__)
+
+
+@dataclass(frozen=True)
+class Handicapped(SideSpec):
+    """A side whose session is given to the function ``handicap`` of this module."""
+
+    handicap: str = ""
+
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "handicap": self.handicap}
+
+    def described(self) -> ComparedSide:
+        plain = super().described()  # a page must not hide it
+        return plain.model_copy(update={"label": f"{plain.label}, handicap {self.handicap}"})
 
 
 class SlowDecode:
@@ -52,3 +79,10 @@ def hang(session: Any) -> Any:
 def no_memory(session: Any) -> Any:
     """An allocation fails."""
     raise MemoryError("Failed to allocate memory for requested buffer of size 123456789")
+
+
+if __name__ == "__main__":
+    opened, name = measure_case._open, json.loads(sys.argv[1]).get("handicap")
+    if name:
+        measure_case._open = lambda a: globals()[name](opened(a))
+    sys.exit(measure_case.main())

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from bench.cli import compare as compare_command
-from bench.latency import sides
+from bench.latency import paired_run, sides
+from tests.bench import handicap
 
 
 def prove(out: Path, kind: str, seed: int, folder: str, cases: str, rounds: int, more: list[str]) -> None:
@@ -26,8 +26,9 @@ def prove(out: Path, kind: str, seed: int, folder: str, cases: str, rounds: int,
 
     def handicapped(name: sides.SideName, text: str) -> sides.SideSpec:
         side = plain(name, text)
-        return replace(side, wrapper="tests.bench.handicap:five_percent") if name == "candidate" else side
+        return handicap.Handicapped(**vars(side), handicap="five_percent") if name == "candidate" else side
 
+    paired_run.CHILD = handicap.CHILD
     sides.parse_side = handicapped if kind == "slow" else plain
     started = time.time()
     code = compare_command.run(args)

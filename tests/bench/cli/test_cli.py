@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.cli.main import main
+from bench.machine.lock import machine_lock
 
 Paths = Callable[..., Path]
 
@@ -132,6 +133,19 @@ def test_an_option_that_the_suite_lacks_is_exit_code_2() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.returncode == 2
     assert "--nonsense" in done.stderr
+
+
+def test_a_machine_that_measures_already_is_exit_code_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `bench` too, where it is pytest's code for wrong options."""
+    import subprocess
+    import sys
+
+    monkeypatch.setenv("LLAMA_ONNX_LOCK", str(tmp_path / "lock"))
+    with machine_lock("this test"):
+        command = [sys.executable, "-m", "bench.cli", "bench", "--profile", "smoke"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    assert done.returncode == 4
+    assert "this test" in done.stderr + done.stdout
 
 
 def test_a_reader_that_left_is_no_verdict() -> None:

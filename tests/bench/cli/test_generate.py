@@ -23,8 +23,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, An
 
 def test_greedy_sampled_stopped(capsys: pytest.CaptureFixture[str], exports: Get) -> None:
     start = (exports(), "the cat sat", "--json", "--threads", 1, "--max-new-tokens", 40, "--ignore-eos")
-    code, plain, _ = run(capsys, *start)
+    code, plain, _ = run(capsys, *start, "--session-option", "session.intra_op.allow_spinning=0")
     assert code == 0
+    assert plain["session"]["option session.intra_op.allow_spinning"] == "0"
     assert (plain["end_reason"], plain["new_tokens"], plain["seed"]) == ("length", 40, None)
     _, stopped, _ = run(capsys, *start, "--stop-id", plain["tokens"][5])
     assert stopped["end_reason"] == "stop_id"

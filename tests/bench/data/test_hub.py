@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,6 @@ def test_offline_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_the_suite_takes_it(wikitext: Path) -> None:
-    from bench.suite.run import Options, Run
+    from bench.suite.run import Run
 
-    assert Run(Options(dataset=f"hf:{wikitext}:wikitext")).dataset.name.startswith("hf:wiki.jsonl:wikitext")
+    assert Run(Namespace(dataset=f"hf:{wikitext}:wikitext")).dataset.name.startswith("hf:wiki.jsonl:wikitext")

@@ -11,8 +11,8 @@ import pytest
 
 from bench.data.items import chunked
 from bench.errors import BenchError
-from bench.latency import interleave as module
-from bench.latency.interleave import interleave, load_times, warm_up
+from bench.latency.interleave import interleave, load_times
+from bench.latency.measure_case import warm_up
 from bench.latency.replay import CLOCK, ReplayClock, replay
 from bench.latency.workload import choose_profile, latency_prompts
 from reports.record import Case
@@ -52,15 +52,13 @@ def test_sides_alternate_on_equal_prompts() -> None:
     assert all(len(r.at_s) == 3 for s in series for r in s.rounds)
 
 
-def test_warm_up_stops_when_steady_and_at_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_stops_when_steady_and_at_its_cap() -> None:
     class Done:
         def __init__(self, total: float) -> None:
             self.total_s = total
 
-    for times, cap, want in (([9, 5, 4.9, 1], 4, 3), ([9, 5, 3, 1], 4, 4), ([1, 1], 1, 1)):
-        feed = iter(times)
-        monkeypatch.setattr(module, "timed_generation", lambda *_, feed=feed: Done(next(feed)))
-        assert warm_up(None, [1, 2], CASE, cap) == want  # type: ignore[arg-type]
+    for times, cap, want in (([9, 5, 4.9, 1], 4, (3, True)), ([9, 5, 3, 1], 4, (4, False)), ([1, 1], 1, (1, False))):
+        assert warm_up(lambda n, times=times: Done(times[n]), cap) == want  # type: ignore[misc]
 
 
 def test_load_times_close_every_session() -> None:

@@ -29,13 +29,13 @@ from bench.latency import paired_run
 from bench.latency.paired_run import PairedRun, Plan, case_key, learned, parse_case
 from bench.latency.sides import SideSpec, parse_side, suite_root
 from bench.machine import state as machine_state
-from bench.machine.state import CpuTimes, Limits, cpu_times, disturbance, sample
-from bench.process import child
-from bench.process.child import Ended, can_take_turns, run_child
+from bench.machine.state import Limits, disturbance, sample
+from bench.process.child import Ended, run_child
 from reports.case_files import StorageError, read_records, repair
 from reports.compare import Rules
 from reports.comparison import Comparison, GpuState
 from reports.record import Case
+from tests.bench.handicap import CHILD, Handicapped
 
 Paths = Callable[..., Path]
 RULES = Rules(planned=5, most=7)
@@ -266,12 +266,6 @@ def test_what_alternates(
     side = replace(plan(tmp_path).base, provider=provider)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
     assert turns_of(asked, side, side) == expected
-    monkeypatch.setattr(child, "can_take_turns", lambda: False)
-    if asked == "rounds":
-        with pytest.raises(BenchError, match="--turns processes"):
-            turns_of(asked, side, side)
-    else:
-        assert turns_of(asked, side, side) == "processes"
 
 
 def stands(process: psutil.Process) -> bool:
@@ -302,7 +296,7 @@ def test_kill_9_in_the_middle_of_a_real_run(exports: Paths, tmp_path: Path):
     while time.monotonic() < deadline and first.poll() is None:
         if (out / "cases.jsonl").exists() and len((out / "cases.jsonl").read_bytes().splitlines()) >= 3:
             waiting = [p for p in psutil.Process(first.pid).children() if stands(p)]
-            if waiting or not can_take_turns():
+            if waiting:
                 break
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
@@ -325,16 +319,14 @@ def test_kill_9_in_the_middle_of_a_real_run(exports: Paths, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "outcome", "words"),
+    ("how", "outcome", "words"),
     [("crash", "crash", "about to die"), ("hang", "timeout", "hanging"), ("no_memory", "oom", "Failed to allocate")],
 )
-def test_what_goes_wrong_in_a_process_is_an_outcome(
-    wrapper: str, outcome: str, words: str, exports: Paths, tmp_path: Path
-):
-    side = replace(plan(exports()).candidate, wrapper=f"tests.bench.handicap:{wrapper}")
+def test_what_goes_wrong_in_a_process_is_an_outcome(how: str, outcome: str, words: str, exports: Paths, tmp_path: Path):
+    side = Handicapped(**vars(plan(exports()).candidate), handicap=how)
     asked = {**side.arguments(), **CASES[0].model_dump(), "rounds": 1}
-    command = [side.python(), "-P", str(paired_run.CHILD), json.dumps(asked)]
-    ended = run_child(command, paired_run.environment(side), 8 if wrapper == "hang" else 120)
+    command = [side.python(), "-P", str(CHILD), json.dumps(asked)]
+    ended = run_child(command, paired_run.environment(side), 8 if how == "hang" else 120)
     assert ended.outcome == outcome
     assert words in "\n".join(ended.last_lines)
 
@@ -456,8 +448,6 @@ def test_a_side_is_told_by_its_folders_name_and_the_command_from_here(tmp_path: 
     assert side.text == "small,threads=2,venv=old/.venv"
     assert str(tmp_path) not in side.model_dump_json()
     assert parse_side("base", ".").described().folder == tmp_path.name
-    handicapped = replace(parse_side("base", "."), wrapper="tests.bench.handicap:five_percent").described()
-    assert "wrapped in tests.bench.handicap:five_percent" in handicapped.label  # a page must not hide it
     typed = ["compare", "--base", f"{tmp_path}/exports/small,venv={tmp_path}/old/.venv", "--out=/elsewhere/out"]
     args = argparse.Namespace(typed=[*typed, "--candidate", "exports/small"], seed=7)
     assert command_of(args) == [
@@ -523,15 +513,10 @@ def test_a_gpus_state_is_read(monkeypatch: pytest.MonkeyPatch):
     assert gpu.throttle_reasons == ["sw_power_cap", "hw_thermal_slowdown"]
 
 
-def test_disturbances_are_named(tmp_path: Path):
+def test_disturbances_are_named():
     calm = sample()
     hot = calm.model_copy(update={"gpus": [GpuState(index=0, name="x", throttle_reasons=["hw_slowdown"])]})
     assert disturbance(Limits(), 0.0, 0.05, calm, calm) == ""
     assert disturbance(Limits(), 0.03, 0.2, calm, hot) == (
         "steal 3.0 % above 2 %; load from others 20.0 % above 10 %; GPU 0 throttled (hw_slowdown)"
     )
-    stat = tmp_path / "stat"
-    tick = os.sysconf("SC_CLK_TCK")
-    stat.write_text(f"cpu  {2 * tick} {tick} {tick} {9 * tick} 0 0 {tick} {3 * tick} 0 0\ncpu0 1\n")
-    assert cpu_times(stat) == CpuTimes(busy=5.0, steal=3.0)
-    assert cpu_times(tmp_path / "none") is None

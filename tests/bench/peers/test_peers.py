@@ -17,7 +17,7 @@ from bench.errors import BenchError
 from bench.peers import choice, genai, optimum_ort
 from bench.peers.genai import GenaiSide
 from bench.peers.parity import peer_parity, tokens_agree
-from bench.peers.table import PARITY, peer_rows, print_peers
+from bench.peers.table import PARITY, print_peers
 from reports.record import Case, Round, RunRecord, Series, Side
 from reports.targets import OPTIMUM
 from runtime.errors import SessionError
@@ -148,7 +148,7 @@ def test_the_table_ties_ratios_to_parity() -> None:
         series=[series("a", drift, 0.016), series("b", [2.5 * t for t in drift], 0.02)],
     )
     out = io.StringIO()
-    print_peers(peer_rows(record), {"llama.cpp": "not installed"}, Console(file=out, width=140))
+    print_peers(record, {"llama.cpp": "not installed"}, Console(file=out, width=140))
     text = " ".join(out.getvalue().split())
     assert "our side 80.0 ms 1.00 16.00 ms 1.00 see the gate" in text
     assert "some side 200.0 ms 2.50 20.00 ms 1.25 KLD 1e-12, top-1 100% of 32" in text

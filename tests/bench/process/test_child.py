@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.process.child import Ended, can_take_turns, run_child, run_in_turn
+from bench.process.child import Ended, run_child, run_in_turn
 from reports.comparison import SideName
-
-pytestmark = pytest.mark.skipif(not can_take_turns(), reason="no SIGSTOP on this system")
 
 CHILD = """
 import json, os, pathlib, sys, time

@@ -29,7 +29,7 @@ from bench.latency.case_log import CaseLog
 from bench.latency.sweep import Sweep
 from bench.latency.sweep_measure import processes
 from bench.machine.lock import BusyError
-from bench.process import workers
+from bench.process import pool, workers
 from bench.process.child import TIED
 from bench.process.machines import MachineError, spread
 from bench.process.pool import Queue, WorkerError
@@ -389,13 +389,14 @@ def test_the_gate_over_two_machines_one_of_which_dies(
 
 
 @pytest.mark.slow
-def test_a_machine_lost_before_ray_notices_costs_no_retry(nodes: Nodes) -> None:
+def test_a_machine_lost_before_ray_notices_costs_no_retry(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right after a machine is gone Ray still starts workers there: no unit pays for those."""
+    monkeypatch.setattr(pool, "RETRIES", 0)
     ghost = nodes.add().node_id
     nodes.kill(ghost)
     with cluster(2):
         said: list[str] = []
-        found = run_units(nothing, times_ten, list(range(8)), workers=4, retries=0, say=said.append)
+        found = run_units(nothing, times_ten, list(range(8)), workers=4, say=said.append)
     assert found == [10 * n for n in range(8)]
     assert said == []
     nodes.noticed(ghost)

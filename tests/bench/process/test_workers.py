@@ -147,9 +147,10 @@ def test_a_worker_that_dies_during_start_up_costs_no_retry(
 ) -> None:
     monkeypatch.setattr(workers, "_Worker", DiesAtBirth)
     monkeypatch.setattr(pool, "START_PAUSE_S", 0)
+    monkeypatch.setattr(pool, "RETRIES", 0)
     said: list[str] = []
     found = run_units(
-        partial(nothing_more, 3, str(tmp_path)), lambda _, n: n + 1, [1, 2, 3], workers=2, retries=0, say=said.append
+        partial(nothing_more, 3, str(tmp_path)), lambda _, n: n + 1, [1, 2, 3], workers=2, say=said.append
     )
     assert found == [2, 3, 4]
     assert said == []
@@ -164,9 +165,10 @@ def test_workers_that_never_stand_end_the_run(ray: Any, tmp_path: Path, monkeypa
         run_units(partial(nothing_more, 99, str(tmp_path)), lambda _, n: n, [1, 2], workers=2)
 
 
-def test_a_unit_that_always_kills_ends_the_run(ray: Any) -> None:
+def test_a_unit_that_always_kills_ends_the_run(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "RETRIES", 1)
     with pytest.raises(WorkerError, match="unit 2 of 3 lost its worker 2 times"):
-        run_units(nothing, always_die, [0, 1, 2], workers=2, retries=1)
+        run_units(nothing, always_die, [0, 1, 2], workers=2)
 
 
 def test_an_error_in_the_work_is_not_retried(ray: Any) -> None:

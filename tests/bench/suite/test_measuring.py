@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,17 +35,17 @@ def test_peak_memory_is_that_of_the_deployment(
     exports: Paths, checkpoints: Paths, smallest: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = Deployment("cpu", 1, {"use_arena": "0"}, {"session.intra_op.allow_spinning": "0"}, True)
-    asked: list[dict[str, Any]] = []
+    asked: list[Deployment] = []
 
-    def noted(label: str, case: Case, arguments: dict[str, Any]) -> Memory:
-        asked.append(json.loads(json.dumps(arguments)))
+    def noted(label: str, case: Case, kind: str, path: Path, precision: str, where: Deployment) -> Memory:
+        asked.append(where)
         return Memory(side=label, peak_bytes=2, baseline_bytes=1, case=case)
 
     monkeypatch.setattr(measuring, "peak_memory", noted)
     run = measured(exports(), checkpoints(), where, smallest)
     for side in (run.candidate, run.baseline):
         run.memory_of(side)
-    assert [Deployment(**a["deployment"]) for a in asked] == [where, where]
+    assert asked == [where, where]
 
 
 def test_peak_memory_where_the_provider_falls_back(exports: Paths, checkpoints: Paths, smallest: Profile) -> None:
