@@ -5,11 +5,12 @@ Try: ``llama-onnx validate FOLDER --baseline demo --provider cpu --session-optio
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from runtime.settings import SessionSettings, usable_cores
 
 if TYPE_CHECKING:
     from runtime.ort_session import OrtSession
@@ -26,17 +27,12 @@ def add_options(add: Callable[..., Any], provider: str = "cpu") -> None:
     add("--threads", type=int, help="CPU threads of every side (default: every core)")
 
 
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 @dataclass(frozen=True)
 class Deployment:
     """How a folder is opened; see :class:`runtime.settings.SessionSettings` for the fields."""
 
     provider: str = "cpu"
-    threads: int = field(default_factory=core_count)
+    threads: int = field(default_factory=usable_cores)
     provider_options: Mapping[str, str] = field(default_factory=dict)
     session_options: Mapping[str, str] = field(default_factory=dict)
     allow_fallback: bool = False
@@ -52,7 +48,6 @@ class Deployment:
         from runtime.errors import ProviderUnavailableError
         from runtime.provider_options import DEFAULTS, as_text, parse_options
         from runtime.providers import auto_provider, require
-        from runtime.settings import SessionSettings
 
         name = auto_provider() if asked.provider == "auto" else asked.provider
         try:
@@ -62,9 +57,9 @@ class Deployment:
                 raise
         options, threads = parse_options(asked.provider_option), asked.threads
         as_text(DEFAULTS[name], options)
-        made = SessionSettings(name, core_count() if threads is None else threads)  # it knows what makes no sense
+        made = SessionSettings(name, usable_cores() if threads is None else threads)  # it knows what makes no sense
         session = parse_options(asked.session_option)
-        return cls(name, made.threads or core_count(), options, session, asked.allow_fallback)
+        return cls(name, made.threads or usable_cores(), options, session, asked.allow_fallback)
 
     @property
     def device(self) -> str:

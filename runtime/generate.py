@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import SessionError
-from runtime.sampling import GREEDY, Chooser, Draws, Sampling, likeliest
+from runtime.sampling import GREEDY, Chooser, Draws, Sampling
 from runtime.session import Ids, Session
 from runtime.text import TextStream
 
@@ -139,9 +139,7 @@ class _OnHost:
 
     def __init__(self, session: Session, ids: Ids, reserve: int, sampling: Sampling) -> None:
         self._session, self._ids, self._reserve = session, ids, reserve
-        self._choose: Callable[[Any], NDArray[np.int64]] | Chooser = likeliest
-        if not sampling.plain:
-            self._choose = Chooser(sampling, ids, session.info.vocab_size)
+        self._choose = Chooser(sampling, ids, session.info.vocab_size)
 
     def __call__(self, fed: NDArray[np.int64] | None, live: NDArray[np.int64]) -> NDArray[np.int64]:
         session = self._session
@@ -149,8 +147,7 @@ class _OnHost:
         return self._choose(logits if len(live) == len(logits) else logits[live])
 
     def keep(self, rows: NDArray[np.int64]) -> None:
-        if isinstance(self._choose, Chooser):
-            self._choose.keep(rows)
+        self._choose.keep(rows)
 
 
 class _OnDevice:

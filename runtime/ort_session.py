@@ -6,7 +6,6 @@ Logits come to the host through :mod:`runtime.host_decode`, or stay on the devic
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.manifest import Manifest
+from export.manifest import Manifest, first_line
 from runtime.device_decode import GRAPH_KEY, NO_GRAPH, Captures, DeviceDecoder
 from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.graph import Graph, fp32, positions
@@ -38,8 +37,8 @@ from runtime.providers import (
 )
 from runtime.sampling import GREEDY, Sampling
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, right_pad
-from runtime.settings import SessionSettings
-from runtime.tensorrt import Shapes, engine_options, gpu_name, profile_options, require_inside
+from runtime.settings import SessionSettings, usable_cores
+from runtime.tensorrt import Shapes, engine_options, require_inside
 from runtime.trim import give_back
 from runtime.turns import Guarded, guarded
 
@@ -78,7 +77,7 @@ class OrtSession(PipelineMixin, Guarded):
         if self._cuda_graph:
             provider_options = {"enable_cuda_graph": "1", **provider_options}
         self._options = {} if self._fallbacks else as_text(DEFAULTS[settings.provider], provider_options)
-        self._threads = settings.threads or len(os.sched_getaffinity(0))
+        self._threads = settings.threads or usable_cores()
         self._shapes = (settings.shapes or Shapes()) if self._provider.name.startswith("tensorrt") else None
         self._engine_home, self._build_s = settings.engine_home, 0.0
         self._session_options = dict(settings.session_options or {})
@@ -155,8 +154,8 @@ class OrtSession(PipelineMixin, Guarded):
                 str(self.folder / graph), sess_options=options, providers=provider_list(self._provider, chosen)
             )
         except Exception as e:  # onnxruntime raises its own C++-bound classes
-            first = str(e).splitlines()[0][:300]
-            raise SessionError(f"onnxruntime {ort.__version__} cannot open {self.folder / graph}: {first}") from None
+            where = self.folder / graph
+            raise SessionError(f"onnxruntime {ort.__version__} cannot open {where}: {first_line(e)}") from None
         if not built:
             self._build_s += time.perf_counter() - started
         session.disable_fallback()
@@ -172,12 +171,7 @@ class OrtSession(PipelineMixin, Guarded):
         """The provider's options for one phase, and whether opening is mere loading (True but for TensorRT)."""
         if self._shapes is None:
             return self._options, True
-        if self._engine_home is None:
-            prefix = "nv" if self._provider.plugin else "trt"
-            return profile_options(self.manifest, self._shapes, phase, prefix) | self._options, False
-        more, built = engine_options(
-            self._provider.name, self.manifest, self._shapes, phase, self._engine_home, gpu_name()
-        )
+        more, built = engine_options(self._provider.name, self.manifest, self._shapes, phase, self._engine_home)
         return self._options | more, built
 
     def _fall_back(self, why: str) -> None:
@@ -221,12 +215,6 @@ class OrtSession(PipelineMixin, Guarded):
                 ),
             },
         )
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV buffers that are allocated now."""
-        cache = self._cache
-        return cache.nbytes if cache else 0
 
     def _reset(self) -> None:
         """No batch; buffers stay."""
@@ -370,12 +358,6 @@ class OrtSession(PipelineMixin, Guarded):
             raise SessionError("no profile is being made; open the session with profile=PATH")
         self._profile = None
         return Path(self._decode.session.end_profiling())
-
-    def __enter__(self) -> OrtSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _check_numbers(sampling: Sampling, numbers: NDArray[np.float64] | None, batch: int) -> None:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from export.manifest import Manifest
+from export.manifest import Manifest, first_line
 from runtime.errors import SessionError
 from runtime.generate import generate
 from runtime.sampling import Sampling
@@ -98,9 +98,8 @@ class PipelineMixin(PreTrainedModel):
         try:
             return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as e:
-            first = str(e).splitlines()[0][:160]
             raise SessionError(
-                f"{self.folder} has no configuration for a pipeline ({first}); export it again"
+                f"{self.folder} has no configuration for a pipeline ({first_line(e)}); export it again"
             ) from None
 
     @cached_property
@@ -172,22 +171,22 @@ class PipelineMixin(PreTrainedModel):
         default = config.max_length in (None, DEFAULT_LENGTH) and "max_length" not in options
         length = (config.max_length or DEFAULT_LENGTH) - (0 if default else width)
         limit = config.max_new_tokens if config.max_new_tokens is not None else length
-        tokenizer = options.get("tokenizer")
+        eos, stops = [int(v) for v in _several(config.eos_token_id)], _several(config.stop_strings)
         done = generate(
             cast(Session, self),
             prompts,
             max(limit, 0) if config.max_new_tokens is not None else min(limit, room),
-            _ids(config.eos_token_id),
+            eos,
             _sampling(config),
-            stop_strings=_strings(config.stop_strings),
-            tokenizer=tokenizer if config.stop_strings else None,
+            stop_strings=stops,
+            tokenizer=options.get("tokenizer") if stops else None,
         )
         if streamer is not None:
             streamer.put(input_ids)
             for token in done.tokens[0]:
                 streamer.put(torch.tensor([token]))
             streamer.end()
-        pad = config.pad_token_id if config.pad_token_id is not None else (_ids(config.eos_token_id) or [0])[0]
+        pad = config.pad_token_id if config.pad_token_id is not None else (eos or [0])[0]
         out = torch.full((len(prompts), max(map(len, done.tokens))), pad, dtype=torch.long)
         for row, tokens in enumerate(done.tokens):
             out[row, : len(tokens)] = torch.tensor(tokens)
@@ -209,16 +208,11 @@ class PipelineMixin(PreTrainedModel):
         return config, options.get("streamer")
 
 
-def _ids(value: Any) -> list[int]:
+def _several(value: Any) -> list[Any]:
+    """None, one thing or several of them, as a list."""
     if value is None:
         return []
-    return [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
-
-
-def _strings(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _sampling(config: Any) -> Sampling:

@@ -17,19 +17,12 @@ from typing import Any
 
 import onnxruntime as ort
 
-from export.manifest import Manifest
+from export.manifest import ATTENTIONS, MATMULS, NORMS, Manifest, first_line
 from runtime.errors import ProviderUnavailableError, UnknownProviderError
 from runtime.provider_options import DEFAULTS, as_text
 
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
-ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
-WORK = frozenset(
-    (
-        *ATTENTION,
-        *("MatMul", "Gemm", "MatMulNBits", "FusedMatMul", "GatherBlockQuantized", "RotaryEmbedding", "Softmax"),
-        *("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu"),
-    )
-)
+WORK = frozenset((*ATTENTIONS, *NORMS, *MATMULS, "Gemm", "FusedMatMul", "RotaryEmbedding", "Softmax", "QuickGelu"))
 """Operators that a GPU provider must not leave to the CPU."""
 
 
@@ -50,6 +43,7 @@ class Provider:
     plugin: str = ""
 
 
+_PARTS = r"(onnxruntime|tensorrt|torch$|nvidia-(cuda-runtime|cudnn|cublas|cufft|curand|ml-py))"
 _STANDARD = {"Attention": ("fp32", "fp16", "bf16"), "unfused": ("fp32", "fp16", "bf16")}
 
 
@@ -181,9 +175,9 @@ def register_plugin(provider: Provider) -> None:
     try:
         ort.register_execution_provider_library(provider.ort_name, str(library))
     except Exception as e:  # onnxruntime raises its own C++-bound classes
-        first = str(e).splitlines()[0][:200]
         raise ProviderUnavailableError(
-            f"provider {provider.name!r} does not load: {first}. {found_versions()} To get it: {provider.install}"
+            f"provider {provider.name!r} does not load: {first_line(e)}. {found_versions()} "
+            f"To get it: {provider.install}"
         ) from None
     if not any(d.ep_name == provider.ort_name for d in ort.get_ep_devices()):
         raise ProviderUnavailableError(
@@ -191,15 +185,22 @@ def register_plugin(provider: Provider) -> None:
         )
 
 
-def plugin_library(prefix: str) -> Path | None:
-    """The shared library in the installed distribution whose name starts with ``prefix``, None without one."""
-    wanted = prefix.lower().replace("_", "-")
+def installed(names: str) -> dict[str, importlib.metadata.Distribution]:
+    """Installed distributions by name (lower case, hyphens), those whose name begins with the pattern ``names``."""
+    found: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions():
         name = str(distribution.metadata["Name"] or "").lower().replace("_", "-")
-        if name.startswith(wanted):
-            for file in distribution.files or ():
-                if re.search(r"onnxruntime_providers_\w+\.(so|dll)$", file.name):
-                    return Path(str(distribution.locate_file(file)))
+        if re.match(names, name):
+            found.setdefault(name, distribution)  # the first one on the path is the one that is imported
+    return dict(sorted(found.items()))
+
+
+def plugin_library(prefix: str) -> Path | None:
+    """The shared library in the installed distribution whose name starts with ``prefix``, None without one."""
+    for distribution in installed(re.escape(prefix)).values():
+        for file in distribution.files or ():
+            if re.search(r"onnxruntime_providers_\w+\.(so|dll)$", file.name):
+                return Path(str(distribution.locate_file(file)))
     return None
 
 
@@ -239,15 +240,14 @@ def library_trouble(provider: Provider) -> str | None:
     return None
 
 
+def packages() -> dict[str, str]:
+    """Versions of the installed distributions that the providers are made of: ONNX Runtime, CUDA, cuDNN, TensorRT."""
+    return {name: d.version for name, d in installed(_PARTS).items()}
+
+
 def found_versions() -> str:
-    """Installed distributions that a GPU provider is made of, as a sentence."""
-    pattern = re.compile(r"(onnxruntime.*|tensorrt.*|nvidia-(cudnn|cublas|cuda-runtime|cufft|curand).*)", re.IGNORECASE)
-    found = {
-        f"{d.metadata['Name']} {d.version}"
-        for d in importlib.metadata.distributions()
-        if d.metadata["Name"] and pattern.fullmatch(d.metadata["Name"])
-    }
-    return f"Found here: {', '.join(sorted(found)) or 'none of its packages'}."
+    """The same as a sentence."""
+    return f"Found here: {', '.join(f'{n} {v}' for n, v in packages().items()) or 'none of its packages'}."
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def placement(session: Any) -> Placement:
     for part in session.get_provider_graph_assignment_info():
         for node in part.get_nodes():
             nodes[part.ep_name] += 1
-            if node.op_type in ATTENTION:
+            if node.op_type in ATTENTIONS:
                 attention[part.ep_name] = node.op_type
     return Placement(dict(nodes.most_common()), attention)
 

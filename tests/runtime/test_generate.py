@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from runtime.generate import Generation, generate, stream
 
 class Scripted:
     """A session that says what it was told to: one list of tokens a row."""
+
+    info = SimpleNamespace(vocab_size=50)
 
     def __init__(self, rows: list[list[int]]) -> None:
         self.rows, self.at, self.seen = rows, 0, []  # type: ignore[var-annotated]
