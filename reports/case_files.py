@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reports.base import parse, read_text, validate
+from reports.base import first_document, kind_of, parse, read_text, validate
 from reports.comparison import CASE_SCHEMA_VERSION, CaseRecord, Comparison, SideName
-from reports.documents import first_document, kind_of
 from reports.errors import RecordError, ReportError
 from reports.record import RunRecord
 from reports.stats import METRICS, samples

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from reports.base import grouped
-from reports.comparison import CaseRecord, ChangeStatus, Comparison, Result, SideName
+from reports.comparison import METRICS, CaseRecord, ChangeStatus, Comparison, Result, SideName
 
 STATUS_ORDER: tuple[ChangeStatus, ...] = (
     "REGRESSION",
@@ -25,8 +25,6 @@ STATUS_ORDER: tuple[ChangeStatus, ...] = (
     "EQUIVALENT",
 )
 """What a reviewer has to look at first stands first."""
-
-_METRIC_ORDER = ("tpot", "ttft", "total", "load", "peak_memory")
 
 
 @dataclass(frozen=True)
@@ -139,5 +137,4 @@ def samples_by_side(records: Iterable[CaseRecord], metric: str) -> dict[SideName
 
 
 def _metric_rank(metric: str) -> tuple[int, str]:
-    known = metric in _METRIC_ORDER
-    return (_METRIC_ORDER.index(metric) if known else len(_METRIC_ORDER), metric)
+    return (list(METRICS).index(metric) if metric in METRICS else len(METRICS), metric)

@@ -186,9 +186,9 @@ def test_rows_derive_from_raw_samples(make_record):
     rows = latency_rows(record)
     assert len(rows) == 5 * 4
     batched = next(r for r in rows if r.case.batch == 4 and r.side.label == "onnx")
-    assert batched.tokens_per_s == pytest.approx(4 / batched.tpot.value)
+    assert batched.tokens_per_s == pytest.approx(4 / batched.times["tpot"].value)
     baseline = next(r for r in rows if r.side.role == "baseline")
-    assert baseline.decode is None
+    assert baseline.gains["tpot"] is None
     gaps = {r.side.label: r for r in gap_rows(record, headline_case(record))}
     assert gaps["onnx"].n == 12 * 47
     assert gaps["onnx"].p95 is not None
