@@ -46,7 +46,7 @@ class Deployment:
                 threads that make no sense.
         """
         from runtime.errors import ProviderUnavailableError
-        from runtime.provider_options import DEFAULTS, as_text, parse_options
+        from runtime.provider_options import options_of, parse_options
         from runtime.providers import auto_provider, require
 
         name = auto_provider() if asked.provider == "auto" else asked.provider
@@ -56,7 +56,7 @@ class Deployment:
             if not asked.allow_fallback:
                 raise
         options, threads = parse_options(asked.provider_option), asked.threads
-        as_text(DEFAULTS[name], options)
+        options_of(name, options)
         made = SessionSettings(name, usable_cores() if threads is None else threads)  # it knows what makes no sense
         session = parse_options(asked.session_option)
         return cls(name, made.threads or usable_cores(), options, session, asked.allow_fallback)

@@ -265,22 +265,24 @@ def _linear_nodes(
     label = name.removesuffix(".weight")
     product = out if not biases else f"{label}.product"
     bits = spec.bits_of(name, weights.layers)
+
+    def node(op: str, inputs: list[str], output: str, part: str = "", **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(op, inputs, [output], name=f"{label}{part}.{op}", **attributes)
+
     if bits is None:
         used = [weights.linear(sources, name)]
-        nodes = [helper.make_node("MatMul", [x, *used], [product], name=f"{label}.MatMul")]
+        nodes = [node("MatMul", [x, *used], product)]
     else:
         used = weights.quantised(sources, name, bits)
-        rows, columns = weights.recipes[used[0]].shape[0], weights.shapes[sources[0]][1]
         offsets = next((n for n in used if weights.recipes[n].transform == "offsets"), None)
         nodes = [
-            helper.make_node(
+            node(
                 "MatMulNBits",
                 [x, *used[:2]] if offsets else [x, *used],
-                [f"{label}.codes_product" if offsets else product],
-                name=f"{label}.MatMulNBits",
+                f"{label}.codes_product" if offsets else product,
                 domain=MS,
-                K=columns,
-                N=rows,
+                K=weights.shapes[sources[0]][1],
+                N=weights.recipes[used[0]].shape[0],
                 bits=bits,
                 block_size=spec.block,
                 accuracy_level=spec.accuracy_level or 0,
@@ -289,28 +291,14 @@ def _linear_nodes(
         if offsets:
             if x not in sums:
                 sums[x] = f"{label}.block_sums"
-                nodes += [
-                    helper.make_node(
-                        "Reshape", [x, f"{BLOCKS}.{spec.block}"], [f"{label}.blocks"], name=f"{label}.Reshape"
-                    ),
-                    helper.make_node(
-                        "ReduceSum",
-                        [f"{label}.blocks", f"{BLOCKS}.axis"],
-                        [sums[x]],
-                        name=f"{label}.ReduceSum",
-                        keepdims=0,
-                    ),
-                ]
-            nodes += [
-                helper.make_node("MatMul", [sums[x], offsets], [f"{label}.offset"], name=f"{label}.offsets.MatMul"),
-                helper.make_node(
-                    "Add", [f"{label}.codes_product", f"{label}.offset"], [product], name=f"{label}.offsets.Add"
-                ),
-            ]
+                nodes.append(node("Reshape", [x, f"{BLOCKS}.{spec.block}"], f"{label}.blocks"))
+                nodes.append(node("ReduceSum", [f"{label}.blocks", f"{BLOCKS}.axis"], sums[x], keepdims=0))
+            nodes.append(node("MatMul", [sums[x], offsets], f"{label}.offset", ".offsets"))
+            nodes.append(node("Add", [f"{label}.codes_product", f"{label}.offset"], product, ".offsets"))
     if biases:
         shape = (sum(weights.shapes[b][0] for b in biases),)
         bias = weights.add(_joined_name(biases), biases, "copy" if len(biases) == 1 else "concat", shape)
-        nodes.append(helper.make_node("Add", [bias, product], [out], name=f"{label}.Add"))
+        nodes.append(node("Add", [bias, product], out))
         used.append(bias)
     return nodes, used
 

@@ -45,25 +45,12 @@ from export.manifest import (
 )
 from export.plain import run_optimum, weights_of
 from export.quantize import Packed
-from export.source import Source, resolve
+from export.source import SIDE_FILES, Source, resolve
 from export.spec import BITS, ExportSpec
 from export.tensorrt_ops import PARSER_VERSION
 from export.weights import Checkpoint, Quantiser, match_names, write_data
 
 DATA_FILE = "model.onnx.data"
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-)
 _TOOLS = ("llama-onnx-bench", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "safetensors")
 Progress = Callable[[int, int], None]
 
@@ -341,7 +328,7 @@ class _Export:
 
 
 def _copy_side_files(folder: Path, work: Path) -> None:
-    for name in COPIED:
+    for name in SIDE_FILES:
         if (folder / name).is_file():
             if name.endswith(".json"):  # a link may lead to any file
                 try:

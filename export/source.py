@@ -19,17 +19,20 @@ from export.newer_config import readable
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = (
+SIDE_FILES = (
     "config.json",
     "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template*",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
 )
+"""What an export takes from a checkpoint beside its weights."""
 Status = Callable[[str], None]
 
 
@@ -119,7 +122,9 @@ def _from_hub(model: str, revision: str | None, status: Status) -> Source:
 
     status(f"fetching {model} from the hub")
     try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES))
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=[*SIDE_FILES, "*.safetensors", "*.safetensors.index.json"]
+        )
     except GatedRepoError:
         raise ModelNotFoundError(
             f"{model} is gated: accept its licence on its hub page, then run `huggingface-cli login` or set HF_TOKEN"

@@ -332,7 +332,7 @@ def _read_ahead(
             digest = None if name in contents else hashlib.sha256()
             tensors.append(checkpoint.load(name, memory, sum(sizes[:k]), digest.update if digest else None))
             if digest:
-                contents[name] = _identity(name, tensors[-1], digest.hexdigest())
+                contents[name] = tensor_identity(name, tensors[-1], digest.hexdigest())
         return tensors
 
     waiting = iter(recipes)
@@ -425,10 +425,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def tensor_identity(name: str, tensor: Tensor) -> str:
-    """One line that tells a tensor's name, type, shape and content (SHA-256, hex)."""
-    return _identity(name, tensor, hashlib.sha256(_bytes_of(tensor.contiguous())).hexdigest())
-
-
-def _identity(name: str, tensor: Tensor, digest: str) -> str:
+def tensor_identity(name: str, tensor: Tensor, digest: str | None = None) -> str:
+    """One line that tells a tensor's name, type, shape and content, whose SHA-256 (hex) may be known already."""
+    digest = digest or hashlib.sha256(_bytes_of(tensor.contiguous())).hexdigest()
     return f"{name} {tensor.dtype} {list(tensor.shape)} {digest}"

@@ -98,9 +98,8 @@ def read_any(path: Path, side: SideName) -> list[CaseRecord]:
         raise RecordError(f"{path} is of kind {kind!r}, which holds no latencies; pass a record.json or a cases.jsonl")
     if not records:
         raise RecordError(f"{path} holds no record")
-    return [r.model_copy(update={"side": side}) for r in records if r.side in (None, side)] or [
-        r.model_copy(update={"side": side}) for r in records
-    ]
+    own = [r for r in records if r.side in (None, side)] or records
+    return [r.model_copy(update={"side": side}) for r in own]
 
 
 def from_run_record(record: RunRecord) -> list[CaseRecord]:

@@ -39,9 +39,9 @@ class MetricGroup:
         """Whether any of them gates."""
         return any(r.gating for r in self.results)
 
-    def of(self, status: ChangeStatus, gating: bool | None = None) -> list[Result]:
-        """Those of one status; ``gating`` narrows to the gating or to the other ones."""
-        return [r for r in self.results if r.status == status and gating in (None, r.gating)]
+    def of(self, status: ChangeStatus, gating: bool) -> list[Result]:
+        """Those of one status, the gating or the other ones."""
+        return [r for r in self.results if r.status == status and r.gating == gating]
 
     @property
     def leading(self) -> Result | None:

@@ -14,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from export.manifest import (
     ATTENTIONS,
     DECODE_GRAPH,
@@ -240,8 +242,7 @@ def _elements(tensor: Any) -> int:
 
 
 def _nbytes(tensor: Any) -> int:
-    width = {1: 4, 6: 4, 7: 8, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}.get(tensor.data_type, 1)
-    return _elements(tensor) * width
+    return _elements(tensor) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _only_gathered(graph: Any) -> set[str]:

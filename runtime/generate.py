@@ -57,11 +57,6 @@ class Generation:
         return self.at_s[0]
 
     @property
-    def gaps_s(self) -> tuple[float, ...]:
-        """Times between tokens: N - 1 for N tokens."""
-        return tuple(b - a for a, b in zip(self.at_s, self.at_s[1:], strict=False))
-
-    @property
     def tpot_s(self) -> float | None:
         """Mean time per output token after the first, None for a single token."""
         return (self.at_s[-1] - self.at_s[0]) / (len(self.at_s) - 1) if len(self.at_s) > 1 else None

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from export.manifest import Manifest, first_line
 from runtime.device_decode import GRAPH_KEY, NO_GRAPH, Captures, DeviceDecoder
 from runtime.errors import ProviderUnavailableError, SessionError
-from runtime.graph import Graph, fp32, positions
+from runtime.graph import Graph, fp32
 from runtime.host_decode import HostDecoder
 from runtime.huge_pages import collapse
 from runtime.kv_cache import GrowingCache, SharedCache
 from runtime.pipeline import PipelineMixin
-from runtime.provider_options import DEFAULTS, as_text
+from runtime.provider_options import options_of
 from runtime.providers import (
     PROVIDERS,
     Provider,
@@ -33,7 +33,6 @@ from runtime.providers import (
     require,
     require_active,
     require_placed,
-    stray_operators,
 )
 from runtime.sampling import GREEDY, Sampling
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, right_pad
@@ -76,7 +75,7 @@ class OrtSession(PipelineMixin, Guarded):
         provider_options = dict(settings.provider_options or {})
         if self._cuda_graph:
             provider_options = {"enable_cuda_graph": "1", **provider_options}
-        self._options = {} if self._fallbacks else as_text(DEFAULTS[settings.provider], provider_options)
+        self._options = {} if self._fallbacks else options_of(settings.provider, provider_options)
         self._threads = settings.threads or usable_cores()
         self._shapes = (settings.shapes or Shapes()) if self._provider.name.startswith("tensorrt") else None
         self._engine_home, self._build_s = settings.engine_home, 0.0
@@ -162,8 +161,7 @@ class OrtSession(PipelineMixin, Guarded):
         self._where = placement(session)
         if line := require_active(session, self._provider, self._allow_fallback):
             self._fall_back(line)
-        strays = stray_operators(session, self._provider)
-        if line := require_placed(self._where, self._provider, strays, self._allow_fallback):
+        if line := require_placed(self._where, self._provider, self._allow_fallback):
             self._fallbacks["partly_elsewhere"] = line
         return session
 
@@ -172,7 +170,7 @@ class OrtSession(PipelineMixin, Guarded):
         if self._shapes is None:
             return self._options, True
         more, built = engine_options(self._provider.name, self.manifest, self._shapes, phase, self._engine_home)
-        return self._options | more, built
+        return more | self._options, built
 
     def _fall_back(self, why: str) -> None:
         """Go on on the CPU, and say so in the record."""
@@ -322,7 +320,14 @@ class OrtSession(PipelineMixin, Guarded):
 
     @guarded
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only; see :meth:`runtime.session.Compacting.keep`."""
+        """Go on with these rows only, renumbered from 0; the others leave the KV cache.
+
+        Args:
+            rows: places in the present batch, ascending.
+
+        Raises:
+            SessionError: no batch is open, no row, a row that is not there, or not ascending.
+        """
         check_rows(rows, self._batch)
         assert self._cache is not None
         self._cache.keep(rows, int(self._lengths.max()))
@@ -341,11 +346,8 @@ class OrtSession(PipelineMixin, Guarded):
         self._drop()
         cache = self._new_cache(1, len(ids))
         padded, mask = right_pad([ids])
-        buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions(mask)}
-        binding = scoring.bind(buffers, cache.bind)
-        logits = scoring.bind_logits(binding, len(ids), 1)
-        scoring.run(binding)
-        return fp32(logits()[0])
+        logits, _ = scoring.once(padded, mask, cache.bind, len(ids))
+        return fp32(logits[0])
 
     @guarded
     def end_profile(self) -> Path:

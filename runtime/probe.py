@@ -20,7 +20,7 @@ from export.manifest import Manifest, first_line
 from runtime.errors import SessionError
 from runtime.kv_cache import NUMPY_DTYPE, SharedCache, tiled
 from runtime.ort_session import OrtSession
-from runtime.provider_options import DEFAULTS, as_text
+from runtime.provider_options import options_of
 from runtime.providers import provider_list, require, require_active
 
 
@@ -63,7 +63,7 @@ class GraphProbe:
     ) -> None:
         if provider not in ("cpu", "cuda"):
             raise SessionError(f"a graph cannot be probed on {provider}: it would build an engine for it")
-        chosen, texts = require(provider, manifest), as_text(DEFAULTS[provider], provider_options)
+        chosen, texts = require(provider, manifest), options_of(provider, provider_options)
         self.dtype = _cache_type(manifest)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads

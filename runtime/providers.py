@@ -10,7 +10,7 @@ import ctypes
 import importlib.metadata
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from export.manifest import ATTENTIONS, MATMULS, NORMS, Manifest, first_line
 from runtime.errors import ProviderUnavailableError, UnknownProviderError
-from runtime.provider_options import DEFAULTS, as_text
+from runtime.provider_options import options_of
 
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
 WORK = frozenset((*ATTENTIONS, *NORMS, *MATMULS, "Gemm", "FusedMatMul", "RotaryEmbedding", "Softmax", "QuickGelu"))
@@ -142,7 +142,7 @@ def provider_list(provider: Provider, options: Mapping[str, str] | None = None) 
     if provider.device == "cuda":
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        mine = as_text(DEFAULTS[provider.name]) if options is None else dict(options)
+        mine = options_of(provider.name) if options is None else dict(options)
         if provider.name == "tensorrt":
             return [(provider.ort_name, mine), PROVIDERS["cuda"].ort_name, "CPUExecutionProvider"]
         return [(provider.ort_name, mine), "CPUExecutionProvider"]
@@ -154,7 +154,7 @@ def attach(session_options: Any, provider: Provider, options: Mapping[str, str] 
     session_options.add_session_config_entry(RECORD_PLACEMENT, "1")
     if provider.plugin:
         devices = [d for d in ort.get_ep_devices() if d.ep_name == provider.ort_name]
-        mine = as_text(DEFAULTS[provider.name]) if options is None else dict(options)
+        mine = options_of(provider.name) if options is None else dict(options)
         session_options.add_provider_for_devices(devices, mine)
 
 
@@ -252,10 +252,14 @@ def found_versions() -> str:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the nodes of a session run: nodes by execution provider, and by provider the attention operators."""
+    """Where the nodes of a session run: nodes by execution provider, and by provider the attention operators.
+
+    ``work_on_cpu`` names the operators with real work there; shapes and scalars may be on the CPU.
+    """
 
     nodes: Mapping[str, int]
     attention: Mapping[str, str]
+    work_on_cpu: frozenset[str] = frozenset()
 
     def describe(self) -> str:
         """For the record, such as ``346 on CPUExecutionProvider``."""
@@ -268,21 +272,23 @@ def placement(session: Any) -> Placement:
         return Placement({}, {})
     nodes: Counter[str] = Counter()
     attention: dict[str, str] = {}
+    work: set[str] = set()
     for part in session.get_provider_graph_assignment_info():
         for node in part.get_nodes():
             nodes[part.ep_name] += 1
             if node.op_type in ATTENTIONS:
                 attention[part.ep_name] = node.op_type
-    return Placement(dict(nodes.most_common()), attention)
+            if node.op_type in WORK and part.ep_name == "CPUExecutionProvider":
+                work.add(node.op_type)
+    return Placement(dict(nodes.most_common()), attention, frozenset(work))
 
 
-def require_placed(found: Placement, provider: Provider, strays: Sequence[str], allow_fallback: bool) -> str | None:
+def require_placed(found: Placement, provider: Provider, allow_fallback: bool) -> str | None:
     """Fail when nodes that do the work landed on another provider than was asked for.
 
     Args:
         found: from :func:`placement`.
         provider: what was asked for.
-        strays: operators of the nodes on the CPU (see :func:`stray_operators`); shapes and scalars may be there.
         allow_fallback: say it instead.
 
     Raises:
@@ -291,21 +297,14 @@ def require_placed(found: Placement, provider: Provider, strays: Sequence[str], 
     others = {name: n for name, n in found.nodes.items() if name not in (provider.ort_name, "CPUExecutionProvider")}
     if provider.name == "tensorrt":
         others.pop(PROVIDERS["cuda"].ort_name, None)  # its own fallback for what the parser leaves
+    strays = () if provider.device == "cpu" else sorted(found.work_on_cpu)
     if not others and not strays:
         return None
     names = [f"{n} nodes on {name}" for name, n in others.items()]
-    names += [f"{', '.join(sorted(set(strays)))} on the CPU"] if strays else []
+    names += [f"{', '.join(strays)} on the CPU"] if strays else []
     if allow_fallback:
         return f"not everything runs on {provider.name}: {'; '.join(names)}"
     raise ProviderUnavailableError(
         f"not everything runs on {provider.name!r}: {'; '.join(names)}. Export for it (--target, --precision), "
         f"or accept it with --allow-fallback"
     )
-
-
-def stray_operators(session: Any, provider: Provider) -> list[str]:
-    """Operators with real work that a GPU session left to the CPU; none for the CPU provider."""
-    if provider.device == "cpu" or not hasattr(session, "get_provider_graph_assignment_info"):
-        return []
-    parts = session.get_provider_graph_assignment_info()
-    return [n.op_type for p in parts if p.ep_name == "CPUExecutionProvider" for n in p.get_nodes() if n.op_type in WORK]

@@ -146,13 +146,11 @@ class TextStream:
             sure, self._held = self._held[: min(places)], ""
             return sure
         most = max(map(len, self._stops)) - 1
-        held = next((n for n in range(min(most, len(self._held)), 0, -1) if self._begins(self._held[-n:])), 0)
-        cut = len(self._held) - held
+        tails = (self._held[-n:] for n in range(min(most, len(self._held)), 0, -1))
+        held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
+        cut = len(self._held) - len(held)
         sure, self._held = self._held[:cut], self._held[cut:]
         return sure
-
-    def _begins(self, tail: str) -> bool:
-        return any(stop.startswith(tail) for stop in self._stops)
 
     def finish(self) -> str:
         """What was held back, once no token follows."""

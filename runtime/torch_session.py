@@ -140,7 +140,7 @@ class TorchSession(Guarded):
 
     @guarded
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only; see :meth:`runtime.session.Compacting.keep`."""
+        """Go on with these rows only; see :meth:`runtime.ort_session.OrtSession.keep`."""
         check_rows(rows, self._batch)
         index = torch.tensor(rows, device=self._device)
         self._past.batch_select_indices(index)

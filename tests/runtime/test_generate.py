@@ -44,7 +44,6 @@ def test_n_tokens_have_n_minus_one_gaps() -> None:
     assert [s.at_s for s in steps] == pytest.approx([0.5, 0.6, 0.8])
     done = Generation(((7, 8, 9),), tuple(s.at_s for s in steps), (False,))
     assert done.ttft_s == pytest.approx(0.5)
-    assert done.gaps_s == pytest.approx((0.1, 0.2))
     assert done.tpot_s == pytest.approx(0.15)
     assert done.total_s == pytest.approx(0.8)
 
