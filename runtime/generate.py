@@ -96,7 +96,9 @@ def stream(
     if max_new_tokens < 1:
         raise SessionError(f"cannot generate {max_new_tokens} tokens; ask for at least 1")
     start = clock()
-    advance = _advance(session, ids, max_new_tokens, sampling)
+    # What a row has seen is known on the host only.
+    on_device = sampling.repetition_penalty == 1 and getattr(session, "choose_on_device", False)
+    advance = (_OnDevice if on_device else _OnHost)(session, ids, max_new_tokens, sampling)
     keep = getattr(session, "keep", None) if compact else None
     rows = np.arange(len(ids))
     fed: NDArray[np.int64] | None = None  # what the session's batch is given, ended rows included
@@ -168,13 +170,6 @@ class _OnDevice:
     def keep(self, rows: NDArray[np.int64]) -> None:
         if self._draws is not None:
             self._draws.keep(rows)
-
-
-def _advance(session: Session, ids: Ids, reserve: int, sampling: Sampling) -> _OnHost | _OnDevice:
-    # What a row has seen is known on the host only.
-    if sampling.repetition_penalty == 1 and getattr(session, "choose_on_device", False):
-        return _OnDevice(session, ids, reserve, sampling)
-    return _OnHost(session, ids, reserve, sampling)
 
 
 def generate(

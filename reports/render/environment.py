@@ -55,13 +55,13 @@ def render(
         svg=Markup,
         **filters,
     )
-    shared = {
-        "dash": words.DASH,
-        "shapes": svg.shapes(),
-        "tool_version": subject.tool_version,
-        "machine": subject.machine,
-        "machine_line": words.machine_line(subject.machine),
-        "command": shlex.join(subject.command),
-    }
-    env.globals.update(shared)
+    env.globals.update(
+        dash=words.DASH,
+        differences=[],
+        shapes=svg.shapes(),
+        tool_version=subject.tool_version,
+        machine=subject.machine,
+        machine_line=words.machine_line(subject.machine),
+        command=shlex.join(subject.command),
+    )
     return env.get_template(template).render(context)

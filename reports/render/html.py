@@ -134,7 +134,6 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "outcome_counts": list(Counter(o.outcome for o in tests).items()),
         "outcomes_told": [o for o in tests if o.outcome != "passed"],
         "facts": facts(record),
-        "differences": [],
         "glossary": words.GLOSSARY,
         "ratio_note": words.RATIO_NOTE,
         "spread_limit": SPREAD_LIMIT,
