@@ -102,20 +102,14 @@ def _try(provider: Provider, model: bytes) -> Finding:
         return Finding(provider.name, False, f"{cause}. To get it: {provider.install}", provider.install)
 
 
-def gpus(nvml: Any = None) -> Gpu:
-    """NVIDIA GPUs, clocks and driver, by nvidia-ml-py; says why where it cannot tell.
-
-    Args:
-        nvml: the module ``pynvml``, None to import it.
-    """
-    if nvml is None:
-        try:
-            nvml = importlib.import_module("pynvml")
-        except ImportError:
-            why = "nvidia-ml-py is not installed: GPUs, driver and clocks are not known (pip install nvidia-ml-py)"
-            return Gpu(missing=why)
+def gpus() -> Gpu:
+    """NVIDIA GPUs, clocks and driver, by nvidia-ml-py; says why where it cannot tell."""
     try:
+        nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
+    except ImportError:
+        why = "nvidia-ml-py is not installed: GPUs, driver and clocks are not known (pip install nvidia-ml-py)"
+        return Gpu(missing=why)
     except Exception as e:  # nvml has an exception class for each code
         return Gpu(missing=f"no NVIDIA driver answers: {str(e)[:120]}")
     try:

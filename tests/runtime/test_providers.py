@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,7 +174,7 @@ def test_doctor_page_and_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert found["gpu"]["missing"] or found["gpu"]["devices"]
 
 
-def test_gpu_facts_from_a_faked_driver() -> None:
+def test_gpu_facts_from_a_faked_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = SimpleNamespace(
         NVML_CLOCK_SM=1,
         NVML_CLOCK_MEM=2,
@@ -188,7 +189,8 @@ def test_gpu_facts_from_a_faked_driver() -> None:
         nvmlDeviceGetClockInfo=lambda h, kind: 100 * kind,
         nvmlDeviceGetMaxClockInfo=lambda h, kind: 1000 * kind,
     )
-    found = doctor.gpus(nvml)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    found = doctor.gpus()
     assert (found.driver, found.cuda_driver) == ("580.1", "13.1")
     assert found.devices[0]["memory_clock_max_mhz"] == 2000
 
@@ -196,4 +198,4 @@ def test_gpu_facts_from_a_faked_driver() -> None:
         raise RuntimeError("NVML Shared Library Not Found")
 
     nvml.nvmlInit = no_driver
-    assert "Not Found" in doctor.gpus(nvml).missing
+    assert "Not Found" in doctor.gpus().missing
