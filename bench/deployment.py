@@ -5,11 +5,12 @@ Try: ``llama-onnx validate FOLDER --baseline demo --provider cpu --session-optio
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
+
+from runtime.settings import SessionSettings, usable_cores
 
 if TYPE_CHECKING:
     from runtime.ort_session import OrtSession
@@ -26,17 +27,12 @@ def add_options(add: Callable[..., Any], provider: str = "cpu") -> None:
     add("--threads", type=int, help="CPU threads of every side (default: every core)")
 
 
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 @dataclass(frozen=True)
 class Deployment:
     """How a folder is opened; see :class:`runtime.settings.SessionSettings` for the fields."""
 
     provider: str = "cpu"
-    threads: int = field(default_factory=core_count)
+    threads: int = field(default_factory=usable_cores)
     provider_options: Mapping[str, str] = field(default_factory=dict)
     session_options: Mapping[str, str] = field(default_factory=dict)
     allow_fallback: bool = False
@@ -50,9 +46,8 @@ class Deployment:
                 threads that make no sense.
         """
         from runtime.errors import ProviderUnavailableError
-        from runtime.provider_options import DEFAULTS, as_text, parse_options
+        from runtime.provider_options import options_of, parse_options
         from runtime.providers import auto_provider, require
-        from runtime.settings import SessionSettings
 
         name = auto_provider() if asked.provider == "auto" else asked.provider
         try:
@@ -61,10 +56,10 @@ class Deployment:
             if not asked.allow_fallback:
                 raise
         options, threads = parse_options(asked.provider_option), asked.threads
-        as_text(DEFAULTS[name], options)
+        options_of(name, options)
         SessionSettings(name, threads)  # it knows what makes no sense
         session = parse_options(asked.session_option)
-        return cls(name, core_count() if threads is None else threads, options, session, asked.allow_fallback)
+        return cls(name, usable_cores() if threads is None else threads, options, session, asked.allow_fallback)
 
     @property
     def device(self) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 import platformdirs
 import psutil
 
+from export.errors import DestinationError
+
 CACHE_ENV = "LLAMA_ONNX_CACHE"
 
 
@@ -18,6 +20,22 @@ def cache_dir() -> Path:
     """The user's cache folder for this tool; the environment variable ``LLAMA_ONNX_CACHE`` moves it."""
     chosen = os.environ.get(CACHE_ENV)
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("llama-onnx-bench"))
+
+
+def require_space(out: Path, nbytes: int, what: str) -> None:
+    """Refuse to write ``nbytes`` to a folder (that need not exist yet) whose disk has not that and 64 MiB more.
+
+    Raises:
+        DestinationError: says how much ``what`` needs.
+    """
+    needed = nbytes + (64 << 20)
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise DestinationError(
+            f"{what} needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free; "
+            f"make room or choose another OUT"
+        )
 
 
 @contextmanager

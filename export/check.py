@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from export.convert import head_dim_of
 from export.errors import GraphCheckError
+from export.manifest import ATTENTIONS, NORMS
 from export.spec import ExportSpec
 from export.tensorrt_ops import check_standard
 
@@ -100,11 +101,9 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSp
                 "rotary_interleaved": 0,
             }
             wrong += [f"{node.name}: {k} is {values.get(k)}, not {v}" for k, v in wanted.items() if values.get(k) != v]
-        if node.op_type in ("GroupQueryAttention", "Attention") and (
-            abs(values.get("scale", 0.0) - scale) > 1e-6 * scale
-        ):
+        if node.op_type in ATTENTIONS and abs(values.get("scale", 0.0) - scale) > 1e-6 * scale:
             wrong.append(f"{node.name}: scale is {values.get('scale')}, not {scale}")
-        if node.op_type.endswith("SimplifiedLayerNormalization") or node.op_type == "RMSNormalization":
+        if node.op_type in NORMS:
             eps = values.get("epsilon", 0.0)
             if abs(eps - config.rms_norm_eps) > 1e-6 * config.rms_norm_eps:
                 wrong.append(f"{node.name}: epsilon is {eps}, not {config.rms_norm_eps}")

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from export.errors import UnsupportedModelError
 from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
+from export.manifest import ONNX_TYPE, Weight
 from export.spec import BITS, ExportSpec
 
 OPSET = {"GroupQueryAttention": 18, "Attention": 23}
@@ -30,38 +31,15 @@ OPSET = {"GroupQueryAttention": 18, "Attention": 23}
 _TRACE_OPSET = 18
 IR_VERSION = {"GroupQueryAttention": 8, "Attention": 11}
 EMBEDDING = "model.embed_tokens.weight"
+ROPE = ("model.rope_cos", "model.rope_sin")
 BLOCKS = "input_blocks"
 GUARD = "left_padded_batch_refused__pad_on_the_right"
 ALIGNMENT = 4096
 """ONNX Runtime maps external data into memory only at page boundaries."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-ONNX_DTYPE = {
-    "fp32": TensorProto.FLOAT,
-    "fp16": TensorProto.FLOAT16,
-    "bf16": TensorProto.BFLOAT16,
-    "uint8": TensorProto.UINT8,
-}
+ONNX_DTYPE = {**ONNX_TYPE, "uint8": int(TensorProto.UINT8)}
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "uint8": torch.uint8}
-
-
-@dataclass(frozen=True)
-class WeightRecipe:
-    """How one initialiser is made: joined sources, transposed or quantised, cast, at ``offset`` of the data file.
-
-    ``transform`` as in :class:`export.manifest.Weight`; ``bits`` and ``columns`` (the length of a row before packing)
-    where it is a part of a quantised weight.
-    """
-
-    name: str
-    sources: tuple[str, ...]
-    transform: str
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-    nbytes: int
-    bits: int = 0
-    columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +48,7 @@ class Conversion:
 
     decode: onnx.ModelProto
     scoring: onnx.ModelProto
-    recipes: tuple[WeightRecipe, ...]
+    recipes: tuple[Weight, ...]
     rope: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     data_bytes: int
@@ -109,15 +87,15 @@ def require_llama(config: PretrainedConfig) -> None:
         raise UnsupportedModelError("pretraining_tp > 1 splits the matrix products; set it to 1 in config.json")
 
 
-def rope_tables(config: PretrainedConfig) -> tuple[Tensor, Tensor]:
+def rope_tables(config: PretrainedConfig) -> dict[str, Tensor]:
     """Cosine and sine tables ``[context, head_dim / 2]`` in fp32, as transformers' own rotary module computes them."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rotary = LlamaRotaryEmbedding(config)
     positions = torch.arange(config.max_position_embeddings)[None]
-    cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+    tables = rotary(torch.zeros(1, dtype=torch.float32), positions)
+    half = head_dim_of(config) // 2
+    return {name: table[0, :, :half].contiguous() for name, table in zip(ROPE, tables, strict=True)}
 
 
 def _number(value: int, dtype: torch.dtype) -> Tensor:
@@ -137,6 +115,11 @@ def _meta_model(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters, in layer order; a tied head is the embedding's."""
+    return {name: tuple(p.shape) for name, p in _meta_model(config, torch.float32).named_parameters()}
 
 
 def _rope_shape(config: PretrainedConfig) -> tuple[int, int]:
@@ -167,9 +150,9 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
                     shape = (1, 1)
                 replaced[id(parameter)] = nn.Parameter(_number(value, dtype).expand(shape), requires_grad=False)
             module._parameters[name] = replaced[id(parameter)]
-    for i, name in enumerate(("rope_cos", "rope_sin")):
+    for i, name in enumerate(ROPE):
         table = torch.full((1,), -1.0 - i, dtype=dtype).expand(_rope_shape(config))
-        model.model.register_buffer(name, table)
+        model.model.register_buffer(name.removeprefix("model."), table)
     model.model.rotary_emb._buffers.clear()
     return model.eval()
 
@@ -218,7 +201,7 @@ class _Weights:
         self.shapes = shapes
         self.layers = layers
         self.spec = spec
-        self.recipes: dict[str, WeightRecipe] = {}
+        self.recipes: dict[str, Weight] = {}
         self.end = 0
 
     def add(
@@ -229,13 +212,12 @@ class _Weights:
         shape: tuple[int, ...],
         dtype: str | None = None,
         bits: int = 0,
-        columns: int = 0,
     ) -> str:
         if name not in self.recipes:
             dtype = dtype or self.spec.float_type
             nbytes = TORCH_DTYPE[dtype].itemsize * math.prod(shape)
             offset = -(-self.end // ALIGNMENT) * ALIGNMENT
-            self.recipes[name] = WeightRecipe(name, sources, transform, shape, dtype, offset, nbytes, bits, columns)
+            self.recipes[name] = Weight(name, sources, transform, shape, dtype, offset, nbytes, bits)
             self.end = offset + nbytes
         return name
 
@@ -249,24 +231,19 @@ class _Weights:
         rows, columns = sum(self.shapes[s][0] for s in sources), self.shapes[sources[0]][1]
         block = self.spec.block
         blocks = -(-columns // block)
-        float_zero = self.spec.float_zero(bits)
-        last: list[Any]
-        if self.spec.symmetric:
-            last = []
-        elif float_zero and columns % block == 0:
+        parts: dict[str, tuple[tuple[int, ...], str | None]] = {
+            "codes": ((rows, blocks, block * bits // 8), "uint8"),
+            "scales": ((rows, blocks), None),
+        }
+        if self.spec.float_zero(bits) and columns % block == 0:
             # (q - z) s = (q - 8) s + (8 - z) s: the second part multiplies the sums of the input's blocks. MatMulNBits
             # itself takes real zero points too, but has no fast kernel for them (30 times slower on the CPU).
-            last = [(f"{name}.offsets", sources, "offsets", (blocks, rows), None, bits, columns)]
-        elif float_zero:
-            last = [(f"{name}.zero_points", sources, "zero_points", (rows, blocks), None, bits, columns)]
-        else:
-            packed = (rows, -(-blocks * bits // 8))
-            last = [(f"{name}.zero_points", sources, "zero_points", packed, "uint8", bits, columns)]
-        return [
-            self.add(f"{name}.codes", sources, "codes", (rows, blocks, block * bits // 8), "uint8", bits, columns),
-            self.add(f"{name}.scales", sources, "scales", (rows, blocks), None, bits, columns),
-            *(self.add(*part) for part in last),
-        ]
+            parts["offsets"] = ((blocks, rows), None)
+        elif self.spec.float_zero(bits):
+            parts["zero_points"] = ((rows, blocks), None)
+        elif not self.spec.symmetric:
+            parts["zero_points"] = ((rows, -(-blocks * bits // 8)), "uint8")
+        return [self.add(f"{name}.{part}", sources, part, shape, dtype, bits) for part, (shape, dtype) in parts.items()]
 
 
 def _joined_name(sources: tuple[str, ...]) -> str:
@@ -288,22 +265,24 @@ def _linear_nodes(
     label = name.removesuffix(".weight")
     product = out if not biases else f"{label}.product"
     bits = spec.bits_of(name, weights.layers)
+
+    def node(op: str, inputs: list[str], output: str, part: str = "", **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(op, inputs, [output], name=f"{label}{part}.{op}", **attributes)
+
     if bits is None:
         used = [weights.linear(sources, name)]
-        nodes = [helper.make_node("MatMul", [x, *used], [product], name=f"{label}.MatMul")]
+        nodes = [node("MatMul", [x, *used], product)]
     else:
         used = weights.quantised(sources, name, bits)
-        rows, columns = weights.recipes[used[0]].shape[0], weights.shapes[sources[0]][1]
         offsets = next((n for n in used if weights.recipes[n].transform == "offsets"), None)
         nodes = [
-            helper.make_node(
+            node(
                 "MatMulNBits",
                 [x, *used[:2]] if offsets else [x, *used],
-                [f"{label}.codes_product" if offsets else product],
-                name=f"{label}.MatMulNBits",
+                f"{label}.codes_product" if offsets else product,
                 domain=MS,
-                K=columns,
-                N=rows,
+                K=weights.shapes[sources[0]][1],
+                N=weights.recipes[used[0]].shape[0],
                 bits=bits,
                 block_size=spec.block,
                 accuracy_level=spec.accuracy_level or 0,
@@ -312,28 +291,14 @@ def _linear_nodes(
         if offsets:
             if x not in sums:
                 sums[x] = f"{label}.block_sums"
-                nodes += [
-                    helper.make_node(
-                        "Reshape", [x, f"{BLOCKS}.{spec.block}"], [f"{label}.blocks"], name=f"{label}.Reshape"
-                    ),
-                    helper.make_node(
-                        "ReduceSum",
-                        [f"{label}.blocks", f"{BLOCKS}.axis"],
-                        [sums[x]],
-                        name=f"{label}.ReduceSum",
-                        keepdims=0,
-                    ),
-                ]
-            nodes += [
-                helper.make_node("MatMul", [sums[x], offsets], [f"{label}.offset"], name=f"{label}.offsets.MatMul"),
-                helper.make_node(
-                    "Add", [f"{label}.codes_product", f"{label}.offset"], [product], name=f"{label}.offsets.Add"
-                ),
-            ]
+                nodes.append(node("Reshape", [x, f"{BLOCKS}.{spec.block}"], f"{label}.blocks"))
+                nodes.append(node("ReduceSum", [f"{label}.blocks", f"{BLOCKS}.axis"], sums[x], keepdims=0))
+            nodes.append(node("MatMul", [sums[x], offsets], f"{label}.offset", ".offsets"))
+            nodes.append(node("Add", [f"{label}.codes_product", f"{label}.offset"], product, ".offsets"))
     if biases:
         shape = (sum(weights.shapes[b][0] for b in biases),)
         bias = weights.add(_joined_name(biases), biases, "copy" if len(biases) == 1 else "concat", shape)
-        nodes.append(helper.make_node("Add", [bias, product], [out], name=f"{label}.Add"))
+        nodes.append(node("Add", [bias, product], out))
         used.append(bias)
     return nodes, used
 
@@ -368,7 +333,16 @@ def _fp32_logits(graph: onnx.GraphProto) -> None:
     graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
 
 
-def _lower(model: onnx.ModelProto, weights: _Weights) -> onnx.ModelProto:
+def _initialiser(recipe: Weight, data_file: str) -> TensorProto:
+    """An initialiser whose data lie in the external-data file."""
+    tensor = TensorProto(name=recipe.name, data_type=ONNX_DTYPE[recipe.dtype], dims=recipe.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", data_file), ("offset", recipe.offset), ("length", recipe.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _lower(model: onnx.ModelProto, weights: _Weights, data_file: str) -> onnx.ModelProto:
     """Markers -> MatMul or MatMulNBits, parameter inputs -> external initialisers, dead nodes and value infos away."""
     graph = model.graph
     spec = weights.spec
@@ -399,8 +373,7 @@ def _lower(model: onnx.ModelProto, weights: _Weights) -> onnx.ModelProto:
             used.extend(i for i in node.input if i in parameters)
     for name in used:
         if name not in weights.recipes:
-            transform = "rope" if name.startswith("model.rope_") else "copy"
-            source = () if transform == "rope" else (name,)
+            transform, source = ("rope", ()) if name in ROPE else ("copy", (name,))
             weights.add(name, source, transform, weights.shapes[name])
 
     if sums:
@@ -416,10 +389,7 @@ def _lower(model: onnx.ModelProto, weights: _Weights) -> onnx.ModelProto:
         for i, output in enumerate(node.output):
             if output and output not in read:
                 node.output[i] = ""
-    initialisers = [
-        TensorProto(name=name, data_type=ONNX_DTYPE[weights.recipes[name].dtype], dims=weights.recipes[name].shape)
-        for name in dict.fromkeys(used)
-    ]
+    initialisers = [_initialiser(weights.recipes[name], data_file) for name in dict.fromkeys(used)]
     del graph.node[:], graph.initializer[:], graph.input[:], graph.value_info[:]
     graph.node.extend(nodes)
     graph.initializer.extend(initialisers + constants)
@@ -435,18 +405,6 @@ def _lower(model: onnx.ModelProto, weights: _Weights) -> onnx.ModelProto:
     return model
 
 
-def point_at_data(model: onnx.ModelProto, recipes: dict[str, WeightRecipe], data_file: str) -> None:
-    """Give every initialiser its place in the external data file."""
-    for tensor in model.graph.initializer:
-        if tensor.name not in recipes:
-            continue  # a small constant of the graph itself
-        recipe = recipes[tensor.name]
-        tensor.data_location = TensorProto.EXTERNAL
-        del tensor.external_data[:]
-        for key, value in (("location", data_file), ("offset", recipe.offset), ("length", recipe.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-
-
 def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conversion:
     """Build both graphs of a LLaMA without reading a single weight.
 
@@ -459,9 +417,7 @@ def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conve
         UnsupportedModelError: from :func:`require_llama`.
     """
     require_llama(config)
-    dtype = TORCH_DTYPE[spec.float_type]
-    shapes = {name: tuple(p.shape) for name, p in _meta_model(config, dtype).named_parameters()}
-    shapes |= dict.fromkeys(("model.rope_cos", "model.rope_sin"), _rope_shape(config))
+    shapes = parameter_shapes(config) | dict.fromkeys(ROPE, _rope_shape(config))
     if spec.precision in BITS and not any(
         spec.bits_of(name, config.num_hidden_layers) for name in shapes if name.endswith("_proj.weight")
     ):
@@ -470,17 +426,7 @@ def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conve
             f"pass --keep-float none"
         )
     weights = _Weights(shapes, spec, config.num_hidden_layers)
-    decode = _lower(_trace(config, spec, last_logits=True), weights)
-    scoring = _lower(_trace(config, spec, last_logits=False), weights)
+    decode = _lower(_trace(config, spec, last_logits=True), weights, data_file)
+    scoring = _lower(_trace(config, spec, last_logits=False), weights, data_file)
     decode.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1  # a reader without a manifest sees it
-    for model in (decode, scoring):
-        point_at_data(model, weights.recipes, data_file)
-    cos, sin = rope_tables(config)
-    return Conversion(
-        decode=decode,
-        scoring=scoring,
-        recipes=tuple(weights.recipes.values()),
-        rope={"model.rope_cos": cos, "model.rope_sin": sin},
-        shapes=shapes,
-        data_bytes=weights.end,
-    )
+    return Conversion(decode, scoring, tuple(weights.recipes.values()), rope_tables(config), shapes, weights.end)

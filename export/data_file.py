@@ -15,7 +15,6 @@ import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 DIRECT_FROM = 4 << 30
@@ -49,9 +48,7 @@ class DataFile:
     def __enter__(self) -> DataFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._writer.shutdown(cancel_futures=True)
         self._hasher.shutdown(cancel_futures=True)
         os.close(self._fd)

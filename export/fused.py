@@ -43,57 +43,47 @@ class _Linear(torch.autograd.Function):
         return out
 
 
-class _GroupQueryAttention(torch.autograd.Function):
-    """com.microsoft::GroupQueryAttention over packed QKV, rotary embedding inside, past and present."""
+def _absent(g: Any) -> Any:
+    """An optional input that is not given."""
+    none = g.op("prim::Constant")
+    none.setType(torch._C.OptionalType.ofTensor())
+    return none
+
+
+class _CachedAttention(torch.autograd.Function):
+    """Attention over packed QKV ``[batch, new, ...]`` with rotary embedding inside: output, present key and value.
+
+    ``rest`` holds the operator's own inputs, then heads, key and value heads, size of a head and scale.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        qkv: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
-        seqlens_k: Tensor,
-        total: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        scale: float,
+        ctx: Any, qkv: Tensor, past_key: Tensor, past_value: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        *_, heads, kv_heads, head_dim, _scale = rest
         batch, new = qkv.shape[:2]
-        length = past_key.shape[2] + new
-        present = qkv.new_zeros((batch, kv_heads, length, head_dim))
+        present = qkv.new_zeros((batch, kv_heads, past_key.shape[2] + new, head_dim))
         return qkv.new_zeros((batch, new, heads * head_dim)), present, present.clone()
 
+
+def _cached(qkv: Any, past_key: Any, made: tuple[Any, Any, Any], heads: int, kv_heads: int, head_dim: int) -> Any:
+    """The outputs of an attention with their types."""
+    out, *presents = made
+    out.setType(_hidden(qkv, heads * head_dim))
+    for present in presents:
+        present.setType(past_key.type().with_sizes([None, kv_heads, None, head_dim]))
+    return made
+
+
+class _GroupQueryAttention(_CachedAttention):
+    """com.microsoft::GroupQueryAttention; its own inputs: lengths, total length, cosine and sine tables."""
+
     @staticmethod
-    def symbolic(
-        g: Any,
-        qkv: Any,
-        past_key: Any,
-        past_value: Any,
-        seqlens_k: Any,
-        total: Any,
-        cos: Any,
-        sin: Any,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        scale: float,
-    ) -> Any:
-        none = g.op("prim::Constant")
-        none.setType(torch._C.OptionalType.ofTensor())
-        out, key, value = g.op(
+    def symbolic(g: Any, qkv: Any, past_key: Any, past_value: Any, *rest: Any) -> Any:
+        *inputs, heads, kv_heads, head_dim, scale = rest
+        made = g.op(
             f"{MS}::GroupQueryAttention",
-            qkv,
-            none,
-            none,
-            past_key,
-            past_value,
-            seqlens_k,
-            total,
-            cos,
-            sin,
+            *(qkv, _absent(g), _absent(g), past_key, past_value, *inputs),
             num_heads_i=heads,
             kv_num_heads_i=kv_heads,
             scale_f=scale,
@@ -101,52 +91,20 @@ class _GroupQueryAttention(torch.autograd.Function):
             rotary_interleaved_i=0,
             outputs=3,
         )
-        out.setType(_hidden(qkv, heads * head_dim))
-        for present in (key, value):
-            present.setType(past_key.type().with_sizes([None, kv_heads, None, head_dim]))
-        return out, key, value
+        return _cached(qkv, past_key, made, heads, kv_heads, head_dim)
 
 
-class _StandardAttention(torch.autograd.Function):
+class _StandardAttention(_CachedAttention):
     """Opset-23 ``RotaryEmbedding`` and ``Attention``, the KV cache joined by ``Concat`` outside.
 
-    TensorRT's parser takes an ``Attention`` of one output and without ``past_key``.
+    Its own inputs: mask, cosine and sine tables, positions. TensorRT's parser takes an ``Attention`` of one output and
+    without ``past_key``.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
-        mask: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        position_ids: Tensor,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, new = qkv.shape[:2]
-        present = qkv.new_zeros((batch, kv_heads, past_key.shape[2] + new, head_dim))
-        return qkv.new_zeros((batch, new, heads * head_dim)), present, present.clone()
+    def symbolic(g: Any, qkv: Any, past_key: Any, past_value: Any, *rest: Any) -> Any:
+        mask, cos, sin, position_ids, heads, kv_heads, head_dim, scale = rest
 
-    @staticmethod
-    def symbolic(
-        g: Any,
-        qkv: Any,
-        past_key: Any,
-        past_value: Any,
-        mask: Any,
-        cos: Any,
-        sin: Any,
-        position_ids: Any,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        scale: float,
-    ) -> Any:
         def constant(*values: int) -> Any:
             return g.op("Constant", value_t=torch.tensor(values))
 
@@ -160,36 +118,20 @@ class _StandardAttention(torch.autograd.Function):
         key, value = (g.op("Concat", old, new, axis_i=2) for old, new in ((past_key, k), (past_value, v)))
         y = g.op("Attention", q, key, value, mask, scale_f=scale)
         out = g.op("Reshape", g.op("Transpose", y, perm_i=[0, 2, 1, 3]), constant(0, -1, heads * head_dim))
-        out.setType(_hidden(qkv, heads * head_dim))
-        for present in (key, value):
-            present.setType(past_key.type().with_sizes([None, kv_heads, None, head_dim]))
-        return out, key, value
-
-
-class _StandardRMSNorm(torch.autograd.Function):
-    """Opset-23 ``RMSNormalization``: ``x / rms(x) * w``, the sum of squares in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return torch.zeros_like(x)
-
-    @staticmethod
-    def symbolic(g: Any, x: Any, weight: Any, eps: float) -> Any:
-        out = g.op("RMSNormalization", x, weight, axis_i=-1, epsilon_f=eps, stash_type_i=1)
-        out.setType(_hidden(x, weight.type().sizes()[0]))
-        return out
+        return _cached(qkv, past_key, (out, key, value), heads, kv_heads, head_dim)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """SimplifiedLayerNormalization: ``x / rms(x) * w`` (ONNX Runtime's name for RMSNorm)."""
+    """``x / rms(x) * w``, the sum of squares in fp32: opset 23's operator, or ONNX Runtime's (its name for RMSNorm)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, standard: bool) -> Tensor:
         return torch.zeros_like(x)
 
     @staticmethod
-    def symbolic(g: Any, x: Any, weight: Any, eps: float) -> Any:
-        out = g.op("SimplifiedLayerNormalization", x, weight, axis_i=-1, epsilon_f=eps, stash_type_i=1)
+    def symbolic(g: Any, x: Any, weight: Any, eps: float, standard: bool) -> Any:
+        operator = "RMSNormalization" if standard else "SimplifiedLayerNormalization"
+        out = g.op(operator, x, weight, axis_i=-1, epsilon_f=eps, stash_type_i=1)
         out.setType(_hidden(x, weight.type().sizes()[0]))
         return out
 
@@ -203,8 +145,6 @@ class _SkipRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, x: Any, skip: Any, weight: Any, eps: float) -> Any:
-        none = g.op("prim::Constant")
-        none.setType(torch._C.OptionalType.ofTensor())
         # outputs: normalised, mean, inverse std (both unused), x + skip
         out, _, _, total = g.op(f"{MS}::SkipSimplifiedLayerNormalization", x, skip, weight, epsilon_f=eps, outputs=4)
         for value in (out, total):
@@ -240,14 +180,11 @@ def _attention(self: Any, x: Tensor, mask: tuple[Tensor, ...], rope: tuple[Tenso
 
 def _norm(norm: Any, x: Tensor | tuple[Tensor, Tensor], standard: bool) -> tuple[Tensor, Tensor]:
     """Normalise a plain tensor or a (branch, residual) pair; returns (normalised, new residual)."""
-    if standard:
-        total = x[0] + x[1] if isinstance(x, tuple) else x
-        return _StandardRMSNorm.apply(total, norm.weight, norm.variance_epsilon), total
-    if isinstance(x, tuple):
-        branch, residual = x
-        out: tuple[Tensor, Tensor] = _SkipRMSNorm.apply(branch, residual, norm.weight, norm.variance_epsilon)
+    if isinstance(x, tuple) and not standard:
+        out: tuple[Tensor, Tensor] = _SkipRMSNorm.apply(*x, norm.weight, norm.variance_epsilon)
         return out
-    return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon), x
+    total = x[0] + x[1] if isinstance(x, tuple) else x
+    return _RMSNorm.apply(total, norm.weight, norm.variance_epsilon, standard), total
 
 
 def _decoder_layer(

@@ -5,15 +5,11 @@ Try: ``llama-onnx export demo OUT`` and then ``onnxruntime_genai.Model("OUT")``.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from export.convert import head_dim_of
-
-NAME = "genai_config.json"
 
 
 def genai_config(config: PretrainedConfig, graph: str, eos: tuple[int, ...]) -> dict[str, Any]:
@@ -54,9 +50,3 @@ def genai_config(config: PretrainedConfig, graph: str, eos: tuple[int, ...]) -> 
         "past_present_share_buffer": True,
     }
     return {"model": model, "search": search}
-
-
-def write_genai_config(folder: Path, config: PretrainedConfig, graph: str, eos: tuple[int, ...]) -> None:
-    """Describe the graph of ``folder``; see :func:`genai_config`."""
-    text = json.dumps(genai_config(config, graph, eos), indent=1)
-    (folder / NAME).write_text(text + "\n", encoding="utf-8")

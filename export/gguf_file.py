@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import BrokenCheckpointError, ExportError, UnsupportedModelError
+from export.manifest import first_line
 
 _LLAMA_TENSOR = re.compile(
     r"(token_embd|output|output_norm|rope_freqs)\.weight"
@@ -49,8 +50,9 @@ def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
     except ExportError:
         raise
     except Exception as e:
-        first = (str(e).splitlines() or [type(e).__name__])[0]
-        raise BrokenCheckpointError(f"{path} cannot be read as GGUF ({first}); is it whole, and a LLaMA?") from None
+        raise BrokenCheckpointError(
+            f"{path} cannot be read as GGUF ({first_line(e)}); is it whole, and a LLaMA?"
+        ) from None
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
         raise BrokenCheckpointError(

@@ -17,6 +17,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+GENAI_CONFIG = "genai_config.json"
+DECODE_GRAPH, SCORING_GRAPH = "model.onnx", "model_scoring.onnx"
+"""File names of our own exports; optimum's decoder is called the same."""
 _CHUNK = 1 << 20
 
 
@@ -27,6 +30,11 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's exception says, its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 class ManifestError(UserError):
@@ -61,6 +69,12 @@ class KVLayout:
 
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 """Bytes of one element."""
+ONNX_TYPE = {"fp32": 1, "fp16": 10, "bf16": 16}
+"""Numbers among ONNX's element types."""
+ATTENTIONS = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
+NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
+MATMULS = ("MatMul", "MatMulNBits", "GatherBlockQuantized")
+"""Operators that are a whole attention, a whole norm, or read a weight."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +22,35 @@ import onnx
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from export.cache import publish
+from export.cache import publish, require_space
 from export.check import check_graph
-from export.convert import EMBEDDING, OPSET, TORCH_DTYPE, Conversion, WeightRecipe, convert, head_dim_of
+from export.convert import EMBEDDING, OPSET, ROPE, TORCH_DTYPE, Conversion, convert, head_dim_of
 from export.errors import BrokenCheckpointError, DestinationError, UnsupportedModelError
-from export.genai import write_genai_config
+from export.genai import genai_config
 from export.manifest import (
+    DECODE_GRAPH,
+    GENAI_CONFIG,
     SCHEMA_VERSION,
+    SCORING_GRAPH,
     FileEntry,
     KVLayout,
     Manifest,
     ManifestError,
     Quantisation,
     Weight,
+    first_line,
     read_manifest,
     sha256_of,
     write_manifest,
 )
-from export.plain import identity_of, run_optimum
+from export.plain import run_optimum, weights_of
 from export.quantize import Packed
-from export.source import Source, resolve
+from export.source import SIDE_FILES, Source, resolve
 from export.spec import BITS, ExportSpec
 from export.tensorrt_ops import PARSER_VERSION
 from export.weights import Checkpoint, Quantiser, match_names, write_data
 
-DECODE_GRAPH = "model.onnx"
-SCORING_GRAPH = "model_scoring.onnx"
 DATA_FILE = "model.onnx.data"
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-)
 _TOOLS = ("llama-onnx-bench", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "safetensors")
 Progress = Callable[[int, int], None]
 
@@ -88,8 +77,7 @@ def load_config(source: Source) -> PretrainedConfig:
                 f"{source.folder} brings Python code of its own, which is never run; only models that transformers "
                 "itself knows are exported"
             ) from None
-        first = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise BrokenCheckpointError(f"{source.folder}/config.json cannot be used: {first}") from None
+        raise BrokenCheckpointError(f"{source.folder}/config.json cannot be used: {first_line(e)}") from None
     if not isinstance(config, PretrainedConfig):
         raise BrokenCheckpointError(f"{source.folder}/config.json cannot be used: it describes no model")
     config.return_dict = True  # how a program wants its outputs is no part of the model
@@ -171,18 +159,6 @@ def _check_destination(out: Path, spec: ExportSpec, force: bool) -> Manifest | N
     )
 
 
-def _check_disk(out: Path, needed: int) -> None:
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise DestinationError(
-            f"the export needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free; make room or choose "
-            f"another OUT"
-        )
-
-
 def export_model(
     spec: ExportSpec,
     out: Path,
@@ -223,100 +199,136 @@ def export_model(
             f"{out} holds an export of {spec.model} as it was before its files changed; "
             f"replace it with --force, or choose another OUT"
         )
-    config = load_config(source)
-    checkpoint = Checkpoint(source.folder)
-    made = _plain if spec.target == "plain" else _fused
-    return made(spec, source, config, checkpoint, out, calibration, status, progress), True
+    export = _Export(spec, source, load_config(source), Checkpoint(source.folder), out, calibration, status, progress)
+    return export.plain() if spec.target == "plain" else export.fused(), True
 
 
-def _fused(
-    spec: ExportSpec,
-    source: Source,
-    config: PretrainedConfig,
-    checkpoint: Checkpoint,
-    out: Path,
-    calibration: Sequence[str],
-    status: Callable[[str], None],
-    progress: Progress,
-) -> Manifest:
-    status("tracing the graph")
-    conversion = convert(config, spec, DATA_FILE)
-    match_names(conversion.recipes, checkpoint, config.tie_word_embeddings, conversion.shapes)
-    _check_disk(out, conversion.data_bytes + (64 << 20))
-    counts = check_graph(conversion.decode, config, spec)
-    check_graph(conversion.scoring, config, spec)
-    quantiser = _quantiser(spec, source, calibration, status)
-    status("writing the weights")
-    done = 0
+@dataclass(frozen=True)
+class _Export:
+    """One export under way; see :func:`export_model`."""
 
-    def on_bytes(n: int) -> None:
-        nonlocal done
-        done += n
-        progress(done, conversion.data_bytes)
+    spec: ExportSpec
+    source: Source
+    config: PretrainedConfig
+    checkpoint: Checkpoint
+    out: Path
+    calibration: Sequence[str]
+    status: Callable[[str], None]
+    progress: Progress
 
-    with publish(out, replace=True) as work:
-        data_sha, identity = write_data(
-            conversion,
-            checkpoint,
-            work / DATA_FILE,
-            config.tie_word_embeddings,
-            on_bytes,
-            quantiser,
-        )
-        onnx.save_model(conversion.decode, work / DECODE_GRAPH)
-        onnx.save_model(conversion.scoring, work / SCORING_GRAPH)
+    def fused(self) -> Manifest:
+        """Our own graphs over streamed weights."""
+        spec, config = self.spec, self.config
+        self.status("tracing the graph")
+        conversion = convert(config, spec, DATA_FILE)
+        mapping = match_names(conversion.recipes, self.checkpoint, config.tie_word_embeddings, conversion.shapes)
+        require_space(self.out, conversion.data_bytes, "the export")
+        counts = check_graph(conversion.decode, config, spec)
+        check_graph(conversion.scoring, config, spec)
+        quantiser = self._quantiser()
+        self.status("writing the weights")
+        with publish(self.out, replace=True) as work:
+            data_sha, identity = write_data(
+                conversion, self.checkpoint, mapping, work / DATA_FILE, self.progress, quantiser
+            )
+            onnx.save_model(conversion.decode, work / DECODE_GRAPH)
+            onnx.save_model(conversion.scoring, work / SCORING_GRAPH)
+            if spec.attention == "GroupQueryAttention":
+                described = genai_config(config, DECODE_GRAPH, eos_ids(self.source.folder, config))
+                (work / GENAI_CONFIG).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            facts = _facts(spec, config, conversion, counts)
+            return self._sealed(work, identity, {DATA_FILE: data_sha}, facts)
+
+    def plain(self) -> Manifest:
+        """optimum's graph."""
+        weights = sum(f.stat().st_size for f in self.source.folder.glob("*.safetensors"))
+        require_space(self.out, 2 * weights, "the export")
+        with publish(self.out, replace=True) as work:
+            graph = run_optimum(self.spec, self.source.folder, self.config, work, self.status)
+            identity, parameters = weights_of(self.checkpoint)
+            facts = {
+                **graph,
+                "parameters": parameters,
+                "quantisation": None,
+                "padding": "any",
+                "decode_logits": "all",
+                "decode_graph": DECODE_GRAPH,
+                "scoring_graph": DECODE_GRAPH,
+                "weights": (),
+                "notes": ("optimum's own graph, unchanged: nothing is fused",),
+            }
+            return self._sealed(work, identity, {}, facts)
+
+    def _sealed(self, work: Path, identity: str, known: dict[str, str], facts: dict[str, Any]) -> Manifest:
+        """Copy what belongs to the model, hash everything and write the manifest.
+
+        Args:
+            work: the folder in the making.
+            identity: of the checkpoint's weights.
+            known: SHA-256 by name of files that need not be hashed again.
+            facts: the manifest's fields that depend on how the graph was made.
+        """
+        spec, source, config = self.spec, self.source, self.config
         _copy_side_files(source.folder, work)
-        if spec.attention == "GroupQueryAttention":
-            write_genai_config(work, config, DECODE_GRAPH, eos_ids(source.folder, config))
-        status("hashing")
-        files = _entries(work, {DATA_FILE: data_sha})
-        manifest = _manifest(spec, source, config, conversion, counts, identity, files)
-        write_manifest(work, manifest)
-    return manifest
-
-
-def _plain(
-    spec: ExportSpec,
-    source: Source,
-    config: PretrainedConfig,
-    checkpoint: Checkpoint,
-    out: Path,
-    calibration: Sequence[str],
-    status: Callable[[str], None],
-    progress: Progress,
-) -> Manifest:
-    _check_disk(out, 2 * sum(f.stat().st_size for f in source.folder.glob("*.safetensors")) + (64 << 20))
-    with publish(out, replace=True) as work:
-        graph = run_optimum(spec, source.folder, config, work, status)
-        _copy_side_files(source.folder, work)
-        status("hashing")
-        identity, parameters = identity_of(checkpoint)
-        files = _entries(work, {})
+        self.status("hashing")
         manifest = Manifest(
-            **_common(spec, source, config, identity, files),
-            parameters=parameters,
-            quantisation=None,
-            padding="any",
-            decode_logits="all",
-            opset=graph.opset,
-            decode_graph=DECODE_GRAPH,
-            scoring_graph=DECODE_GRAPH,
-            data_file=graph.data_file,
-            inputs=graph.inputs,
-            outputs=graph.outputs,
-            kv=graph.kv,
-            fused_ops=graph.operators,
-            node_count=graph.node_count,
-            decode_weight_bytes=graph.decode_weight_bytes,
-            weights=(),
-            notes=("optimum's own graph, unchanged: nothing is fused",),
+            schema_version=SCHEMA_VERSION,
+            created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            spec=asdict(spec),
+            spec_digest=spec.digest,
+            model_name=source.name,
+            model_type=config.model_type,
+            weights_sha256=identity,
+            weights_origin=source.origin,
+            source_key=source.content_key,
+            precision=spec.precision,
+            activations=spec.float_type,
+            target=spec.target,
+            attention=spec.attention,
+            vocab_size=config.vocab_size,
+            context_length=config.max_position_embeddings,
+            eos_token_ids=eos_ids(source.folder, config),
+            versions={name: _version(name) for name in _TOOLS},
+            files={
+                p.name: FileEntry(p.stat().st_size, known.get(p.name) or sha256_of(p)) for p in sorted(work.iterdir())
+            },
+            **facts,
         )
         write_manifest(work, manifest)
-    return manifest
+        return manifest
+
+    def _quantiser(self) -> Quantiser | None:
+        """What turns a float weight into a packed one under this specification; None where nothing is quantised."""
+        spec = self.spec
+        if spec.precision not in BITS:
+            return None
+        from export.quantize import quantize
+
+        hessians: dict[str, Tensor] = {}
+        if spec.method == "gptq":
+            from export.calibrate import hessians_of
+
+            hessians = hessians_of(self.source.folder, self.calibration, self.status)
+
+        def apply(recipe: Weight, weight: Tensor) -> Packed:
+            # The embedding is looked up, not multiplied: it has no activations to calibrate on.
+            method = "rtn" if recipe.name.startswith(EMBEDDING) and spec.method == "gptq" else str(spec.method)
+            return quantize(
+                weight,
+                recipe.bits,
+                spec.block,
+                method,
+                hessian=hessians.get(recipe.sources[0]) if method == "gptq" else None,
+                scale_dtype=TORCH_DTYPE[spec.float_type],
+                float_zero=spec.float_zero(recipe.bits),
+                symmetric=spec.symmetric,
+            )
+
+        return apply
 
 
 def _copy_side_files(folder: Path, work: Path) -> None:
-    for name in COPIED:
+    for name in SIDE_FILES:
         if (folder / name).is_file():
             if name.endswith(".json"):  # a link may lead to any file
                 try:
@@ -326,81 +338,13 @@ def _copy_side_files(folder: Path, work: Path) -> None:
             shutil.copyfile(folder / name, work / name)
 
 
-def _entries(work: Path, known: dict[str, str]) -> dict[str, FileEntry]:
-    return {p.name: FileEntry(p.stat().st_size, known.get(p.name) or sha256_of(p)) for p in sorted(work.iterdir())}
-
-
-def _common(
-    spec: ExportSpec, source: Source, config: PretrainedConfig, identity: str, files: dict[str, FileEntry]
+def _facts(
+    spec: ExportSpec, config: PretrainedConfig, conversion: Conversion, counts: dict[str, int]
 ) -> dict[str, Any]:
-    """The fields of the manifest that do not depend on how the graph was made."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "created_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "spec": asdict(spec),
-        "spec_digest": spec.digest,
-        "model_name": source.name,
-        "model_type": config.model_type,
-        "weights_sha256": identity,
-        "weights_origin": source.origin,
-        "source_key": source.content_key,
-        "precision": spec.precision,
-        "activations": spec.float_type,
-        "target": spec.target,
-        "attention": spec.attention,
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "eos_token_ids": eos_ids(source.folder, config),
-        "versions": {name: _version(name) for name in _TOOLS},
-        "files": files,
-    }
-
-
-def _quantiser(
-    spec: ExportSpec,
-    source: Source,
-    calibration: Sequence[str],
-    status: Callable[[str], None],
-) -> Quantiser | None:
-    """What turns a float weight into a packed one under this specification; None where nothing is quantised."""
-    if spec.precision not in BITS:
-        return None
-    from export.quantize import quantize
-
-    hessians: dict[str, Tensor] = {}
-    if spec.method == "gptq":
-        from export.calibrate import hessians_of
-
-        hessians = hessians_of(source.folder, calibration, status)
-
-    def apply(recipe: WeightRecipe, weight: Tensor) -> Packed:
-        # The embedding is looked up, not multiplied: it has no activations to calibrate on.
-        method = "rtn" if recipe.name.startswith(EMBEDDING) and spec.method == "gptq" else str(spec.method)
-        return quantize(
-            weight,
-            recipe.bits,
-            spec.block,
-            method,
-            hessian=hessians.get(recipe.sources[0]) if method == "gptq" else None,
-            scale_dtype=TORCH_DTYPE[spec.float_type],
-            float_zero=spec.float_zero(recipe.bits),
-            symmetric=spec.symmetric,
-        )
-
-    return apply
-
-
-def _manifest(
-    spec: ExportSpec,
-    source: Source,
-    config: PretrainedConfig,
-    conversion: Conversion,
-    counts: dict[str, int],
-    identity: str,
-    files: dict[str, FileEntry],
-) -> Manifest:
+    """The manifest's fields about our own graphs."""
+    gqa = spec.attention == "GroupQueryAttention"
     # Not read whole in a decode step: the embedding gathers one row, the rotary tables too.
-    skipped = (EMBEDDING, "model.rope_cos", "model.rope_sin")
+    skipped = (EMBEDDING, *ROPE)
     quantisation = None
     notes = []
     if spec.precision in BITS:
@@ -414,38 +358,35 @@ def _manifest(
             lm_head=str(spec.lm_head),
             embedding=str(spec.embedding),
         )
-    if spec.target == "ort" and spec.attention == "Attention":
+    if spec.target == "ort" and not gqa:
         notes.append("CUDA has no GroupQueryAttention for fp32: standard operators of opset 23 instead")
-    if spec.attention == "Attention":
+    if not gqa:
         notes.append(f"operators checked against the list of TensorRT's parser {PARSER_VERSION}")
     if (getattr(config, "rope_scaling", None) or {}).get("rope_type") == "dynamic":
         notes.append("dynamic rope scaling: exact up to the original context, longer prompts are refused")
     used = {s for recipe in conversion.recipes for s in recipe.sources}
-    return Manifest(
-        **_common(spec, source, config, identity, files),
-        parameters=sum(math.prod(conversion.shapes[s]) for s in used),
-        quantisation=quantisation,
-        padding="right" if spec.attention == "GroupQueryAttention" else "any",
-        decode_logits="last",
-        opset=OPSET[spec.attention],
-        decode_graph=DECODE_GRAPH,
-        scoring_graph=SCORING_GRAPH,
-        data_file=DATA_FILE,
-        inputs=tuple(i.name for i in conversion.decode.graph.input),
-        outputs=tuple(o.name for o in conversion.decode.graph.output),
-        kv=KVLayout(
+    graph = conversion.decode.graph
+    return {
+        "parameters": sum(math.prod(conversion.shapes[s]) for s in used),
+        "quantisation": quantisation,
+        "padding": "right" if gqa else "any",
+        "decode_logits": "last",
+        "opset": OPSET[spec.attention],
+        "decode_graph": DECODE_GRAPH,
+        "scoring_graph": SCORING_GRAPH,
+        "data_file": DATA_FILE,
+        "inputs": tuple(i.name for i in graph.input),
+        "outputs": tuple(o.name for o in graph.output),
+        "kv": KVLayout(
             layers=config.num_hidden_layers,
             kv_heads=config.num_key_value_heads,
             head_dim=head_dim_of(config),
             dtype=spec.float_type,
-            shared_buffer=spec.attention == "GroupQueryAttention",
+            shared_buffer=gqa,
         ),
-        fused_ops=counts,
-        node_count=len(conversion.decode.graph.node),
-        decode_weight_bytes=sum(r.nbytes for r in conversion.recipes if not r.name.startswith(skipped)),
-        weights=tuple(
-            Weight(r.name, r.sources, r.transform, r.shape, r.dtype, r.offset, r.nbytes, r.bits)
-            for r in conversion.recipes
-        ),
-        notes=tuple(notes),
-    )
+        "fused_ops": counts,
+        "node_count": len(graph.node),
+        "decode_weight_bytes": sum(r.nbytes for r in conversion.recipes if not r.name.startswith(skipped)),
+        "weights": conversion.recipes,
+        "notes": tuple(notes),
+    }

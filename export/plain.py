@@ -7,43 +7,24 @@ Try: ``llama-onnx export CHECKPOINT OUT --target plain``.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from onnx import TensorProto, numpy_helper
 from transformers import PretrainedConfig
 
 from export.errors import GraphCheckError, UnsupportedModelError
-from export.manifest import KVLayout
+from export.manifest import DECODE_GRAPH, ONNX_TYPE, KVLayout, first_line
 from export.spec import ExportSpec
-from export.weights import Checkpoint, tensor_identity
-
-GRAPH = "model.onnx"
-_ELEMENT = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
-
-
-@dataclass(frozen=True)
-class PlainGraph:
-    """Facts of optimum's graph that go into the manifest."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    kv: KVLayout
-    opset: int
-    node_count: int
-    operators: dict[str, int]
-    decode_weight_bytes: int
-    data_file: str
+from export.weights import Checkpoint, identity_of, tensor_identity
 
 
 def require_exportable(config: PretrainedConfig) -> None:
@@ -64,8 +45,8 @@ def require_exportable(config: PretrainedConfig) -> None:
 
 def run_optimum(
     spec: ExportSpec, folder: Path, config: PretrainedConfig, work: Path, status: Callable[[str], None]
-) -> PlainGraph:
-    """Let optimum export ``folder`` to ``work`` and read what it made.
+) -> dict[str, Any]:
+    """Let optimum export ``folder`` to ``work`` and read what it made; see :func:`read_graph`.
 
     Raises:
         UnsupportedModelError: optimum cannot, with its reason.
@@ -93,20 +74,21 @@ def run_optimum(
                 **options,
             )
     except Exception as e:  # onnxruntime's own classes among them
-        first = (str(e).splitlines() or [type(e).__name__])[0][:300]
-        raise UnsupportedModelError(f"optimum cannot export model type {config.model_type!r}: {first}") from None
+        raise UnsupportedModelError(
+            f"optimum cannot export model type {config.model_type!r}: {first_line(e)}"
+        ) from None
     finally:
         logging.disable(before)
     return read_graph(work, config)
 
 
-def read_graph(folder: Path, config: PretrainedConfig) -> PlainGraph:
-    """Facts of an optimum-style graph: one past input and one present output per layer and kind.
+def read_graph(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
+    """The manifest's facts of an optimum-style graph: one past input and one present output per layer and kind.
 
     Raises:
         GraphCheckError: another form.
     """
-    model = onnx.load(str(folder / GRAPH), load_external_data=False)
+    model = onnx.load(str(folder / DECODE_GRAPH), load_external_data=False)
     graph = model.graph
     inputs = {i.name: i.type.tensor_type for i in graph.input}
     outputs = tuple(o.name for o in graph.output)
@@ -127,41 +109,38 @@ def read_graph(folder: Path, config: PretrainedConfig) -> PlainGraph:
     shape = [d.dim_value for d in past.shape.dim]
     if len(shape) != 4 or not shape[1] or not shape[3]:
         raise GraphCheckError(f"past_key_values.0.key has shape {shape}, not [batch, heads, tokens, head size]")
+    dtype = next(name for name, number in ONNX_TYPE.items() if number == past.elem_type)
     read: dict[str, set[str]] = {}
     for node in graph.node:
         for name in node.input:
             read.setdefault(name, set()).add(node.op_type)
-    operators: dict[str, int] = {}
-    for node in graph.node:
-        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    operators = Counter(node.op_type for node in graph.node)
     looked_up = {"Gather"}  # an embedding: a step reads a row of it, not all
-    weights = sum(_nbytes(t) for t in graph.initializer if read.get(t.name, set()) - looked_up)
-    external = sorted({e.value for t in graph.initializer for e in t.external_data if e.key == "location"})
-    return PlainGraph(
-        inputs=tuple(inputs),
-        outputs=outputs,
-        kv=KVLayout(layers, shape[1], shape[3], _ELEMENT[past.elem_type], shared_buffer=False),
-        opset=next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")),
-        node_count=len(graph.node),
-        operators={op: n for op, n in sorted(operators.items()) if op in ("Softmax", "MatMul", "Gemm", "Attention")},
-        decode_weight_bytes=weights,
-        data_file=external[0] if external else GRAPH,
+    weights = sum(
+        math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+        for t in graph.initializer
+        if read.get(t.name, set()) - looked_up
     )
+    external = sorted({e.value for t in graph.initializer for e in t.external_data if e.key == "location"})
+    return {
+        "inputs": tuple(inputs),
+        "outputs": outputs,
+        "kv": KVLayout(layers, shape[1], shape[3], dtype, shared_buffer=False),
+        "opset": next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")),
+        "node_count": len(graph.node),
+        "fused_ops": {op: operators[op] for op in ("Attention", "Gemm", "MatMul", "Softmax") if operators[op]},
+        "decode_weight_bytes": weights,
+        "data_file": external[0] if external else DECODE_GRAPH,
+    }
 
 
-def _nbytes(tensor: onnx.TensorProto) -> int:
-    if tensor.data_location == TensorProto.EXTERNAL:
-        return int(math.prod(tensor.dims)) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-    return int(numpy_helper.to_array(tensor).nbytes)
-
-
-def identity_of(checkpoint: Checkpoint) -> tuple[str, int]:
+def weights_of(checkpoint: Checkpoint) -> tuple[str, int]:
     """Identity of a checkpoint's weights as :func:`export.weights.write_data` computes it, and their number."""
-    lines: list[str] = []
+    contents: dict[str, str] = {}
     parameters = 0
-    for name in sorted(checkpoint.where):
+    for name in checkpoint.where:
         tensor: Any = checkpoint.read(name)
         if not name.endswith((".attn.masked_bias", ".attn.bias", ".attention.bias", ".attention.masked_bias")):
             parameters += tensor.numel()
-        lines.append(tensor_identity(name, tensor if tensor.dtype != torch.bool else tensor.to(torch.uint8)))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest(), parameters
+        contents[name] = tensor_identity(name, tensor if tensor.dtype != torch.bool else tensor.to(torch.uint8))
+    return identity_of(contents), parameters

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from export.errors import BrokenCheckpointError, UnsupportedModelError
 from export.process import malloc_limits
-
-METHODS = ("rtn", "hqq", "kquant", "gptq")
+from export.spec import METHODS
 
 # Weights per piece of work: about 1 MB of fp32, so that the passes over it run from the cache.
 _PIECE = 1 << 18

@@ -6,8 +6,7 @@ Try: ``llama-onnx random-model /tmp/llama-2-7b --config llama-2-7b --layers 1``.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from export.cache import publish
-from export.convert import TORCH_DTYPE
+from export.cache import publish, require_space
+from export.convert import TORCH_DTYPE, parameter_shapes
 from export.errors import DestinationError, ExportError
+from export.spec import FLOATS, one_of
 
 _LLAMA2: dict[str, Any] = {
     "vocab_size": 32000,
@@ -29,31 +29,11 @@ _LLAMA2: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {
-        **_LLAMA2,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "llama-2-13b": {
-        **_LLAMA2,
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-    },
-    "llama-2-70b": {
-        **_LLAMA2,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
+    "llama-2-7b": _LLAMA2 | dict(zip(_SIZES, (4096, 11008, 32, 32, 32), strict=True)),
+    "llama-2-13b": _LLAMA2 | dict(zip(_SIZES, (5120, 13824, 40, 40, 40), strict=True)),
+    "llama-2-70b": _LLAMA2 | dict(zip(_SIZES, (8192, 28672, 80, 64, 8), strict=True)),
 }
 """Published configurations, by the name that ``--config`` takes."""
 
@@ -74,32 +54,10 @@ def config_of(name: str, layers: int | None = None) -> LlamaConfig:
     Raises:
         ExportError: unknown name, or a number of layers below 1.
     """
-    if name not in CONFIGS:
-        raise ExportError(f"unknown configuration {name!r}; choose one of {', '.join(CONFIGS)}")
+    one_of("configuration", name, tuple(CONFIGS))
     if layers is not None and layers < 1:
         raise ExportError(f"cannot make a model of {layers} layers; ask for at least 1")
-    settings = dict(CONFIGS[name])
-    settings["num_hidden_layers"] = layers or settings["num_hidden_layers"]
-    return LlamaConfig(**settings)
-
-
-def tensor_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the checkpoint's tensors, in layer order."""
-    hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
-    for i in range(config.num_hidden_layers):
-        prefix = f"model.layers.{i}."
-        yield f"{prefix}self_attn.q_proj.weight", (config.num_attention_heads * config.head_dim, hidden)
-        yield f"{prefix}self_attn.k_proj.weight", (kv, hidden)
-        yield f"{prefix}self_attn.v_proj.weight", (kv, hidden)
-        yield f"{prefix}self_attn.o_proj.weight", (hidden, config.num_attention_heads * config.head_dim)
-        yield f"{prefix}mlp.gate_proj.weight", (config.intermediate_size, hidden)
-        yield f"{prefix}mlp.up_proj.weight", (config.intermediate_size, hidden)
-        yield f"{prefix}mlp.down_proj.weight", (hidden, config.intermediate_size)
-        yield f"{prefix}input_layernorm.weight", (hidden,)
-        yield f"{prefix}post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (config.vocab_size, hidden)
+    return LlamaConfig(**CONFIGS[name] | ({"num_hidden_layers": layers} if layers else {}))
 
 
 def _values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -131,18 +89,14 @@ def make_random_model(
         DestinationError: OUT is not empty, or the disk is too small.
     """
     config = config_of(name, layers)
-    if precision not in ("fp32", "fp16", "bf16"):
-        raise ExportError(f"unknown precision {precision!r}; choose fp32, fp16 or bf16")
+    one_of("precision", precision, FLOATS)
     dtype = TORCH_DTYPE[precision]
     out = out.expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DestinationError(f"{out} is there already and not empty; nothing was changed, choose another OUT")
-    tensors = [(n, s, dtype.itemsize * torch.Size(s).numel()) for n, s in tensor_shapes(config)]
+    tensors = [(n, s, dtype.itemsize * torch.Size(s).numel()) for n, s in parameter_shapes(config).items()]
     total = sum(size for _, _, size in tensors)
-    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < total + (64 << 20):
-        raise DestinationError(f"{name} needs {total / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free; make room")
+    require_space(out, total, name)
     shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
     for item in tensors:
         if shards[-1] and sum(size for _, _, size in shards[-1]) + item[2] > shard_bytes:

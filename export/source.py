@@ -14,22 +14,25 @@ from pathlib import Path
 
 from export.cache import cache_dir, publish
 from export.errors import BrokenCheckpointError, ModelNotFoundError
-from export.manifest import sha256_of
+from export.manifest import first_line, sha256_of
 from export.newer_config import readable
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = (
+SIDE_FILES = (
     "config.json",
     "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template*",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
 )
+"""What an export takes from a checkpoint beside its weights."""
 Status = Callable[[str], None]
 
 
@@ -67,9 +70,9 @@ def resolve(
         DemoModelError: the demo model cannot be had.
     """
     if model == DEMO:
-        from export.demo_model import ORIGIN, demo_model
+        from export.demo_model import FOLDER, ORIGIN, demo_model
 
-        return Source(demo_model(status), "SmolLM2-135M-Instruct", ORIGIN)
+        return Source(demo_model(status), FOLDER, ORIGIN)
     path = Path(model).expanduser()
     if path.is_dir():
         return _local(path, status, allow_pickle)
@@ -119,7 +122,9 @@ def _from_hub(model: str, revision: str | None, status: Status) -> Source:
 
     status(f"fetching {model} from the hub")
     try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES))
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=[*SIDE_FILES, "*.safetensors", "*.safetensors.index.json"]
+        )
     except GatedRepoError:
         raise ModelNotFoundError(
             f"{model} is gated: accept its licence on its hub page, then run `huggingface-cli login` or set HF_TOKEN"
@@ -149,11 +154,10 @@ def unpickled_checkpoint(folder: Path, pickles: list[Path], status: Status) -> P
     import torch
     from safetensors.torch import save_file
 
-    others = sorted(f for f in folder.iterdir() if _goes_along(f))
-    digest = hashlib.sha256("".join(f"{p.name} {sha256_of(p)}\n" for p in [*pickles, *others]).encode()).hexdigest()[
-        :16
-    ]
-    target = cache_dir() / "unpickled" / digest
+    suffixes = (".json", ".jinja", ".txt", ".model")  # configuration and tokenizer go along
+    others = sorted(f for f in folder.iterdir() if f.suffix in suffixes and not f.name.endswith(".index.json"))
+    facts = "".join(f"{p.name} {sha256_of(p)}\n" for p in [*pickles, *others])
+    target = cache_dir() / "unpickled" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     if (target / "config.json").is_file():
         return target
     with publish(target, shared=True) as work:
@@ -164,8 +168,9 @@ def unpickled_checkpoint(folder: Path, pickles: list[Path], status: Status) -> P
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception as e:  # whatever a damaged or hostile pickle raises
-                first = (str(e).splitlines() or [type(e).__name__])[0][:160]
-                raise BrokenCheckpointError(f"{path} cannot be read without running code from it ({first})") from None
+                raise BrokenCheckpointError(
+                    f"{path} cannot be read without running code from it ({first_line(e)})"
+                ) from None
             if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
                 raise BrokenCheckpointError(f"{path} is not a dictionary of tensors; save the model again")
             name = f"model-{k + 1:05d}-of-{len(pickles):05d}.safetensors"
@@ -178,11 +183,6 @@ def unpickled_checkpoint(folder: Path, pickles: list[Path], status: Status) -> P
         for file in others:
             shutil.copyfile(file, work / file.name)
     return target
-
-
-def _goes_along(file: Path) -> bool:
-    """Whether a file is copied beside weights that are converted: configuration and tokenizer."""
-    return file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json")
 
 
 def gguf_checkpoint(path: Path, status: Status = lambda _: None) -> Path:

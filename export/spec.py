@@ -65,9 +65,9 @@ class ExportSpec:
     embedding: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("target", self.target, TARGETS)
-        _one_of("provider", self.provider, PROVIDERS)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("target", self.target, TARGETS)
+        one_of("provider", self.provider, PROVIDERS)
         if not self.model:
             raise ExportError("no model given; pass a folder, a GGUF file, a hub id or 'demo'")
         quantised = self.precision in BITS
@@ -96,21 +96,21 @@ class ExportSpec:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        _one_of("activations", self.float_type, FLOATS)
-        _one_of("embedding", str(self.embedding), ("float", "int8"))
-        _one_of("lm-head", str(self.lm_head), ("float", *BITS))
+        one_of("activations", self.float_type, FLOATS)
+        one_of("embedding", str(self.embedding), ("float", "int8"))
+        one_of("lm-head", str(self.lm_head), ("float", *BITS))
         if quantised:
-            _one_of("method", str(self.method), METHODS)
-            _one_of("block-size", self.block, BLOCK_SIZES)
-            _one_of("zero-points", self.zero_points, ZERO_POINTS)
+            one_of("method", str(self.method), METHODS)
+            one_of("block-size", self.block, BLOCK_SIZES)
+            one_of("zero-points", self.zero_points, ZERO_POINTS)
             if self.zero_points == "float" and self.precision == "int8":
                 raise ExportError("--zero-points float goes with int4: MatMulNBits takes integers for 8 bits")
             for part in str(self.keep_float).split(","):
                 name, _, number = part.partition(":")
                 if f"{name}:N" in KEEP and number.isdecimal():
                     continue
-                _one_of("part in keep-float", part, KEEP[:6])
-            _one_of("accuracy-level", self.accuracy_level or 0, (0, 1, 2, 3, 4))
+                one_of("part in keep-float", part, KEEP[:6])
+            one_of("accuracy-level", self.accuracy_level or 0, (0, 1, 2, 3, 4))
             if self.target != "ort":
                 raise ExportError(
                     f"{self.precision} exists for target 'ort' only (MatMulNBits); TensorRT and plain graphs take "
@@ -172,6 +172,7 @@ class ExportSpec:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+def one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+    """Refuse a value that is not known."""
     if value not in known:
         raise ExportError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, known))}")

@@ -21,9 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from export.convert import TORCH_DTYPE, Conversion, WeightRecipe
+from export.convert import EMBEDDING, TORCH_DTYPE, Conversion
 from export.data_file import DataFile
 from export.errors import BrokenCheckpointError
+from export.manifest import Weight
 from export.process import torch_threads
 from export.quantize import Packed
 
@@ -167,7 +168,7 @@ class Checkpoint:
 
 
 def match_names(
-    recipes: Iterable[WeightRecipe], checkpoint: Checkpoint, tied: bool, shapes: dict[str, tuple[int, ...]]
+    recipes: Iterable[Weight], checkpoint: Checkpoint, tied: bool, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, str]:
     """Map each source of the recipes to a checkpoint tensor and check that nothing is missing, extra or misshapen.
 
@@ -176,23 +177,25 @@ def match_names(
     Raises:
         BrokenCheckpointError: names the tensors concerned.
     """
+
+    def shown(names: list[str]) -> str:
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
     wanted = {s for r in recipes for s in r.sources}
     known = set(checkpoint.where)
     mapping = {s: s for s in wanted}
-    if tied and "model.embed_tokens.weight" not in known and "lm_head.weight" in known:
-        mapping["model.embed_tokens.weight"] = "lm_head.weight"
+    if tied and EMBEDDING not in known and "lm_head.weight" in known:
+        mapping[EMBEDDING] = "lm_head.weight"
     missing = sorted(s for s, t in mapping.items() if t not in known)
     if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise BrokenCheckpointError(f"{checkpoint.folder} lacks the tensors {shown}; is the checkpoint whole?")
+        raise BrokenCheckpointError(f"{checkpoint.folder} lacks the tensors {shown(missing)}; is the checkpoint whole?")
     ignored = ("rotary_emb.inv_freq",)
     extra = sorted(
         n for n in known - set(mapping.values()) if not n.endswith(ignored) and not (tied and n == "lm_head.weight")
     )
     if extra:
-        shown = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
         raise BrokenCheckpointError(
-            f"{checkpoint.folder} has tensors that a LLaMA of this config does not use: {shown}; "
+            f"{checkpoint.folder} has tensors that a LLaMA of this config does not use: {shown(extra)}; "
             f"does config.json belong to these weights?"
         )
     for source in sorted(wanted):
@@ -205,7 +208,7 @@ def match_names(
     return mapping
 
 
-Quantiser = Callable[[WeightRecipe, Tensor], Packed]
+Quantiser = Callable[[Weight, Tensor], Packed]
 """A recipe (its sources, bits) and its float weight ``[rows, columns]`` -> the packed weight."""
 
 
@@ -214,7 +217,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
 
 
-def pieces(recipe: WeightRecipe, sources: list[Tensor]) -> Iterator[Tensor]:
+def pieces(recipe: Weight, sources: list[Tensor]) -> Iterator[Tensor]:
     """Apply a recipe (cast, join, transpose) piece by piece, in file order.
 
     A piece is contiguous, in the recipe's type, and valid until the next one is asked for.
@@ -251,7 +254,7 @@ def pieces(recipe: WeightRecipe, sources: list[Tensor]) -> Iterator[Tensor]:
         yield made[: width * rows].view(width, rows).copy_(block.t())
 
 
-def make_initialiser(recipe: WeightRecipe, sources: list[Tensor]) -> Tensor:
+def make_initialiser(recipe: Weight, sources: list[Tensor]) -> Tensor:
     """Apply a recipe as a whole; see :func:`pieces`."""
     made = torch.empty(math.prod(recipe.shape), dtype=TORCH_DTYPE[recipe.dtype])
     end = 0
@@ -264,52 +267,52 @@ def make_initialiser(recipe: WeightRecipe, sources: list[Tensor]) -> Tensor:
 def write_data(
     conversion: Conversion,
     checkpoint: Checkpoint,
+    mapping: dict[str, str],
     path: Path,
-    tied: bool,
-    progress: Callable[[int], None] | None = None,
-    quantiser: Quantiser | None = None,
+    progress: Callable[[int, int], None],
+    quantiser: Quantiser | None,
 ) -> tuple[str, str]:
     """Stream every initialiser to ``path``.
 
     Args:
         conversion: recipes in file order, and the rotary tables.
         checkpoint: where the tensors come from.
+        mapping: from :func:`match_names`.
         path: the external-data file, written anew.
-        tied: whether the head shares the embedding's tensor.
-        progress: called with the bytes written by each piece.
+        progress: told (bytes written, bytes in all) after each piece.
         quantiser: needed when a recipe is a part of a quantised weight.
 
     Returns:
         SHA-256 (hex) of the file, and the identity of the weights: SHA-256 over name, type, shape and content of
         every checkpoint tensor, the same however the checkpoint is sharded.
     """
-    mapping = match_names(conversion.recipes, checkpoint, tied, conversion.shapes)
     contents: dict[str, str] = {}
     make = _Maker(conversion, quantiser)
 
-    def write(file: DataFile, made: Iterator[Tensor], start: int) -> None:
-        before = file.end
-        file.pad_to(start)
-        for piece in made:
+    def write(file: DataFile, made: Iterator[Tensor]) -> None:
+        for piece in made:  # no piece outlives the call
             file.write(_bytes_of(piece))
-            if progress:
-                progress(file.end - before)
-            before = file.end
+            progress(file.end, conversion.data_bytes)
 
     # Reading, making and hashing side by side keep the cores busy; only a quantiser has use for threads of its own.
     threads = contextlib.nullcontext() if quantiser else torch_threads(1)
     with DataFile(path, conversion.data_bytes) as file, threads:
         for recipe, sources in _read_ahead(conversion.recipes, checkpoint, mapping, contents):
-            write(file, make(recipe, sources), recipe.offset)
+            file.pad_to(recipe.offset)
+            write(file, make(recipe, sources))
             sources.clear()  # the next weight is read over them
         digest = file.finish()
-    identity = hashlib.sha256("\n".join(contents[n] for n in sorted(contents)).encode()).hexdigest()
-    return digest, identity
+    return digest, identity_of(contents)
+
+
+def identity_of(contents: dict[str, str]) -> str:
+    """Identity of a checkpoint (SHA-256, hex) from those of its tensors by name."""
+    return hashlib.sha256("\n".join(contents[n] for n in sorted(contents)).encode()).hexdigest()
 
 
 def _read_ahead(
-    recipes: Iterable[WeightRecipe], checkpoint: Checkpoint, mapping: dict[str, str], contents: dict[str, str]
-) -> Iterator[tuple[WeightRecipe, list[Tensor]]]:
+    recipes: Iterable[Weight], checkpoint: Checkpoint, mapping: dict[str, str], contents: dict[str, str]
+) -> Iterator[tuple[Weight, list[Tensor]]]:
     """Each recipe with its sources, read by a thread while the recipe before it is at work.
 
     ``contents`` collects the identity of each checkpoint tensor that was read.
@@ -318,7 +321,7 @@ def _read_ahead(
     # While a recipe is at work in one buffer, the next is read into the other.
     buffers = [_Buffer(), _Buffer()]
 
-    def load(recipe: WeightRecipe, buffer: _Buffer) -> list[Tensor]:
+    def load(recipe: Weight, buffer: _Buffer) -> list[Tensor]:
         if recipe.transform in ("rope", "scales", "zero_points", "offsets"):
             return []
         names = [mapping[source] for source in recipe.sources]
@@ -329,7 +332,7 @@ def _read_ahead(
             digest = None if name in contents else hashlib.sha256()
             tensors.append(checkpoint.load(name, memory, sum(sizes[:k]), digest.update if digest else None))
             if digest:
-                contents[name] = _identity(name, tensors[-1], digest.hexdigest())
+                contents[name] = tensor_identity(name, tensors[-1], digest.hexdigest())
         return tensors
 
     waiting = iter(recipes)
@@ -370,7 +373,7 @@ class _Maker:
         self._rope, self._quantiser = conversion.rope, quantiser
         self._packed: Packed | None = None
 
-    def __call__(self, recipe: WeightRecipe, sources: list[Tensor]) -> Iterator[Tensor]:
+    def __call__(self, recipe: Weight, sources: list[Tensor]) -> Iterator[Tensor]:
         """One initialiser, in the shape and type that the graph declares."""
         if recipe.transform == "rope":
             return iter([self._rope[recipe.name].to(TORCH_DTYPE[recipe.dtype]).contiguous()])
@@ -389,7 +392,7 @@ _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float16: (torch.int
 _EXPONENT[torch.bfloat16] = (torch.int16, 0x7F80)
 
 
-def _finite(recipe: WeightRecipe, made: Iterable[Tensor]) -> Iterator[Tensor]:
+def _finite(recipe: Weight, made: Iterable[Tensor]) -> Iterator[Tensor]:
     """The pieces, unless one holds NaN or infinity: the model would answer nonsense without a word.
 
     Raises:
@@ -406,7 +409,7 @@ def _finite(recipe: WeightRecipe, made: Iterable[Tensor]) -> Iterator[Tensor]:
         yield piece
 
 
-def _part(recipe: WeightRecipe, packed: Packed) -> Tensor:
+def _part(recipe: Weight, packed: Packed) -> Tensor:
     """Codes, scales or zero points, in the shape and type that the graph declares."""
     if recipe.transform == "offsets":
         assert packed.zero_points is not None
@@ -422,10 +425,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def tensor_identity(name: str, tensor: Tensor) -> str:
-    """One line that tells a tensor's name, type, shape and content (SHA-256, hex)."""
-    return _identity(name, tensor, hashlib.sha256(_bytes_of(tensor.contiguous())).hexdigest())
-
-
-def _identity(name: str, tensor: Tensor, digest: str) -> str:
+def tensor_identity(name: str, tensor: Tensor, digest: str | None = None) -> str:
+    """One line that tells a tensor's name, type, shape and content, whose SHA-256 (hex) may be known already."""
+    digest = digest or hashlib.sha256(_bytes_of(tensor.contiguous())).hexdigest()
     return f"{name} {tensor.dtype} {list(tensor.shape)} {digest}"

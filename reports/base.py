@@ -83,6 +83,33 @@ def validate(raw: object, model: type[Model], where: object) -> Model:
         raise RecordError(f"{where}: {place}: {first['msg']} ({e.error_count()} problem(s) in all)") from None
 
 
+def first_document(path: Path) -> Any:
+    """A file's JSON document, of JSON Lines the first one; None where it does not begin with one.
+
+    Raises:
+        RecordError: cannot be read.
+    """
+    text = read_text(path)
+    try:
+        return json.JSONDecoder().raw_decode(text.lstrip())[0]
+    except ValueError:
+        return None
+
+
+def kind_of(document: object) -> str | None:
+    """The ``kind`` by which each of our documents names itself, ``pytest-benchmark`` for that tool's JSON, else None.
+
+    ``record`` (:class:`reports.record.RunRecord`), ``comparison`` and ``case`` (:mod:`reports.comparison`; a line of a
+    JSON Lines file) and ``validation`` (:mod:`reports.validation`). Case records made by other tools need not name it.
+    """
+    if not isinstance(document, dict):
+        return None
+    if "kind" not in document and isinstance(document.get("benchmarks"), list):
+        return "pytest-benchmark"
+    kind = document.get("kind")
+    return kind if isinstance(kind, str) else None
+
+
 def write_schema(model: type[Frozen], mode: Literal["serialization", "validation"] = "serialization") -> None:
     """Write the JSON Schema (draft 2020-12) of a document into this folder."""
     kind = model.model_fields["kind"].default

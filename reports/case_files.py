@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reports.base import parse, read_text, validate
+from reports.base import first_document, kind_of, parse, read_text, validate
 from reports.comparison import CASE_SCHEMA_VERSION, CaseRecord, Comparison, SideName
-from reports.documents import first_document, kind_of
 from reports.errors import RecordError, ReportError
 from reports.record import RunRecord
 from reports.stats import METRICS, samples
@@ -99,9 +98,8 @@ def read_any(path: Path, side: SideName) -> list[CaseRecord]:
         raise RecordError(f"{path} is of kind {kind!r}, which holds no latencies; pass a record.json or a cases.jsonl")
     if not records:
         raise RecordError(f"{path} holds no record")
-    return [r.model_copy(update={"side": side}) for r in records if r.side in (None, side)] or [
-        r.model_copy(update={"side": side}) for r in records
-    ]
+    own = [r for r in records if r.side in (None, side)] or records
+    return [r.model_copy(update={"side": side}) for r in own]
 
 
 def from_run_record(record: RunRecord) -> list[CaseRecord]:

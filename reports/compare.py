@@ -19,12 +19,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from reports.base import grouped
-from reports.comparison import CaseRecord, ChangeStatus, Family, PairResult, Result, Scalar, Verdict
+from reports.comparison import METRICS, CaseRecord, ChangeStatus, Family, PairResult, Result, Scalar, Verdict
 from reports.paired import LEAST_PAIRS, Prior, Tested, assess, decide, pairs_needed, trimmed
 from reports.validation import Status, Validation, overall
 
 MARGIN = 0.03
-UNITS = {"ttft": "s", "tpot": "s", "total": "s", "load": "s", "peak_memory": "B"}
 FAILED = {"oom": "ran out of memory", "crash": "crashed", "timeout": "ran past its limit"}
 
 
@@ -91,6 +90,12 @@ def _attempts(records: Iterable[CaseRecord]) -> Cases:
         attempts = found.setdefault(r.case, {}).setdefault(r.pair or 0, {})
         attempts.setdefault(r.attempt, {})[r.side or "base"] = r
     return found
+
+
+def unit_of(metric: str, records: Iterable[CaseRecord]) -> str:
+    """A metric's unit as the records have it, else as it is known, else ""."""
+    known = METRICS[metric].unit if metric in METRICS else ""
+    return next((r.units[metric] for r in records if metric in r.units), known)
 
 
 def pair_problem(sides: Mapping[str, CaseRecord]) -> str:
@@ -164,16 +169,19 @@ def _lost(records: Sequence[CaseRecord], metric: str) -> tuple[ChangeStatus, str
 
 def _rows(records: Sequence[CaseRecord], rules: Rules) -> list[_Row]:
     attempts = _attempts(records)
-    units = {m: u for r in records for m, u in r.units.items()}
-    rows = []
-    for case, own in grouped(records, lambda r: r.case).items():
-        metrics = list(dict.fromkeys(m for r in own for m in r.metrics)) or list(rules.gating)
-        for metric in metrics:
-            lost = _lost(own, metric)
-            pairs = pairs_of(attempts[case], metric)
-            unit = units.get(metric, UNITS.get(metric, ""))
-            rows.append(_Row(case, metric, unit, own[0].parameters, pairs, lost, metric in rules.gating))
-    return rows
+    return [
+        _Row(
+            case,
+            metric,
+            unit_of(metric, records),
+            own[0].parameters,
+            pairs_of(attempts[case], metric),
+            _lost(own, metric),
+            metric in rules.gating,
+        )
+        for case, own in grouped(records, lambda r: r.case).items()
+        for metric in dict.fromkeys(m for r in own for m in r.metrics) or rules.gating
+    ]
 
 
 def _say(status: str, t: Tested, k: int, margin: float, unit: str, have: int, needed: int | None) -> str:

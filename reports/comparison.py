@@ -8,7 +8,7 @@ judge made of them, with the raw records inside, so that a page needs no other f
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -22,6 +22,24 @@ Positive = Annotated[float, Field(gt=0)]
 SideName = Literal["base", "candidate"]
 ChangeStatus = Literal["REGRESSION", "IMPROVED", "EQUIVALENT", "INCONCLUSIVE", "INVALID", "NEW", "MISSING"]
 CaseOutcome = Literal["ok", "oom", "crash", "timeout", "invalid"]
+
+
+class KnownMetric(NamedTuple):
+    """A metric's short name, the title of its results and its unit."""
+
+    name: str
+    title: str
+    unit: str
+
+
+METRICS = {
+    "tpot": KnownMetric("decode", "Decode, time per output token", "s"),
+    "ttft": KnownMetric("prefill", "Prefill, time to first token", "s"),
+    "total": KnownMetric("end to end", "End to end", "s"),
+    "load": KnownMetric("loading", "Load time", "s"),
+    "peak_memory": KnownMetric("peak memory", "Peak memory", "B"),
+}
+"""What this tool measures, in the order of a page; other tools' metrics keep their own names."""
 
 
 class GpuState(Frozen):

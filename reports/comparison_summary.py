@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from reports.base import grouped
-from reports.comparison import CaseRecord, ChangeStatus, Comparison, Result, SideName
+from reports.comparison import METRICS, CaseRecord, ChangeStatus, Comparison, Result, SideName
 
 STATUS_ORDER: tuple[ChangeStatus, ...] = (
     "REGRESSION",
@@ -25,8 +25,6 @@ STATUS_ORDER: tuple[ChangeStatus, ...] = (
     "EQUIVALENT",
 )
 """What a reviewer has to look at first stands first."""
-
-_METRIC_ORDER = ("tpot", "ttft", "total", "load", "peak_memory")
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,9 @@ class MetricGroup:
         """Whether any of them gates."""
         return any(r.gating for r in self.results)
 
-    def of(self, status: ChangeStatus, gating: bool | None = None) -> list[Result]:
-        """Those of one status; ``gating`` narrows to the gating or to the other ones."""
-        return [r for r in self.results if r.status == status and gating in (None, r.gating)]
+    def of(self, status: ChangeStatus, gating: bool) -> list[Result]:
+        """Those of one status, the gating or the other ones."""
+        return [r for r in self.results if r.status == status and r.gating == gating]
 
     @property
     def leading(self) -> Result | None:
@@ -139,5 +137,4 @@ def samples_by_side(records: Iterable[CaseRecord], metric: str) -> dict[SideName
 
 
 def _metric_rank(metric: str) -> tuple[int, str]:
-    known = metric in _METRIC_ORDER
-    return (_METRIC_ORDER.index(metric) if known else len(_METRIC_ORDER), metric)
+    return (list(METRICS).index(metric) if metric in METRICS else len(METRICS), metric)

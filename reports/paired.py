@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -150,12 +150,15 @@ def moderate(spread: Spread, groups: Sequence[Hashable]) -> tuple[Floats, Floats
     return variance, df, priors
 
 
-def holm(p: Floats, size: int) -> Floats:
-    """Holm's adjusted p-values (1979) in a family of ``size``; members not in ``p`` count as not rejected."""
-    order = np.argsort(p, kind="stable")
-    steps = np.minimum(1.0, p[order] * (size - np.arange(p.size)))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.maximum.accumulate(steps)
+def holm(p: Floats, size: int, member: NDArray[np.bool_] | None = None) -> Floats:
+    """Holm's adjusted p-values (1979) in a family of ``size``; members not in ``p`` count as not rejected.
+
+    ``member`` tells which of ``p`` belong to the family (None: all); the others stay as they are.
+    """
+    of = np.arange(p.size) if member is None else np.flatnonzero(member)
+    order = of[np.argsort(p[of], kind="stable")]
+    adjusted = p.copy()
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, p[order] * (size - np.arange(order.size))))
     return adjusted
 
 
@@ -183,22 +186,19 @@ def assess(
     """
     spread = trimmed(rows)
     variance, df, priors = moderate(spread, groups)
-    error = np.sqrt(variance / spread.n)
-    p = 2 * stdtr(df, -np.abs(spread.centre) / error)
-    member = np.ones(p.size, bool) if gating is None else gating
-    adjusted = p.copy()
-    adjusted[member] = holm(p[member], size)
-    half = stdtrit(df, 1 - alpha / looks) * error
-    return Tested(
-        centre=spread.centre,
-        error=error,
-        df=df,
-        low=spread.centre - half,
-        high=spread.centre + half,
-        p=p,
-        p_holm=np.minimum(1.0, looks * adjusted),
-        priors=priors,
-    )
+    member = np.ones(len(groups), bool) if gating is None else gating
+    found = tested(spread.centre, np.sqrt(variance / spread.n), df, size, member, alpha / looks)
+    return replace(found, p_holm=np.minimum(1.0, looks * found.p_holm), priors=priors)
+
+
+def tested(centre: Floats, error: Floats, df: Floats, size: int, member: NDArray[np.bool_], tail: float) -> Tested:
+    """Two-sided t-tests of estimates, Holm over the members of a family of ``size``; ``error`` is the standard error.
+
+    The ends of the interval each leave ``tail`` outside.
+    """
+    p = 2 * stdtr(df, -np.abs(centre) / error)
+    half = stdtrit(df, 1 - tail) * error
+    return Tested(centre, error, df, centre - half, centre + half, p, holm(p, size, member), {})
 
 
 def decide(tested: Tested, margins: Floats, alpha: float = 0.05) -> NDArray[Any]:

@@ -17,8 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
+from reports.base import first_document, kind_of
 from reports.comparison import Comparison
-from reports.documents import first_document, kind_of
 from reports.errors import RecordError
 from reports.record import RunRecord
 from reports.render.comparison_html import render_comparison
@@ -66,7 +66,7 @@ def write_report(subject: Subject, out: Path) -> Path:
 
 
 def read_any(path: Path) -> Subject:
-    """A run's record, a comparison or a validation, whichever the file says it is (:mod:`reports.documents`).
+    """A run's record, a comparison or a validation, whichever the file says it is (:func:`reports.base.kind_of`).
 
     Raises:
         RecordError: the file cannot be read, or is no such document; names the place of the first defect.

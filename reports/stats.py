@@ -81,12 +81,7 @@ def percentile(samples: Sequence[float], q: int) -> float | None:
     """The q-th percentile (q is 90, 95 or 99; linear between order statistics, Hyndman and Fan 1996, type 7).
 
     ``None`` from fewer samples than ``PERCENTILE_MINIMUM`` asks for.
-
-    Raises:
-        ValueError: a percentile for which no minimum is set.
     """
-    if q not in PERCENTILE_MINIMUM:
-        raise ValueError(f"percentile {q} has no minimum sample count; choose from {sorted(PERCENTILE_MINIMUM)}")
     return float(np.percentile(samples, q)) if len(samples) >= PERCENTILE_MINIMUM[q] else None
 
 
@@ -133,9 +128,8 @@ def floor_multiples(floor: Floor, case: Case, tpots: Sequence[float]) -> list[fl
 
 def round_value(one: Round, metric: Metric) -> float | None:
     """One metric of one round, seconds; ``None`` where the round has no such thing (TPOT of one token)."""
-    if metric == "ttft":
-        return one.ttft_s
-    return one.tpot_s if metric == "tpot" else one.total_s
+    value: float | None = getattr(one, f"{metric}_s")
+    return value
 
 
 def samples(series: Series | None, metric: Metric) -> list[float]:

@@ -26,18 +26,14 @@ from reports.stats import (
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """One side on one case. Times in seconds; ``prefill`` and ``decode`` are speed-ups over the baseline."""
+    """One side on one case: by metric the time in seconds and the speed-up over the baseline."""
 
     case: Case
     side: Side
     rounds: int
-    ttft: Estimate | None
-    tpot: Estimate | None
-    total: Estimate | None
+    times: dict[Metric, Estimate | None]
+    gains: dict[Metric, Estimate | None]
     tokens_per_s: float | None
-    prefill: Estimate | None
-    decode: Estimate | None
-    end_to_end: Estimate | None
     spread: float | None
 
 
@@ -117,23 +113,17 @@ def latency_rows(record: RunRecord) -> list[LatencyRow]:
     rows = []
     for case in record.cases():
         for side in measured_sides(record, case):
-            values = {m: estimate(record, case, side.label, m) for m in METRICS}
             pairs = {m: against_baseline(record, case, side.label, m) for m in METRICS}
-            gains = {m: pair.speedup if pair else None for m, pair in pairs.items()}
             spreads = [series_spread(record, case, side.label, m) for m in ("ttft", "tpot")]
-            tpot = values["tpot"]
+            tpot = estimate(record, case, side.label, "tpot")
             rows.append(
                 LatencyRow(
                     case=case,
                     side=side,
                     rounds=len(samples(record.find(case, side.label), "total")),
-                    ttft=values["ttft"],
-                    tpot=tpot,
-                    total=values["total"],
+                    times={m: estimate(record, case, side.label, m) for m in METRICS},
+                    gains={m: pair.speedup if pair else None for m, pair in pairs.items()},
                     tokens_per_s=case.batch / tpot.value if tpot and tpot.value > 0 else None,
-                    prefill=gains["ttft"],
-                    decode=gains["tpot"],
-                    end_to_end=gains["total"],
                     spread=max((s for s in spreads if s is not None), default=None),
                 )
             )

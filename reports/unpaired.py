@@ -11,17 +11,19 @@ import datetime
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtr, stdtrit
+from scipy.special import stdtr
 
 from reports.base import grouped
-from reports.compare import UNITS, Rules, judge, verdict_of
-from reports.comparison import CaseRecord, ComparedSide, Comparison, Family, Result, SideName, Verdict
-from reports.paired import LEAST_PAIRS, RESOLUTION, Tested, decide, holm
+from reports.compare import Rules, judge, unit_of, verdict_of
+from reports.comparison import CaseRecord, ChangeStatus, ComparedSide, Comparison, Family, Result, SideName, Verdict
+from reports.paired import LEAST_PAIRS, RESOLUTION, decide, holm, tested
 
 UNPAIRED = "the two sides were not measured in interleaved pairs: what differs may be the hour, not the change"
 FEW = f"a process has its own luck, which its rounds share; {LEAST_PAIRS} or more processes a side decide"
@@ -64,33 +66,35 @@ def _machines(base: Sequence[CaseRecord], candidate: Sequence[CaseRecord]) -> in
     return len({r.fingerprint for r in (*base, *candidate) if r.fingerprint})
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One metric of one case: what is known without a test, both sides' logarithms, why no test may decide."""
+
+    result: Result
+    base: NDArray[np.float64]
+    candidate: NDArray[np.float64]
+    why: str
+
+    @property
+    def testable(self) -> bool:
+        return min(self.base.size, self.candidate.size) >= 2
+
+
 def judge_unpaired(
     base: Sequence[CaseRecord], candidate: Sequence[CaseRecord], rules: Rules
 ) -> tuple[list[Result], Family]:
     """One result a case and metric. Without any of ``rules.gating`` (other projects' names) every metric gates."""
-    sides = [grouped(records, lambda r: r.case) for records in (base, candidate)]
-    names = list(dict.fromkeys([*sides[0], *sides[1]]))
     all_metrics = {m for r in (*base, *candidate) for m in r.metrics}
     gating = tuple(m for m in rules.gating if m in all_metrics) or tuple(sorted(all_metrics))
-    results: list[Result] = []
-    tests: list[tuple[int, float, float, float]] = []
-    why: dict[int, str] = {}
     elsewhere = MACHINES if _machines(base, candidate) > 1 else ""
-    for case in names:
-        own = [s.get(case, []) for s in sides]
+    rows = []
+    for case, own in _by_case(base, candidate).items():
         metrics = dict.fromkeys(m for records in own for r in records for m in r.metrics)
-        for metric in metrics or dict.fromkeys(gating):
-            a, b = (_values(records, metric) for records in own)
-            result = _bare(case, metric, own, a, b, rules.margin_of(metric), metric in gating)
-            if min(a.size, b.size) >= 2:
-                tests.append((len(results), *welch(a, b)))
-                least = min(len(_processes(records, metric)) for records in own)
-                few = f"{least} process{'es' * (least > 1)} on a side: {FEW}" if least < LEAST_PAIRS else ""
-                why[len(results)] = elsewhere or few
-            results.append(result)
-    size = sum(results[k].gating for k, *_ in tests)
-    for k, update in _decided(tests, results, size, rules, why):
-        results[k] = results[k].model_copy(update=update)
+        rows += [_row(case, m, own, rules.margin_of(m), m in gating, elsewhere) for m in metrics or gating]
+    able = [row for row in rows if row.testable]
+    size = sum(row.result.gating for row in able)
+    decided = iter(_decided(able, size, rules) if able else ())
+    results = [next(decided) if row.testable else row.result for row in rows]
     family = Family(
         size=size,
         alpha=rules.alpha,
@@ -105,81 +109,78 @@ def judge_unpaired(
     return results, family
 
 
-def _decided(
-    tests: Sequence[tuple[int, float, float, float]],
-    results: Sequence[Result],
-    size: int,
-    rules: Rules,
-    why: Mapping[int, str],
-) -> list[tuple[int, dict[str, object]]]:
-    if not tests:
-        return []
-    at = [k for k, *_ in tests]
-    centre, error, df = (np.array(x) for x in zip(*(t[1:] for t in tests), strict=True))
-    p = 2 * stdtr(df, -np.abs(centre) / error)
-    member = np.array([results[k].gating for k in at])
-    adjusted = p.copy()
-    adjusted[member] = holm(p[member], size)
-    half = stdtrit(df, 1 - rules.alpha / 2) * error
-    tested = Tested(centre, error, df, centre - half, centre + half, p, adjusted, {})
-    margins = np.array([math.log1p(results[k].margin) for k in at])
-    statuses = decide(tested, margins, rules.alpha)
-    moved = np.isin(statuses, ["REGRESSION", "IMPROVED"])
-    beyond = stdtr(df, (margins - np.abs(centre)) / error)
-    beyond[member] = holm(beyond[member], size)
-    found = []
-    for i, k in enumerate(at):
+def _by_case(
+    base: Sequence[CaseRecord], candidate: Sequence[CaseRecord]
+) -> dict[str, tuple[list[CaseRecord], list[CaseRecord]]]:
+    """The records of both sides by case, the base's cases first."""
+    sides = [grouped(records, lambda r: r.case) for records in (base, candidate)]
+    return {case: (sides[0].get(case, []), sides[1].get(case, [])) for case in sides[0] | sides[1]}
+
+
+def _decided(rows: Sequence[_Row], size: int, rules: Rules) -> list[Result]:
+    """The rows' results by Welch's test."""
+    centre, error, df = (np.array(x) for x in zip(*(welch(r.base, r.candidate) for r in rows), strict=True))
+    member = np.array([r.result.gating for r in rows])
+    margins = np.array([math.log1p(r.result.margin) for r in rows])
+    found = tested(centre, error, df, size, member, rules.alpha / 2)
+    statuses = decide(found, margins, rules.alpha)
+    beyond = holm(stdtr(df, (margins - np.abs(centre)) / error), size, member)
+    results = []
+    for i, row in enumerate(rows):
+        moved = statuses[i] in ("REGRESSION", "IMPROVED")
         unsure = f"not surely beyond the margin (p = {beyond[i]:.1g} after Holm)"
-        reason = why[k] or (unsure if moved[i] and beyond[i] > rules.alpha else "")
-        row = tested.row(i)
-        said = f"ratio {row['ratio']:.3f}, between {row['low']:.3f} and {row['high']:.3f}"
-        status = "INCONCLUSIVE" if reason else str(statuses[i])
-        told = {"status": status, "reason": f"{said}; {reason or 'not measured in pairs'}"}
-        found.append((k, {**told, **row, "sd_log": float(error[i])}))
-    return found
+        reason = row.why or (unsure if moved and beyond[i] > rules.alpha else "")
+        told = found.row(i)
+        said = f"ratio {told['ratio']:.3f}, between {told['low']:.3f} and {told['high']:.3f}"
+        update = {
+            "status": "INCONCLUSIVE" if reason else str(statuses[i]),
+            "reason": f"{said}; {reason or 'not measured in pairs'}",
+            **told,
+            "sd_log": float(error[i]),
+        }
+        results.append(row.result.model_copy(update=update))
+    return results
 
 
-def _bare(
+def _row(
     case: str,
     metric: str,
-    own: Sequence[Sequence[CaseRecord]],
-    a: NDArray[np.float64],
-    b: NDArray[np.float64],
+    own: tuple[list[CaseRecord], list[CaseRecord]],
     margin: float,
     gating: bool,
-) -> Result:
-    first = next(r for records in own for r in records)
-    unit = next((r.units[metric] for records in own for r in records if metric in r.units), UNITS.get(metric, ""))
+    elsewhere: str,
+) -> _Row:
+    a, b = (_values(records, metric) for records in own)
+    least = min(len(_processes(records, metric)) for records in own)
+    few = f"{least} process{'es' * (least > 1)} on a side: {FEW}" if least < LEAST_PAIRS else ""
     both = bool(a.size and b.size)
-    status = "INVALID" if both or not (a.size or b.size) else "NEW" if b.size else "MISSING"
+    status: ChangeStatus = "INVALID" if both or not (a.size or b.size) else "NEW" if b.size else "MISSING"
     reason = {
         "NEW": "not measured for base",
         "MISSING": "not measured for the candidate",
         "INVALID": "fewer than two samples on a side" if both else "neither side has a sample",
     }[status]
-    return Result(
+    result = Result(
         case=case,
         metric=metric,
-        unit=unit,
+        unit=unit_of(metric, chain(*own)),
         gating=gating,
-        status=status,  # type: ignore[arg-type]
+        status=status,
         reason=reason,
         margin=margin,
-        parameters=first.parameters,
+        parameters=next(chain(*own)).parameters,
         ratio=math.exp(float(np.median(b) - np.median(a))) if both else None,
         base_median=math.exp(float(np.median(a))) if a.size else None,
         candidate_median=math.exp(float(np.median(b))) if b.size else None,
     )
+    return _Row(result, a, b, elsewhere or few)
 
 
 def _side(name: SideName, label: str, records: Sequence[CaseRecord]) -> ComparedSide:
     facts = dict(records[0].details)
-    known: dict[str, Any] = {}
-    for key in ("model", "precision", "weights_sha256", "spec_digest"):
-        if key in facts:
-            known[key] = str(facts.pop(key))
-    side = ComparedSide(name=name, label=label, text=label, versions=records[0].versions, details=facts)
-    return side.model_copy(update=known)
+    keys = ("model", "precision", "weights_sha256", "spec_digest")
+    known: dict[str, Any] = {key: str(facts.pop(key)) for key in keys if key in facts}
+    return ComparedSide(name=name, label=label, text=label, versions=records[0].versions, details=facts, **known)
 
 
 def compare_files(
@@ -240,10 +241,8 @@ def _why_advisory(base: Sequence[CaseRecord], candidate: Sequence[CaseRecord], r
     """Why unpaired records decide nothing; "" where one gating result has enough processes of one machine."""
     if _machines(base, candidate) > 1:
         return f"{UNPAIRED}; {MACHINES}"
-    sides = [grouped(records, lambda r: r.case) for records in (base, candidate)]
-    most = max(
-        (min(len(_processes(s.get(r.case, []), r.metric)) for s in sides) for r in results if r.gating), default=0
-    )
+    cases = _by_case(base, candidate)
+    most = max((min(len(_processes(x, r.metric)) for x in cases[r.case]) for r in results if r.gating), default=0)
     return "" if most >= LEAST_PAIRS else f"{UNPAIRED}; {FEW}"
 
 

@@ -6,6 +6,7 @@ print(v.judge(r.RunRecord.read(pathlib.Path('reports/out/record.json'))).headlin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,22 +38,16 @@ PARITY_WORDS: dict[ParityAnswer, str] = {
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Candidate against baseline on the headline case; a part is ``None`` where it was not measured."""
-
-    decode: Comparison | None
-    prefill: Comparison | None
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What a reader and a pipeline need to know.
 
-    ``outcome`` is FAIL where a check of the gate or another test failed. Targets that were missed do not change it.
+    ``speed`` is the candidate against the baseline on the headline case: ``decode`` and ``prefill``, as far as they
+    were measured. ``outcome`` is FAIL where a check of the gate or another test failed. Targets that were missed do
+    not change it.
     """
 
     parity: ParityAnswer
-    speed: Speed | None
+    speed: Mapping[str, Comparison]
     headline: str
     outcome: Word
     gated: int
@@ -124,9 +119,9 @@ def other_outcomes(record: RunRecord) -> list[Outcome]:
     return [o for o in record.outcomes if o.test not in checks]
 
 
-def speed_sentence(speed: Speed | None) -> str:
+def speed_sentence(speed: Mapping[str, Comparison]) -> str:
     """Such as ``2.79 times as fast (95 % interval 2.7 to 2.9) in decode, ...`` or ``speed not measured``."""
-    return ", ".join(f"{_times(gain)} in {name}" for name, gain in _gains(speed)) or "speed not measured"
+    return ", ".join(f"{_times(pair.speedup)} in {name}" for name, pair in speed.items()) or "speed not measured"
 
 
 def derived_warnings(record: RunRecord) -> list[str]:
@@ -140,13 +135,13 @@ def derived_warnings(record: RunRecord) -> list[str]:
     return [*found, *_spread_warnings(record), *_count_warnings(record)]
 
 
-def _speed(record: RunRecord) -> Speed | None:
+def _speed(record: RunRecord) -> dict[str, Comparison]:
     case, candidate = headline_case(record), record.side("candidate")
     if case is None or candidate is None:
-        return None
+        return {}
     decode = against_baseline(record, case, candidate.label, "tpot")
     prefill = against_baseline(record, case, candidate.label, "ttft")
-    return Speed(decode, prefill) if decode or prefill else None
+    return {name: pair for name, pair in (("decode", decode), ("prefill", prefill)) if pair}
 
 
 def _rounds(record: RunRecord, case: Case | None) -> int:
@@ -155,11 +150,6 @@ def _rounds(record: RunRecord, case: Case | None) -> int:
         return 0
     sides = [s for s in measured_sides(record, case) if s.role != "peer"] or measured_sides(record, case)
     return min(len(found.rounds) for s in sides if (found := record.find(case, s.label)))
-
-
-def _gains(speed: Speed | None) -> list[tuple[str, Estimate]]:
-    pairs = (("decode", speed.decode), ("prefill", speed.prefill)) if speed else ()
-    return [(name, pair.speedup) for name, pair in pairs if pair]
 
 
 def _times(speedup: Estimate) -> str:
@@ -172,13 +162,14 @@ def _times(speedup: Estimate) -> str:
 def _headline(
     record: RunRecord,
     parity: ParityAnswer,
-    speed: Speed | None,
+    speed: Mapping[str, Comparison],
     failed_tests: tuple[str, ...],
     targets: tuple[Target, ...],
 ) -> str:
     parts = [PARITY_WORDS[parity]]
     gains = [
-        f"{gain.value:.3g}{'' if i else ' times as fast'} in {name}" for i, (name, gain) in enumerate(_gains(speed))
+        f"{pair.speedup.value:.3g}{'' if i else ' times as fast'} in {name}"
+        for i, (name, pair) in enumerate(speed.items())
     ]
     parts.append(" and ".join(gains) or "speed not measured")
     if failed_tests:
@@ -191,7 +182,7 @@ def _headline(
 
 def _not_examined(record: RunRecord) -> tuple[str, ...]:
     found = unexamined(record.validation) if record.validation else ["parity with PyTorch"]
-    if _speed(record) is None:
+    if not _speed(record):
         found.append("speed against a baseline")
     longest = max((c.prompt + c.new_tokens for c in record.cases()), default=0)
     if longest and longest < record.model.context_length:

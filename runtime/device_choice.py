@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto, helper, numpy_helper
 
 from runtime.kv_cache import small_session
 
@@ -35,8 +36,6 @@ def choice_session(logits_type: str, device: str, draws: bool, top_k: bool = Fal
         top_k: also takes ``top_k [1]`` int64, at most v; ties at its edge are all kept.
         top_p: also takes ``top_p [1]`` fp64.
     """
-    from onnx import TensorProto, helper
-
     whole, double = TensorProto.INT64, TensorProto.DOUBLE
 
     def value(name: str, kind: int, *shape: str | int) -> Any:
@@ -71,8 +70,6 @@ class _Nodes:
 
     def add(self, op: str, *inputs: str, out: str = "", outputs: int = 1, **attributes: Any) -> str:
         """Append a node; returns its (first) output's name, the second one is that with ``_1``."""
-        from onnx import helper
-
         name = out or f"{op}_{len(self.made)}"
         names = [name, *(f"{name}_{n}" for n in range(1, outputs))]
         self.made.append(helper.make_node(op, list(inputs), names, **attributes))
@@ -80,8 +77,6 @@ class _Nodes:
 
     def whole(self, *numbers: int) -> str:
         """An int64 constant ``[len(numbers)]``."""
-        from onnx import numpy_helper
-
         name = f"whole_{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
         return name
@@ -89,8 +84,6 @@ class _Nodes:
 
 def _draw(nodes: _Nodes, top_k: bool, top_p: bool) -> None:
     """Nodes that leave ``ids``; the draw is the first place where the cumulated probability exceeds the number."""
-    from onnx import TensorProto
-
     add, double = nodes.add, TensorProto.DOUBLE
     row = nodes.whole(1)
     flat = add("Cast", add("Squeeze", "logits", row), to=double)

@@ -6,27 +6,28 @@ The list of available providers also names those whose libraries are missing, so
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import os
 import platform
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from onnx import TensorProto, helper
 
+from export.manifest import first_line
 from runtime.errors import ProviderUnavailableError
 from runtime.providers import (
     PROVIDERS,
     Provider,
     attach,
     library_trouble,
+    packages,
     placement,
     provider_list,
     require,
     require_active,
 )
+from runtime.settings import usable_cores
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,6 @@ class Report:
 
 def _one_node() -> bytes:
     """A model that adds its input to itself."""
-    from onnx import TensorProto, helper
-
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "one", [x], [y])
@@ -99,24 +98,18 @@ def _try(provider: Provider, model: bytes) -> Finding:
     except ProviderUnavailableError as e:
         return Finding(provider.name, False, str(e), provider.install)
     except Exception as e:  # onnxruntime raises its own C++-bound classes
-        cause = library_trouble(provider) or str(e).splitlines()[0][:200]
+        cause = library_trouble(provider) or first_line(e)
         return Finding(provider.name, False, f"{cause}. To get it: {provider.install}", provider.install)
 
 
-def gpus(nvml: Any = None) -> Gpu:
-    """NVIDIA GPUs, clocks and driver, by nvidia-ml-py; says why where it cannot tell.
-
-    Args:
-        nvml: the module ``pynvml``, None to import it.
-    """
-    if nvml is None:
-        try:
-            nvml = importlib.import_module("pynvml")
-        except ImportError:
-            return Gpu(missing="nvidia-ml-py is not installed: GPUs, driver and clocks are not known "
-                       "(pip install nvidia-ml-py)")  # fmt: skip
+def gpus() -> Gpu:
+    """NVIDIA GPUs, clocks and driver, by nvidia-ml-py; says why where it cannot tell."""
     try:
+        nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
+    except ImportError:
+        why = "nvidia-ml-py is not installed: GPUs, driver and clocks are not known (pip install nvidia-ml-py)"
+        return Gpu(missing=why)
     except Exception as e:  # nvml has an exception class for each code
         return Gpu(missing=f"no NVIDIA driver answers: {str(e)[:120]}")
     try:
@@ -144,13 +137,6 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def packages() -> dict[str, str]:
-    """Installed distributions of which the providers are made: ONNX Runtime, CUDA, cuDNN, TensorRT."""
-    wanted = re.compile(r"(onnxruntime|tensorrt|torch$|nvidia-(cuda-runtime|cudnn|cublas|ml-py))", re.IGNORECASE)
-    names = ((d.metadata["Name"], d.version) for d in importlib.metadata.distributions())
-    return {name: version for name, version in sorted(names, key=str) if name and wanted.match(name)}
-
-
 def processor() -> dict[str, str | int | float]:
     """The CPU that this process may use, and its clock now where the system tells."""
     import cpuinfo
@@ -159,7 +145,7 @@ def processor() -> dict[str, str | int | float]:
     info = cpuinfo.get_cpu_info()
     found: dict[str, str | int | float] = {
         "name": str(info.get("brand_raw") or platform.processor() or platform.machine()),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
     flags = set(info.get("flags") or ())

@@ -14,30 +14,29 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from export.manifest import FileEntry, KVLayout, Manifest, Quantisation
+import onnx
+
+from export.manifest import (
+    ATTENTIONS,
+    DECODE_GRAPH,
+    GENAI_CONFIG,
+    MATMULS,
+    NORMS,
+    ONNX_TYPE,
+    SCORING_GRAPH,
+    FileEntry,
+    KVLayout,
+    Manifest,
+    Quantisation,
+)
 from runtime.errors import SessionError
 from runtime.trust import check_graph
 
-GENAI_CONFIG = "genai_config.json"
-GRAPHS = ("model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx")
+GRAPHS = (DECODE_GRAPH, "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx")
 """File names that optimum has used, the present one first."""
-SCORING_GRAPH = "model_scoring.onnx"
-"""The second graph of our own export, whose manifest may have been left behind."""
-FUSED = (
-    "GroupQueryAttention",
-    "MultiHeadAttention",
-    "Attention",
-    "RotaryEmbedding",
-    "SimplifiedLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
-    "RMSNormalization",
-    "MatMulNBits",
-    "GatherBlockQuantized",
-    "Softmax",
-    "MatMul",
-)
+FUSED = (*ATTENTIONS, *NORMS, *MATMULS, "RotaryEmbedding", "Softmax")
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_TYPES = {1: "fp32", 10: "fp16", 16: "bf16"}
+_TYPES = {number: name for name, number in ONNX_TYPE.items()}
 
 
 class ForeignFolderError(SessionError):
@@ -89,10 +88,7 @@ def describe(folder: Path) -> Manifest:
     eos = _eos(folder, config, genai_model)
     if not eos:
         notes.append("no end-of-sequence token is named: generation ends at the length limit only")
-    attention = "unfused"
-    for operator in ("GroupQueryAttention", "Attention"):
-        if counts[operator]:
-            attention = operator
+    attention = next((op for op in ("Attention", "GroupQueryAttention") if counts[op]), "unfused")
     if counts["MultiHeadAttention"]:
         notes.append("MultiHeadAttention: its padding rules are taken to be those of an unfused graph")
     looked_up = _only_gathered(graph)
@@ -139,8 +135,8 @@ def describe(folder: Path) -> Manifest:
 
 
 def _scoring_graph(folder: Path, decode: str) -> str:
-    """Our own layout has a second graph that gives the logits of every position."""
-    if decode == GRAPHS[0] and (folder / SCORING_GRAPH).is_file():
+    """Our own layout, whose manifest was left behind, has a second graph that gives the logits of every position."""
+    if decode == DECODE_GRAPH and (folder / SCORING_GRAPH).is_file():
         check_graph(folder / SCORING_GRAPH)
         return SCORING_GRAPH
     return decode
@@ -213,8 +209,11 @@ def _precision(graph: Any, activations: str, notes: list[str]) -> tuple[str, Qua
     """What most of the weights are stored as; quantised ones by their operators."""
     packed = [{a.name: a for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
     nbits = sum(int(p["K"].i) * int(p["N"].i) for p in packed if "K" in p and "N" in p)
-    floats = sum(_elements(t) for t in graph.initializer if t.data_type in _TYPES and len(t.dims) > 1)
-    if packed and 8 * nbits < floats:
+    sizes: Counter[int] = Counter()
+    for tensor in graph.initializer:
+        if tensor.data_type in _TYPES and len(tensor.dims) > 1:
+            sizes[tensor.data_type] += _elements(tensor)
+    if packed and 8 * nbits < sizes.total():
         notes.append(f"{len(packed)} MatMulNBits beside mostly float weights")
     elif packed:
         bits = Counter(int(p["bits"].i) if "bits" in p else 4 for p in packed)
@@ -230,10 +229,6 @@ def _precision(graph: Any, activations: str, notes: list[str]) -> tuple[str, Qua
     if any(node.op_type in ("DynamicQuantizeMatMul", "MatMulInteger", "DequantizeLinear") for node in graph.node):
         notes.append("weights are quantised by other operators than MatMulNBits: called int8, not certain")
         return "int8", Quantisation("int8", "unknown", 0, 0, "unknown", "unknown", "unknown", "unknown")
-    sizes: Counter[int] = Counter()
-    for tensor in graph.initializer:
-        if tensor.data_type in _TYPES and len(tensor.dims) > 1:
-            sizes[tensor.data_type] += _elements(tensor)
     if not sizes:
         notes.append("no float weights found: the precision is that of the KV cache")
         return activations, None
@@ -247,8 +242,7 @@ def _elements(tensor: Any) -> int:
 
 
 def _nbytes(tensor: Any) -> int:
-    width = {1: 4, 6: 4, 7: 8, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}.get(tensor.data_type, 1)
-    return _elements(tensor) * width
+    return _elements(tensor) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _only_gathered(graph: Any) -> set[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import SessionError
-from runtime.sampling import GREEDY, Chooser, Draws, Sampling, likeliest
+from runtime.sampling import GREEDY, Chooser, Draws, Sampling
 from runtime.session import Ids, Session
 from runtime.text import TextStream
 
@@ -57,11 +57,6 @@ class Generation:
         return self.at_s[0]
 
     @property
-    def gaps_s(self) -> tuple[float, ...]:
-        """Times between tokens: N - 1 for N tokens."""
-        return tuple(b - a for a, b in zip(self.at_s, self.at_s[1:], strict=False))
-
-    @property
     def tpot_s(self) -> float | None:
         """Mean time per output token after the first, None for a single token."""
         return (self.at_s[-1] - self.at_s[0]) / (len(self.at_s) - 1) if len(self.at_s) > 1 else None
@@ -101,7 +96,9 @@ def stream(
     if max_new_tokens < 1:
         raise SessionError(f"cannot generate {max_new_tokens} tokens; ask for at least 1")
     start = clock()
-    advance = _advance(session, ids, max_new_tokens, sampling)
+    # What a row has seen is known on the host only.
+    on_device = sampling.repetition_penalty == 1 and getattr(session, "choose_on_device", False)
+    advance = (_OnDevice if on_device else _OnHost)(session, ids, max_new_tokens, sampling)
     keep = getattr(session, "keep", None) if compact else None
     rows = np.arange(len(ids))
     fed: NDArray[np.int64] | None = None  # what the session's batch is given, ended rows included
@@ -139,9 +136,7 @@ class _OnHost:
 
     def __init__(self, session: Session, ids: Ids, reserve: int, sampling: Sampling) -> None:
         self._session, self._ids, self._reserve = session, ids, reserve
-        self._choose: Callable[[Any], NDArray[np.int64]] | Chooser = likeliest
-        if not sampling.plain:
-            self._choose = Chooser(sampling, ids, session.info.vocab_size)
+        self._choose = Chooser(sampling, ids, session.info.vocab_size)
 
     def __call__(self, fed: NDArray[np.int64] | None, live: NDArray[np.int64]) -> NDArray[np.int64]:
         session = self._session
@@ -149,8 +144,7 @@ class _OnHost:
         return self._choose(logits if len(live) == len(logits) else logits[live])
 
     def keep(self, rows: NDArray[np.int64]) -> None:
-        if isinstance(self._choose, Chooser):
-            self._choose.keep(rows)
+        self._choose.keep(rows)
 
 
 class _OnDevice:
@@ -176,13 +170,6 @@ class _OnDevice:
     def keep(self, rows: NDArray[np.int64]) -> None:
         if self._draws is not None:
             self._draws.keep(rows)
-
-
-def _advance(session: Session, ids: Ids, reserve: int, sampling: Sampling) -> _OnHost | _OnDevice:
-    # What a row has seen is known on the host only.
-    if sampling.repetition_penalty == 1 and getattr(session, "choose_on_device", False):
-        return _OnDevice(session, ids, reserve, sampling)
-    return _OnHost(session, ids, reserve, sampling)
 
 
 def generate(

@@ -59,6 +59,24 @@ class Graph:
         binding.bind_output("logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
         return lambda: logits
 
+    def once(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        bind_cache: Callable[[Any], None],
+        wanted: int,
+        places: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[Any], Any]:
+        """Run new tokens with everything bound anew; logits ``[rows, wanted, vocab]``, and the binding.
+
+        ``places`` are the tokens' positions, None for those that the mask says.
+        """
+        places = positions(mask) if places is None else places
+        binding = self.bind({"input_ids": ids, "attention_mask": mask, "position_ids": places}, bind_cache)
+        logits = self.bind_logits(binding, wanted, len(ids))
+        self.run(binding)
+        return logits(), binding
+
     def run(self, binding: Any) -> None:
         """Run what is bound."""
         self.session.run_with_iobinding(binding, self._run_options)

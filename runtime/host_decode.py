@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.graph import Graph, fp32, positions
+from runtime.graph import Graph, fp32
 from runtime.kv_cache import GrowingCache, SharedCache
 from runtime.session import Ids, Logits, left_pad, right_pad
 from runtime.tensorrt import Shapes, require_inside
@@ -34,6 +34,7 @@ class HostDecoder:
     def __init__(self, prefill: Graph, decode: Graph, cache: SharedCache | GrowingCache, shapes: Shapes | None) -> None:
         self._prefill, self._decode, self._cache, self._shapes = prefill, decode, cache, shapes
         self._manifest = decode.manifest
+        self._last_only = self._manifest.decode_logits == "last"
         self._mask: NDArray[np.int64]
 
     def prefill(self, ids: Ids, lengths: Sequence[int], reserve: int) -> Logits:
@@ -72,26 +73,20 @@ class HostDecoder:
 
     def _prefill_batch(self, padded: NDArray[np.int64], mask: NDArray[np.int64], last: NDArray[np.int64]) -> Logits:
         """All rows in one run; ``last`` is each row's last valid column."""
-        buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions(mask)}
-        binding = self._prefill.bind(buffers, self._cache.bind)
-        last_only = self._manifest.decode_logits == "last"
-        logits = self._prefill.bind_logits(binding, 1 if last_only else padded.shape[1], len(padded))
-        self._prefill.run(binding)
+        wanted = 1 if self._last_only else padded.shape[1]
+        logits, binding = self._prefill.once(padded, mask, self._cache.bind, wanted)
         self._cache.taken(binding)
-        return fp32(logits()[:, 0] if last_only else logits()[np.arange(len(padded)), last])
+        return fp32(logits[:, 0] if self._last_only else logits[np.arange(len(padded)), last])
 
     def _prefill_rows(self, padded: NDArray[np.int64], lengths: Sequence[int]) -> Logits:
         """Each row alone, into its place in the shared cache."""
         assert isinstance(self._cache, SharedCache)
-        last_only = self._manifest.decode_logits == "last"
         out = np.empty((len(padded), self._manifest.vocab_size), np.float32)
         for row, length in enumerate(lengths):
             ids, mask = padded[row : row + 1, :length].copy(), np.ones((1, length), np.int64)
-            buffers = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
-            binding = self._prefill.bind(buffers, partial(self._cache.bind_row, row=row))
-            logits = self._prefill.bind_logits(binding, 1 if last_only else length, 1)
-            self._prefill.run(binding)
-            out[row] = logits()[0, -1]
+            bind_row = partial(self._cache.bind_row, row=row)
+            logits, _ = self._prefill.once(ids, mask, bind_row, 1 if self._last_only else length)
+            out[row] = logits[0, -1]
         return out
 
     def _bind_steps(self) -> None:
@@ -127,12 +122,9 @@ class HostDecoder:
         self._ids[:, 0] = ids
         self._width += 1
         mask = np.ascontiguousarray(self._mask[:, : self._width])
-        buffers = {"input_ids": self._ids, "attention_mask": mask, "position_ids": lengths[:, None] - 1}
-        binding = self._decode.bind(buffers, self._cache.bind)
-        logits = self._decode.bind_logits(binding, 1, self._batch)
-        self._decode.run(binding)
+        logits, binding = self._decode.once(self._ids, mask, self._cache.bind, 1, lengths[:, None] - 1)
         self._cache.taken(binding)
-        return fp32(logits()[:, 0])
+        return fp32(logits[:, 0])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only; the cache was cut down already."""

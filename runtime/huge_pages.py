@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from runtime.settings import usable_cores
 
 HUGE = 2 << 20
 _MADV_COLLAPSE = 25
@@ -41,7 +42,7 @@ def collapse() -> int:
         for first, high in _resident(libc, start, end)
         for low in range(first, high, _PART)
     ]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the copying happens outside the GIL
+    with ThreadPoolExecutor(usable_cores()) as pool:  # the copying happens outside the GIL
         return sum(pool.map(move, parts))
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
-from export.manifest import KVLayout
+from export.manifest import ONNX_TYPE, KVLayout
 
 NUMPY_DTYPE: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
-BFLOAT16 = 16
-"""Number of bfloat16 among ONNX's element types; numpy has no such type."""
+BFLOAT16 = ONNX_TYPE["bf16"]
+"""numpy has no such type."""
 BLOCK = 64
 """Capacity is rounded up to whole blocks, so that runs of similar length reuse the buffers."""
 
@@ -55,7 +56,6 @@ class SharedCache:
                 else:
                     value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, NUMPY_DTYPE[layout.dtype]), device, 0)
                 self._values[f"{layer}.{kind}"] = value
-        self.nbytes = batch * self.capacity * layout.bytes_per_token()
 
     def holds(self, batch: int, tokens: int) -> bool:
         """Whether a batch of that size fits without wasting more than half of the buffer."""
@@ -130,19 +130,10 @@ class GrowingCache:
         empty = np.zeros((batch, layout.kv_heads, 0, layout.head_dim), NUMPY_DTYPE[layout.dtype])
         names = [f"{layer}.{kind}" for layer in range(layout.layers) for kind in ("key", "value")]
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(empty, device, 0) for name in names}
-        self._batch = batch
-        self._per_token = layout.bytes_per_token()
-        self._tokens = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held now."""
-        return self._batch * self._per_token * self._tokens
 
     def keep(self, rows: Sequence[int], _tokens: int) -> None:
         """Drop every row but these."""
         self._values = {name: select_rows(value, rows) for name, value in self._values.items()}
-        self._batch = len(rows)
 
     def bind(self, binding: Any) -> None:
         """Bind the past; the present is allocated by the run."""
@@ -152,9 +143,7 @@ class GrowingCache:
 
     def taken(self, binding: Any) -> None:
         """After a run: its present is the next one's past. The cache must have been bound before other outputs."""
-        outputs = binding.get_outputs()
-        self._values = dict(zip(self._values, outputs, strict=False))
-        self._tokens = outputs[0].shape()[2]
+        self._values = dict(zip(self._values, binding.get_outputs(), strict=False))
 
 
 def select_rows(value: Any, rows: Sequence[int]) -> Any:
@@ -162,20 +151,13 @@ def select_rows(value: Any, rows: Sequence[int]) -> Any:
     device = value.device_name().lower()
     if device == "cpu":
         return ort.OrtValue.ortvalue_from_numpy(value.numpy()[list(rows)])
-    session = _gather(value.element_type(), device)
-    binding = session.io_binding()
-    binding.bind_ortvalue_input("data", value)
-    binding.bind_ortvalue_input("rows", ort.OrtValue.ortvalue_from_numpy(np.asarray(rows, np.int64), device, 0))
-    binding.bind_output("kept", device)
-    session.run_with_iobinding(binding)
-    return binding.get_outputs()[0]
+    index = ort.OrtValue.ortvalue_from_numpy(np.asarray(rows, np.int64), device, 0)
+    return _ran(_gather(value.element_type(), device), {"data": value, "rows": index}, "kept", device)
 
 
 @cache
 def _gather(element_type: int, device: str) -> Any:
     """A session that takes rows of a 4-dimensional tensor of that ONNX element type."""
-    from onnx import TensorProto, helper
-
     data = helper.make_tensor_value_info("data", element_type, ["b", "h", "t", "d"])
     rows = helper.make_tensor_value_info("rows", TensorProto.INT64, ["n"])
     kept = helper.make_tensor_value_info("kept", element_type, ["n", "h", "t", "d"])
@@ -185,29 +167,30 @@ def _gather(element_type: int, device: str) -> Any:
 
 def to_fp32(value: Any, device: str) -> NDArray[np.float32]:
     """A 3-dimensional bfloat16 OrtValue as fp32 on the host; converted on the device."""
-    session = _widen(device)
-    binding = session.io_binding()
-    binding.bind_ortvalue_input("narrow", value)
-    binding.bind_output("wide", "cpu")
-    session.run_with_iobinding(binding)
-    wide: NDArray[np.float32] = binding.get_outputs()[0].numpy()
+    wide: NDArray[np.float32] = _ran(_widen(device), {"narrow": value}, "wide", "cpu").numpy()
     return wide
 
 
 @cache
 def _widen(device: str) -> Any:
-    from onnx import TensorProto, helper
-
     narrow = helper.make_tensor_value_info("narrow", TensorProto.BFLOAT16, ["a", "b", "c"])
     wide = helper.make_tensor_value_info("wide", TensorProto.FLOAT, ["a", "b", "c"])
     node = helper.make_node("Cast", ["narrow"], ["wide"], to=TensorProto.FLOAT)
     return small_session(helper.make_graph([node], "widen", [narrow], [wide]), device)
 
 
+def _ran(session: Any, inputs: dict[str, Any], output: str, device: str) -> Any:
+    """The one output of a small session over OrtValues, left on ``device``."""
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output(output, device)
+    session.run_with_iobinding(binding)
+    return binding.get_outputs()[0]
+
+
 def small_session(graph: Any, device: str) -> Any:
     """A session over a helper graph of a few nodes, on the ``cpu`` or on ``cuda``."""
-    from onnx import helper
-
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     options = ort.SessionOptions()
     options.log_severity_level = 3

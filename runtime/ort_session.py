@@ -6,7 +6,6 @@ Logits come to the host through :mod:`runtime.host_decode`, or stay on the devic
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +15,15 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.manifest import Manifest
+from export.manifest import Manifest, first_line
 from runtime.device_decode import GRAPH_KEY, NO_GRAPH, Captures, DeviceDecoder
 from runtime.errors import ProviderUnavailableError, SessionError
-from runtime.graph import Graph, fp32, positions
+from runtime.graph import Graph, fp32
 from runtime.host_decode import HostDecoder
 from runtime.huge_pages import collapse
 from runtime.kv_cache import GrowingCache, SharedCache
 from runtime.pipeline import PipelineMixin
-from runtime.provider_options import DEFAULTS, as_text
+from runtime.provider_options import options_of
 from runtime.providers import (
     PROVIDERS,
     Provider,
@@ -34,12 +33,11 @@ from runtime.providers import (
     require,
     require_active,
     require_placed,
-    stray_operators,
 )
 from runtime.sampling import GREEDY, Sampling
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, right_pad
-from runtime.settings import SessionSettings
-from runtime.tensorrt import Shapes, engine_options, gpu_name, profile_options, require_inside
+from runtime.settings import SessionSettings, usable_cores
+from runtime.tensorrt import Shapes, engine_options, require_inside
 from runtime.trim import give_back
 from runtime.turns import Guarded, guarded
 
@@ -77,8 +75,8 @@ class OrtSession(PipelineMixin, Guarded):
         provider_options = dict(settings.provider_options or {})
         if self._cuda_graph:
             provider_options = {"enable_cuda_graph": "1", **provider_options}
-        self._options = {} if self._fallbacks else as_text(DEFAULTS[settings.provider], provider_options)
-        self._threads = settings.threads or len(os.sched_getaffinity(0))
+        self._options = {} if self._fallbacks else options_of(settings.provider, provider_options)
+        self._threads = settings.threads or usable_cores()
         self._shapes = (settings.shapes or Shapes()) if self._provider.name.startswith("tensorrt") else None
         self._engine_home, self._build_s = settings.engine_home, 0.0
         self._session_options = dict(settings.session_options or {})
@@ -155,16 +153,15 @@ class OrtSession(PipelineMixin, Guarded):
                 str(self.folder / graph), sess_options=options, providers=provider_list(self._provider, chosen)
             )
         except Exception as e:  # onnxruntime raises its own C++-bound classes
-            first = str(e).splitlines()[0][:300]
-            raise SessionError(f"onnxruntime {ort.__version__} cannot open {self.folder / graph}: {first}") from None
+            where = self.folder / graph
+            raise SessionError(f"onnxruntime {ort.__version__} cannot open {where}: {first_line(e)}") from None
         if not built:
             self._build_s += time.perf_counter() - started
         session.disable_fallback()
         self._where = placement(session)
         if line := require_active(session, self._provider, self._allow_fallback):
             self._fall_back(line)
-        strays = stray_operators(session, self._provider)
-        if line := require_placed(self._where, self._provider, strays, self._allow_fallback):
+        if line := require_placed(self._where, self._provider, self._allow_fallback):
             self._fallbacks["partly_elsewhere"] = line
         return session
 
@@ -172,13 +169,9 @@ class OrtSession(PipelineMixin, Guarded):
         """The provider's options for one phase, and whether opening is mere loading (True but for TensorRT)."""
         if self._shapes is None:
             return self._options, True
-        if self._engine_home is None:
-            prefix = "nv" if self._provider.plugin else "trt"
-            return profile_options(self.manifest, self._shapes, phase, prefix) | self._options, False
-        more, built = engine_options(
-            self._provider.name, self.manifest, self._shapes, phase, self._engine_home, gpu_name()
-        )
-        return self._options | more, built
+        home, options = self._engine_home, self._options
+        more, built = engine_options(self._provider.name, self.manifest, self._shapes, phase, home, options)
+        return more | self._options, built
 
     def _fall_back(self, why: str) -> None:
         """Go on on the CPU, and say so in the record."""
@@ -221,12 +214,6 @@ class OrtSession(PipelineMixin, Guarded):
                 ),
             },
         )
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV buffers that are allocated now."""
-        cache = self._cache
-        return cache.nbytes if cache else 0
 
     def _reset(self) -> None:
         """No batch; buffers stay."""
@@ -334,7 +321,14 @@ class OrtSession(PipelineMixin, Guarded):
 
     @guarded
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only; see :meth:`runtime.session.Compacting.keep`."""
+        """Go on with these rows only, renumbered from 0; the others leave the KV cache.
+
+        Args:
+            rows: places in the present batch, ascending.
+
+        Raises:
+            SessionError: no batch is open, no row, a row that is not there, or not ascending.
+        """
         check_rows(rows, self._batch)
         assert self._cache is not None
         self._cache.keep(rows, int(self._lengths.max()))
@@ -353,11 +347,8 @@ class OrtSession(PipelineMixin, Guarded):
         self._drop()
         cache = self._new_cache(1, len(ids))
         padded, mask = right_pad([ids])
-        buffers = {"input_ids": padded, "attention_mask": mask, "position_ids": positions(mask)}
-        binding = scoring.bind(buffers, cache.bind)
-        logits = scoring.bind_logits(binding, len(ids), 1)
-        scoring.run(binding)
-        return fp32(logits()[0])
+        logits, _ = scoring.once(padded, mask, cache.bind, len(ids))
+        return fp32(logits[0])
 
     @guarded
     def end_profile(self) -> Path:
@@ -370,12 +361,6 @@ class OrtSession(PipelineMixin, Guarded):
             raise SessionError("no profile is being made; open the session with profile=PATH")
         self._profile = None
         return Path(self._decode.session.end_profiling())
-
-    def __enter__(self) -> OrtSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _check_numbers(sampling: Sampling, numbers: NDArray[np.float64] | None, batch: int) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from export.manifest import Manifest
+from export.manifest import Manifest, first_line
 from runtime.errors import SessionError
 from runtime.generate import generate
 from runtime.sampling import Sampling
@@ -24,36 +25,14 @@ from runtime.session import Session, SessionInfo
 
 DEFAULT_LENGTH = 20
 """GenerationConfig's own ``max_length``."""
-# What GenerationConfig may hold besides, and the value at which it changes nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (None, 0.0),
-    "typical_p": (1.0,),
-    "min_p": (None, 0.0),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,),
-    "bad_words_ids": (None,),
-    "min_length": (0,),
-    "min_new_tokens": (None, 0),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "sequence_bias": (None,),
-    "guidance_scale": (None, 1.0),
-    "max_time": (None,),
-    "watermarking_config": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "return_dict_in_generate": (False, None),
-    "output_scores": (False, None),
-    "output_logits": (False, None),
-    "output_attentions": (False, None),
-    "output_hidden_states": (False, None),
-}
+# Settings of GenerationConfig that are carried out here, that are about beams and assistants (which are refused as
+# such), or that have no say in what one decoder answers. Every other one has to stay at its default.
+_SETTINGS = re.compile(
+    "max_length|max_new_tokens|stop_strings|do_sample|temperature|top_k|top_p|repetition_penalty|(eos|pad|bos)_token_id"
+    "|early_stopping|length_penalty|diversity_penalty|low_memory|.*assistant.*|.*_lookbehind|max_matching_ngram_size"
+    "|.*cache.*|prefill_chunk_size|disable_compile|decoder_start_token_id|remove_invalid_values|renormalize_logits"
+    "|transformers_version|_from_model_config"
+)
 # Arguments of generate() that are about how PyTorch computes, or that the pipeline always hands over.
 _HARMLESS = {
     "use_cache",
@@ -98,9 +77,8 @@ class PipelineMixin(PreTrainedModel):
         try:
             return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as e:
-            first = str(e).splitlines()[0][:160]
             raise SessionError(
-                f"{self.folder} has no configuration for a pipeline ({first}); export it again"
+                f"{self.folder} has no configuration for a pipeline ({first_line(e)}); export it again"
             ) from None
 
     @cached_property
@@ -172,22 +150,22 @@ class PipelineMixin(PreTrainedModel):
         default = config.max_length in (None, DEFAULT_LENGTH) and "max_length" not in options
         length = (config.max_length or DEFAULT_LENGTH) - (0 if default else width)
         limit = config.max_new_tokens if config.max_new_tokens is not None else length
-        tokenizer = options.get("tokenizer")
+        eos, stops = [int(v) for v in _several(config.eos_token_id)], _several(config.stop_strings)
         done = generate(
             cast(Session, self),
             prompts,
             max(limit, 0) if config.max_new_tokens is not None else min(limit, room),
-            _ids(config.eos_token_id),
+            eos,
             _sampling(config),
-            stop_strings=_strings(config.stop_strings),
-            tokenizer=tokenizer if config.stop_strings else None,
+            stop_strings=stops,
+            tokenizer=options.get("tokenizer") if stops else None,
         )
         if streamer is not None:
             streamer.put(input_ids)
             for token in done.tokens[0]:
                 streamer.put(torch.tensor([token]))
             streamer.end()
-        pad = config.pad_token_id if config.pad_token_id is not None else (_ids(config.eos_token_id) or [0])[0]
+        pad = config.pad_token_id if config.pad_token_id is not None else (eos or [0])[0]
         out = torch.full((len(prompts), max(map(len, done.tokens))), pad, dtype=torch.long)
         for row, tokens in enumerate(done.tokens):
             out[row, : len(tokens)] = torch.tensor(tokens)
@@ -195,6 +173,8 @@ class PipelineMixin(PreTrainedModel):
 
     def _generation_options(self, options: dict[str, Any]) -> tuple[Any, Any]:
         """The generation's configuration, and the streamer."""
+        from transformers import GenerationConfig
+
         config = copy.deepcopy(options.get("generation_config") or self.generation_config)
         given = {k: v for k, v in options.items() if k not in _HARMLESS and k != "streamer"}
         unknown = sorted(k for k in given if not hasattr(config, k))
@@ -202,23 +182,19 @@ class PipelineMixin(PreTrainedModel):
             if given[name] is not None:
                 raise SessionError(f"generate() has no option {name!r} on an ONNX session; leave it out")
         config.update(**given)
-        for name, neutral in _NEUTRAL.items():
-            value = getattr(config, name, neutral[0])
-            if value not in neutral:
-                raise SessionError(f"{name}={value!r} is not supported on an ONNX session; leave it at {neutral[0]!r}")
+        for name, default in GenerationConfig().to_dict().items():
+            value = getattr(config, name, default)
+            neutral = value == default or not (value or default) or (name == "guidance_scale" and value == 1)
+            if not neutral and not _SETTINGS.fullmatch(name):
+                raise SessionError(f"{name}={value!r} is not supported on an ONNX session; leave it at {default!r}")
         return config, options.get("streamer")
 
 
-def _ids(value: Any) -> list[int]:
+def _several(value: Any) -> list[Any]:
+    """None, one thing or several of them, as a list."""
     if value is None:
         return []
-    return [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
-
-
-def _strings(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _sampling(config: Any) -> Sampling:

@@ -7,7 +7,8 @@ Try: ``python -m pytest tests/bench/gate/test_checks.py -k chunked``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,28 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.manifest import Manifest
+from export.manifest import Manifest, first_line
 from runtime.errors import SessionError
-from runtime.kv_cache import SharedCache, tiled
+from runtime.kv_cache import NUMPY_DTYPE, SharedCache, tiled
 from runtime.ort_session import OrtSession
-from runtime.provider_options import DEFAULTS, as_text
+from runtime.provider_options import options_of
 from runtime.providers import provider_list, require, require_active
 
-_NUMPY = {"fp32": np.float32, "fp16": np.float16}
+
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    """ONNX Runtime's own C++-bound exceptions as ours."""
+    try:
+        yield
+    except Exception as e:
+        raise SessionError(f"onnxruntime {what}: {first_line(e)}") from None
+
+
+def _cache_type(manifest: Manifest) -> Any:
+    """numpy's type of the KV cache."""
+    if manifest.kv.dtype not in NUMPY_DTYPE:
+        raise SessionError(f"a {manifest.kv.dtype} cache cannot be probed: numpy has no such type")
+    return NUMPY_DTYPE[manifest.kv.dtype]
 
 
 class GraphProbe:
@@ -48,20 +63,16 @@ class GraphProbe:
     ) -> None:
         if provider not in ("cpu", "cuda"):
             raise SessionError(f"a graph cannot be probed on {provider}: it would build an engine for it")
-        chosen, texts = require(provider, manifest), as_text(DEFAULTS[provider], provider_options)
-        if manifest.kv.dtype not in _NUMPY:
-            raise SessionError(f"a {manifest.kv.dtype} cache cannot be probed: numpy has no such type")
+        chosen, texts = require(provider, manifest), options_of(provider, provider_options)
+        self.dtype = _cache_type(manifest)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        try:
+        with _said(f"cannot open {path}"):
             session: Any = ort.InferenceSession(str(path), options, providers=provider_list(chosen, texts))
-        except Exception as e:  # onnxruntime raises its own C++-bound classes
-            raise SessionError(f"onnxruntime cannot open {path}: {str(e).splitlines()[0][:300]}") from None
         require_active(session, chosen)
         self._opened: Callable[[], Any] = lambda: session
         self._manifest = manifest
-        self.dtype = _NUMPY[manifest.kv.dtype]
 
     @classmethod
     def of(cls, session: OrtSession) -> GraphProbe:
@@ -70,12 +81,10 @@ class GraphProbe:
         Raises:
             SessionError: as above; or the session does not run on the CPU.
         """
-        if session.manifest.kv.dtype not in _NUMPY:
-            raise SessionError(f"a {session.manifest.kv.dtype} cache cannot be probed: numpy has no such type")
         made = cls.__new__(cls)
+        made.dtype = _cache_type(session.manifest)
         made._opened = session.scoring_session  # asked at each run, never held: the session may give the graph up
         made._manifest = session.manifest
-        made.dtype = _NUMPY[session.manifest.kv.dtype]
         return made
 
     def run(
@@ -104,10 +113,8 @@ class GraphProbe:
             feeds[f"past_key_values.{layer}.key"] = key.astype(self.dtype, copy=False)
             feeds[f"past_key_values.{layer}.value"] = value.astype(self.dtype, copy=False)
         inputs = {i.name for i in session.get_inputs()}
-        try:
+        with _said("stopped"):
             found = session.run(list(outputs), {k: v for k, v in feeds.items() if k in inputs})
-        except Exception as e:
-            raise SessionError(f"onnxruntime stopped: {str(e).splitlines()[0][:300]}") from None
         return dict(zip(outputs, found, strict=True))
 
     def after_past(
@@ -144,10 +151,8 @@ class GraphProbe:
         for name, array in _new(ids, length).items():
             if name in inputs:
                 binding.bind_cpu_input(name, array)
-        try:
+        with _said("stopped"):
             session.run_with_iobinding(binding)
-        except Exception as e:
-            raise SessionError(f"onnxruntime stopped: {str(e).splitlines()[0][:300]}") from None
         logits: NDArray[Any] = binding.get_outputs()[0].numpy()[0]
         return logits
 

@@ -10,26 +10,19 @@ import ctypes
 import importlib.metadata
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
-from export.manifest import Manifest
+from export.manifest import ATTENTIONS, MATMULS, NORMS, Manifest, first_line
 from runtime.errors import ProviderUnavailableError, UnknownProviderError
-from runtime.provider_options import DEFAULTS, as_text
+from runtime.provider_options import options_of
 
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
-ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
-WORK = frozenset(
-    (
-        *ATTENTION,
-        *("MatMul", "Gemm", "MatMulNBits", "FusedMatMul", "GatherBlockQuantized", "RotaryEmbedding", "Softmax"),
-        *("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu"),
-    )
-)
+WORK = frozenset((*ATTENTIONS, *NORMS, *MATMULS, "Gemm", "FusedMatMul", "RotaryEmbedding", "Softmax", "QuickGelu"))
 """Operators that a GPU provider must not leave to the CPU."""
 
 
@@ -50,6 +43,7 @@ class Provider:
     plugin: str = ""
 
 
+_PARTS = r"(onnxruntime|tensorrt|torch$|nvidia-(cuda-runtime|cudnn|cublas|cufft|curand|ml-py))"
 _STANDARD = {"Attention": ("fp32", "fp16", "bf16"), "unfused": ("fp32", "fp16", "bf16")}
 
 
@@ -148,7 +142,7 @@ def provider_list(provider: Provider, options: Mapping[str, str] | None = None) 
     if provider.device == "cuda":
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        mine = as_text(DEFAULTS[provider.name]) if options is None else dict(options)
+        mine = options_of(provider.name) if options is None else dict(options)
         if provider.name == "tensorrt":
             return [(provider.ort_name, mine), PROVIDERS["cuda"].ort_name, "CPUExecutionProvider"]
         return [(provider.ort_name, mine), "CPUExecutionProvider"]
@@ -160,7 +154,7 @@ def attach(session_options: Any, provider: Provider, options: Mapping[str, str] 
     session_options.add_session_config_entry(RECORD_PLACEMENT, "1")
     if provider.plugin:
         devices = [d for d in ort.get_ep_devices() if d.ep_name == provider.ort_name]
-        mine = as_text(DEFAULTS[provider.name]) if options is None else dict(options)
+        mine = options_of(provider.name) if options is None else dict(options)
         session_options.add_provider_for_devices(devices, mine)
 
 
@@ -181,9 +175,9 @@ def register_plugin(provider: Provider) -> None:
     try:
         ort.register_execution_provider_library(provider.ort_name, str(library))
     except Exception as e:  # onnxruntime raises its own C++-bound classes
-        first = str(e).splitlines()[0][:200]
         raise ProviderUnavailableError(
-            f"provider {provider.name!r} does not load: {first}. {found_versions()} To get it: {provider.install}"
+            f"provider {provider.name!r} does not load: {first_line(e)}. {found_versions()} "
+            f"To get it: {provider.install}"
         ) from None
     if not any(d.ep_name == provider.ort_name for d in ort.get_ep_devices()):
         raise ProviderUnavailableError(
@@ -191,15 +185,22 @@ def register_plugin(provider: Provider) -> None:
         )
 
 
-def plugin_library(prefix: str) -> Path | None:
-    """The shared library in the installed distribution whose name starts with ``prefix``, None without one."""
-    wanted = prefix.lower().replace("_", "-")
+def installed(names: str) -> dict[str, importlib.metadata.Distribution]:
+    """Installed distributions by name (lower case, hyphens), those whose name begins with the pattern ``names``."""
+    found: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions():
         name = str(distribution.metadata["Name"] or "").lower().replace("_", "-")
-        if name.startswith(wanted):
-            for file in distribution.files or ():
-                if re.search(r"onnxruntime_providers_\w+\.(so|dll)$", file.name):
-                    return Path(str(distribution.locate_file(file)))
+        if re.match(names, name):
+            found.setdefault(name, distribution)  # the first one on the path is the one that is imported
+    return dict(sorted(found.items()))
+
+
+def plugin_library(prefix: str) -> Path | None:
+    """The shared library in the installed distribution whose name starts with ``prefix``, None without one."""
+    for distribution in installed(re.escape(prefix)).values():
+        for file in distribution.files or ():
+            if re.search(r"onnxruntime_providers_\w+\.(so|dll)$", file.name):
+                return Path(str(distribution.locate_file(file)))
     return None
 
 
@@ -239,23 +240,26 @@ def library_trouble(provider: Provider) -> str | None:
     return None
 
 
+def packages() -> dict[str, str]:
+    """Versions of the installed distributions that the providers are made of: ONNX Runtime, CUDA, cuDNN, TensorRT."""
+    return {name: d.version for name, d in installed(_PARTS).items()}
+
+
 def found_versions() -> str:
-    """Installed distributions that a GPU provider is made of, as a sentence."""
-    pattern = re.compile(r"(onnxruntime.*|tensorrt.*|nvidia-(cudnn|cublas|cuda-runtime|cufft|curand).*)", re.IGNORECASE)
-    found = {
-        f"{d.metadata['Name']} {d.version}"
-        for d in importlib.metadata.distributions()
-        if d.metadata["Name"] and pattern.fullmatch(d.metadata["Name"])
-    }
-    return f"Found here: {', '.join(sorted(found)) or 'none of its packages'}."
+    """The same as a sentence."""
+    return f"Found here: {', '.join(f'{n} {v}' for n, v in packages().items()) or 'none of its packages'}."
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the nodes of a session run: nodes by execution provider, and by provider the attention operators."""
+    """Where the nodes of a session run: nodes by execution provider, and by provider the attention operators.
+
+    ``work_on_cpu`` names the operators with real work there; shapes and scalars may be on the CPU.
+    """
 
     nodes: Mapping[str, int]
     attention: Mapping[str, str]
+    work_on_cpu: frozenset[str] = frozenset()
 
     def describe(self) -> str:
         """For the record, such as ``346 on CPUExecutionProvider``."""
@@ -268,21 +272,23 @@ def placement(session: Any) -> Placement:
         return Placement({}, {})
     nodes: Counter[str] = Counter()
     attention: dict[str, str] = {}
+    work: set[str] = set()
     for part in session.get_provider_graph_assignment_info():
         for node in part.get_nodes():
             nodes[part.ep_name] += 1
-            if node.op_type in ATTENTION:
+            if node.op_type in ATTENTIONS:
                 attention[part.ep_name] = node.op_type
-    return Placement(dict(nodes.most_common()), attention)
+            if node.op_type in WORK and part.ep_name == "CPUExecutionProvider":
+                work.add(node.op_type)
+    return Placement(dict(nodes.most_common()), attention, frozenset(work))
 
 
-def require_placed(found: Placement, provider: Provider, strays: Sequence[str], allow_fallback: bool) -> str | None:
+def require_placed(found: Placement, provider: Provider, allow_fallback: bool) -> str | None:
     """Fail when nodes that do the work landed on another provider than was asked for.
 
     Args:
         found: from :func:`placement`.
         provider: what was asked for.
-        strays: operators of the nodes on the CPU (see :func:`stray_operators`); shapes and scalars may be there.
         allow_fallback: say it instead.
 
     Raises:
@@ -291,21 +297,14 @@ def require_placed(found: Placement, provider: Provider, strays: Sequence[str], 
     others = {name: n for name, n in found.nodes.items() if name not in (provider.ort_name, "CPUExecutionProvider")}
     if provider.name == "tensorrt":
         others.pop(PROVIDERS["cuda"].ort_name, None)  # its own fallback for what the parser leaves
+    strays = () if provider.device == "cpu" else sorted(found.work_on_cpu)
     if not others and not strays:
         return None
     names = [f"{n} nodes on {name}" for name, n in others.items()]
-    names += [f"{', '.join(sorted(set(strays)))} on the CPU"] if strays else []
+    names += [f"{', '.join(strays)} on the CPU"] if strays else []
     if allow_fallback:
         return f"not everything runs on {provider.name}: {'; '.join(names)}"
     raise ProviderUnavailableError(
         f"not everything runs on {provider.name!r}: {'; '.join(names)}. Export for it (--target, --precision), "
         f"or accept it with --allow-fallback"
     )
-
-
-def stray_operators(session: Any, provider: Provider) -> list[str]:
-    """Operators with real work that a GPU session left to the CPU; none for the CPU provider."""
-    if provider.device == "cpu" or not hasattr(session, "get_provider_graph_assignment_info"):
-        return []
-    parts = session.get_provider_graph_assignment_info()
-    return [n.op_type for p in parts if p.ep_name == "CPUExecutionProvider" for n in p.get_nodes() if n.op_type in WORK]

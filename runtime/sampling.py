@@ -57,11 +57,6 @@ class Sampling:
         """Whether the likeliest token is taken."""
         return self.temperature == 0
 
-    @property
-    def plain(self) -> bool:
-        """Whether an argmax of the logits is all there is to do."""
-        return self.greedy and self.repetition_penalty == 1
-
     def seeded(self) -> Sampling:
         """The same with a seed that is known."""
         return self if self.greedy or self.seed is not None else replace(self, seed=secrets.randbits(63))
@@ -111,8 +106,6 @@ class Chooser:
 
     def __call__(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """Tokens ``[rows]`` for logits ``[rows, vocab]``; the logits are left as they are."""
-        if self._sampling.plain:
-            return likeliest(logits)
         if self._seen is not None:
             logits = penalised(logits, self._seen, self._sampling.repetition_penalty)
         if self._draws is None:

@@ -36,15 +36,10 @@ class SessionInfo:
     vocab_size: int
     details: dict[str, str | int | float | bool]
 
-    @property
-    def label(self) -> str:
-        """Short name for tables, such as ``onnxruntime-cpu``."""
-        return f"{self.runtime}-{self.provider}"
-
 
 @runtime_checkable
 class Session(Protocol):
-    """One loaded model."""
+    """One loaded model; those that can shrink their batch also have :meth:`runtime.ort_session.OrtSession.keep`."""
 
     @property
     def info(self) -> SessionInfo:
@@ -78,20 +73,6 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free the model; closing twice is allowed."""
-
-
-class Compacting(Protocol):
-    """A session that can shrink its batch; :func:`runtime.generate.stream` asks for the method by its name."""
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, renumbered from 0; the others leave the KV cache.
-
-        Args:
-            rows: places in the present batch, ascending.
-
-        Raises:
-            SessionError: no batch is open, no row, a row that is not there, or not ascending.
-        """
 
 
 def check_rows(rows: Sequence[int], batch: int) -> None:

@@ -5,6 +5,7 @@ Try: ``runtime.load(folder, threads=2, session_options={"session.intra_op.allow_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ from runtime.errors import SessionError
 
 if TYPE_CHECKING:
     from runtime.tensorrt import Shapes
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 MOST_THREADS = 1024

@@ -7,9 +7,8 @@ request, minutes long, without a word: here that is an error. Option names: ONNX
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import onnxruntime as ort
 
 from export.manifest import Manifest
 from runtime.errors import SessionError
+from runtime.providers import installed
 
 Range = tuple[int, int, int]
 """Least, expected and greatest size of a dimension."""
@@ -109,17 +109,10 @@ def require_inside(manifest: Manifest, shapes: Shapes, phase: str, batch: int, n
                 )
 
 
-def tensorrt_version(prefix: str = "tensorrt") -> str:
-    """Version of the installed TensorRT distribution, ``none`` without one."""
-    for d in importlib.metadata.distributions():
-        name = str(d.metadata["Name"] or "").lower().replace("_", "-")
-        if name == prefix or name.startswith(f"{prefix}-cu"):
-            return d.version
-    return "none"
-
-
-def cache_key(manifest: Manifest, shapes: Shapes, phase: str, gpu: str, tensorrt: str) -> str:
-    """What an engine depends on, as a name: model, ONNX Runtime, TensorRT, GPU and profile."""
+def cache_key(
+    manifest: Manifest, shapes: Shapes, phase: str, gpu: str, tensorrt: str, options: Mapping[str, str] | None = None
+) -> str:
+    """What an engine depends on, as a name: model, ONNX Runtime, TensorRT, GPU, profile and the provider's options."""
     facts = {
         "weights": manifest.weights_sha256,
         "spec": manifest.spec_digest,
@@ -129,12 +122,18 @@ def cache_key(manifest: Manifest, shapes: Shapes, phase: str, gpu: str, tensorrt
         "gpu": gpu,
         "phase": phase,
         "shapes": asdict(shapes),
+        "options": options or {},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def engine_options(
-    provider: str, manifest: Manifest, shapes: Shapes, phase: str, home: Path, gpu: str
+    provider: str,
+    manifest: Manifest,
+    shapes: Shapes,
+    phase: str,
+    home: Path | None,
+    given: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, str], bool]:
     """Provider options for one phase, and whether its engine is in the cache already.
 
@@ -143,25 +142,25 @@ def engine_options(
         manifest: of the folder.
         shapes: the workload.
         phase: one of :data:`PHASES`.
-        home: the tool's cache folder.
-        gpu: its name.
+        home: the tool's cache folder; None keeps no engine.
+        given: the provider's other options.
     """
     rtx = provider == "tensorrt-rtx"
-    version = tensorrt_version("onnxruntime-ep-nv-tensorrt-rtx" if rtx else "tensorrt")
-    folder = home / "engines" / cache_key(manifest, shapes, phase, gpu, version)
+    options = profile_options(manifest, shapes, phase, "nv" if rtx else "trt")
+    if home is None:
+        return options, False
+    found = installed("onnxruntime-ep-nv-tensorrt-rtx(-cu|$)" if rtx else "tensorrt(-cu|$)")
+    version = next((d.version for d in found.values()), "none")
+    folder = home / "engines" / cache_key(manifest, shapes, phase, gpu_name(), version, given)
     built = folder.is_dir() and any(folder.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
-    options = profile_options(manifest, shapes, phase, "nv" if rtx else "trt")
     if rtx:
         return options | {"nv_runtime_cache_path": str(folder)}, built
     options |= {
-        "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": str(folder),
         "trt_engine_cache_prefix": phase,
-        "trt_timing_cache_enable": "1",
         # Timings of kernels serve every model on this GPU with this TensorRT.
         "trt_timing_cache_path": str(home / "engines"),
-        "trt_layer_norm_fp32_fallback": "1",
     }
     return options, built
 

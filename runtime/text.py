@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.manifest import first_line
 from runtime.errors import SessionError
 
 
@@ -28,8 +29,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             return _without_its_class(path)
         if "trust_remote_code" in str(e):
             raise SessionError(f"the tokenizer of {path} brings Python code of its own, which is never run") from None
-        first = (str(e).splitlines() or [type(e).__name__])[0][:160]
-        raise SessionError(f"the tokenizer of {path} cannot be loaded ({first}); export again") from None
+        raise SessionError(f"the tokenizer of {path} cannot be loaded ({first_line(e)}); export again") from None
 
 
 def _without_its_class(path: Path) -> Any:
@@ -61,8 +61,9 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     try:
         templated: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
     except jinja2.TemplateError as e:
-        first = (str(e).splitlines() or [type(e).__name__])[0][:160]
-        raise SessionError(f"the model's chat template refuses this prompt ({first}); leave out --chat") from None
+        raise SessionError(
+            f"the model's chat template refuses this prompt ({first_line(e)}); leave out --chat"
+        ) from None
     return templated
 
 
@@ -145,13 +146,11 @@ class TextStream:
             sure, self._held = self._held[: min(places)], ""
             return sure
         most = max(map(len, self._stops)) - 1
-        held = next((n for n in range(min(most, len(self._held)), 0, -1) if self._begins(self._held[-n:])), 0)
-        cut = len(self._held) - held
+        tails = (self._held[-n:] for n in range(min(most, len(self._held)), 0, -1))
+        held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
+        cut = len(self._held) - len(held)
         sure, self._held = self._held[:cut], self._held[cut:]
         return sure
-
-    def _begins(self, tail: str) -> bool:
-        return any(stop.startswith(tail) for stop in self._stops)
 
     def finish(self) -> str:
         """What was held back, once no token follows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, left_pad
+from runtime.settings import usable_cores
 from runtime.turns import CLOSED, Guarded, guarded
 
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,7 +39,7 @@ class TorchSession(Guarded):
         threads: int | None = None,
     ) -> None:
         super().__init__()
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or usable_cores()
         torch.set_num_threads(self._threads)
         self._precision, self._device, self._attention = precision, device, attention
         started = time.perf_counter()
@@ -140,7 +140,7 @@ class TorchSession(Guarded):
 
     @guarded
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only; see :meth:`runtime.session.Compacting.keep`."""
+        """Go on with these rows only; see :meth:`runtime.ort_session.OrtSession.keep`."""
         check_rows(rows, self._batch)
         index = torch.tensor(rows, device=self._device)
         self._past.batch_select_indices(index)
@@ -152,12 +152,6 @@ class TorchSession(Guarded):
         check_prompts([ids], 0, self._info)
         self._drop()
         return _fp32(self._forward(input_ids=torch.tensor([list(ids)], device=self._device)).logits[0])
-
-    def __enter__(self) -> TorchSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _fp32(logits: torch.Tensor) -> Logits:

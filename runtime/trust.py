@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from runtime.errors import SessionError
 
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
@@ -105,8 +107,6 @@ def check_graph(path: Path) -> Any:
     Raises:
         UntrustedModelError: what was found and what to do about it.
     """
-    import onnx
-
     path = Path(path)
     size = _size_of(path.parent, path, str(path))
     if path.suffix.lower() == ".ort":
@@ -228,7 +228,7 @@ class _Graphs:
         for function in model.functions:
             key = self.key(function, function.name)
             if key in self.functions:
-                raise self.error(f"defines the function {function.name!r} twice", "export it again")
+                raise self.error(f"defines the function {function.name!r} twice")
             self.functions[key] = function
         opsets = self.opsets(model.opset_import)
         training = [g for t in model.training_info for g in (t.initialization, t.algorithm)]
@@ -248,7 +248,7 @@ class _Graphs:
                 "export it again with one place per weight",
             )
 
-    def error(self, what: str, remedy: str) -> UntrustedModelError:
+    def error(self, what: str, remedy: str = "export it again") -> UntrustedModelError:
         """An error that names the file."""
         return UntrustedModelError(f"{self.path} {what}; {remedy}")
 
@@ -264,13 +264,11 @@ class _Graphs:
 
     def opsets(self, imports: Iterable[Any]) -> int | None:
         """Version of ONNX's own operator set, None where it is not imported."""
-        import onnx
-
         versions: dict[str, int] = {}
         for entry in imports:
             domain = standard(self.text(entry.domain))
             if versions.setdefault(domain, entry.version) != entry.version:
-                raise self.error(f"imports the operator set {domain!r} in two versions", "export it again")
+                raise self.error(f"imports the operator set {domain!r} in two versions")
         version = versions.get("")
         known = onnx.defs.onnx_opset_version()
         if version is not None and not 1 <= version <= known:
@@ -306,7 +304,7 @@ class _Graphs:
     def graph(self, graph: Any, opset: int | None, calls: Counter[Any], depth: int) -> int:
         """Check a graph, return the nodes in it and in its subgraphs, count its calls of functions."""
         if depth > DEPTH_LIMIT:
-            raise self.error(f"has subgraphs nested deeper than {DEPTH_LIMIT}", "export it again")
+            raise self.error(f"has subgraphs nested deeper than {DEPTH_LIMIT}")
         for tensor in graph.initializer:
             self.tensor(tensor)
         for sparse in graph.sparse_initializer:
@@ -333,8 +331,6 @@ class _Graphs:
 
     def operator(self, node: Any, opset: int | None, calls: Counter[Any]) -> None:
         """Refuse operators that ONNX Runtime does not bring or that run somebody's code."""
-        import onnx
-
         domain, op, _ = key = self.key(node, node.op_type)
         where = f"has the node {node.name!r} of the operator {domain + '::' if domain else ''}{op}"
         if key in self.functions:
@@ -347,9 +343,9 @@ class _Graphs:
             raise self.error(f"{where}, which runs compiled code from the model", "export it as plain operators")
         elif not domain:
             if opset is None:
-                raise self.error(f"{where} and imports no ONNX operator set", "export it again")
+                raise self.error(f"{where} and imports no ONNX operator set")
             if op not in ORT_DEFAULT_DOMAIN_OPS and not onnx.defs.has(op, opset, ""):
-                raise self.error(f"{where}, which ONNX opset {opset} does not have", "export it again")
+                raise self.error(f"{where}, which ONNX opset {opset} does not have")
 
     def sparse(self, sparse: Any) -> None:
         """Check a sparse tensor: its two parts, and what it becomes when it is made dense."""
@@ -373,7 +369,7 @@ class _Graphs:
             bound = min(bound * max(dim, 1), ELEMENTS_LIMIT + 1)
         if len(shape) > RANK_LIMIT or bound > ELEMENTS_LIMIT or any(d < 0 for d in shape):
             shown = str(shape[:8])[:-1] + (", ...]" if len(shape) > 8 else "]")
-            raise self.error(f"has the tensor {name!r} of the impossible shape {shown}", "export it again")
+            raise self.error(f"has the tensor {name!r} of the impossible shape {shown}")
         return total
 
     def tensor(self, tensor: Any) -> None:
@@ -381,7 +377,7 @@ class _Graphs:
         name = tensor.name
         kind = _type_name(tensor.data_type)
         if kind not in _TYPES:
-            raise self.error(f"has the tensor {name!r} of the unknown type {tensor.data_type}", "export it again")
+            raise self.error(f"has the tensor {name!r} of the unknown type {tensor.data_type}")
         bits, field, entries = _TYPES[kind]
         count = self.elements(name, tensor.dims)
         nbytes = -(-count * bits // 8)
@@ -389,10 +385,10 @@ class _Graphs:
         raw = tensor.HasField("raw_data")
         external = tensor.data_location == tensor.EXTERNAL
         if tensor.HasField("segment") or external != bool(tensor.external_data) or raw + external + len(filled) > 1:
-            raise self.error(f"has the tensor {name!r} with its data in two places or in none", "export it again")
+            raise self.error(f"has the tensor {name!r} with its data in two places or in none")
         if external or raw:
             if kind == "STRING":
-                raise self.error(f"has the tensor {name!r} of strings as raw or external data", "export it again")
+                raise self.error(f"has the tensor {name!r} of strings as raw or external data")
             if external:
                 self.external(name, tensor.external_data, nbytes)
             elif len(tensor.raw_data) != nbytes:
@@ -405,9 +401,7 @@ class _Graphs:
 
     def wrong_size(self, name: str, nbytes: int, found: str) -> UntrustedModelError:
         """An error for data that are not as long as the shape says."""
-        return self.error(
-            f"has the tensor {name!r}, whose shape and type demand {nbytes} bytes, with {found}", "export it again"
-        )
+        return self.error(f"has the tensor {name!r}, whose shape and type demand {nbytes} bytes, with {found}")
 
     def external(self, name: str, entries: Iterable[Any], nbytes: int) -> None:
         """Check that ``nbytes`` of a tensor lie in a file of the folder."""
@@ -416,9 +410,7 @@ class _Graphs:
             # ONNX Runtime's "prepacked_*" would be read as a kernel's memory layout; other keys nobody knows.
             key = self.text(entry.key)
             if key in values or key not in ("location", "offset", "length", "checksum"):
-                raise self.error(
-                    f"has the tensor {name!r} with the external-data key {key!r}, twice or not known", "export it again"
-                )
+                raise self.error(f"has the tensor {name!r} with the external-data key {key!r}, twice or not known")
             values[key] = self.text(entry.value)
         location = values.get("location", "")
         what = f"{self.path}: the external data {location!r} of the tensor {name!r}"
@@ -457,8 +449,6 @@ def _given(message: Any, field: str, more: Iterable[Any]) -> Iterator[Any]:
 
 def _type_name(code: int) -> str:
     """``FLOAT`` for 1; empty for a number that ONNX does not know."""
-    import onnx
-
     try:
         return str(onnx.TensorProto.DataType.Name(code))
     except ValueError:

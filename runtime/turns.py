@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from runtime.errors import SessionBusyError, SessionError
 
@@ -42,6 +42,12 @@ class Guarded:
         """
         self._closed = True
         self._free_between_calls()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _free_between_calls(self) -> None:
         mine = object()

@@ -28,8 +28,7 @@ from bench.digests import Progress, baseline_digest, folder_digest, hash_baselin
 from bench.errors import BenchError
 from bench.gate.replay import incomplete, replay
 from bench.machine.environment import versions
-from reports.base import Frozen
-from reports.documents import kind_of
+from reports.base import Frozen, kind_of
 from reports.validation import Validation
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"

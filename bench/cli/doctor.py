@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.cli.output import show
-from bench.deployment import core_count
 from export import TELEMETRY_OFF
+from runtime.settings import usable_cores
 
 if TYPE_CHECKING:
     from runtime.doctor import Report
@@ -35,7 +35,7 @@ def measure_bandwidth(report: Report) -> dict[str, float | str]:
     """Bytes per second of the CPU's memory, and of the GPU's where PyTorch reaches one."""
     from bench.machine.bandwidth import CpuBandwidth, CudaBandwidth
 
-    probe = CpuBandwidth(core_count())
+    probe = CpuBandwidth(usable_cores())
     found: dict[str, float | str] = {"cpu_bytes_per_s": probe(), "cpu_method": probe.method}
     if any(f.loads and f.provider != "cpu" for f in report.providers):
         import torch

@@ -54,8 +54,8 @@ def _add(args: argparse.Namespace, store: Any) -> int:
     import datetime
     import hashlib
 
+    from reports.base import first_document, kind_of
     from reports.case_files import read_any
-    from reports.documents import first_document, kind_of
     from reports.store import points_of
 
     records, document = read_any(args.file, "candidate"), first_document(args.file)

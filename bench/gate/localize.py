@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.gate.subject import Subject
+from export.manifest import NORMS
 from reports.validation import Place
 
-NORMS = ("SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
 FLOOR = {"fp32": 1e-6, "fp16": 4e-4, "bf16": 3e-3}
 """Relative error that always counts as rounding: a null control can be equal by chance."""
 QUANTISED = {"int8": 0.03, "int4": 0.15}

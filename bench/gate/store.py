@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.deployment import core_count
 from bench.digests import folder_digest, hash_baseline
 from bench.errors import BenchError
 from export.cache import cache_dir
 from runtime.session import Logits
+from runtime.settings import usable_cores
 
 BOUND_ENV = "LLAMA_ONNX_CACHE_GB"
 DEFAULT_GB = 8.0
@@ -71,7 +71,7 @@ def baseline_key(
         {
             "weights_sha256": folder_digest((hashes or hash_baseline(checkpoint))["baseline"]),
             "device": device,
-            "threads": threads or core_count(),
+            "threads": threads or usable_cores(),
             "cpu": cpu_name() if device == "cpu" else f"{cpu_name()}, {machine().gpu}",
             "torch": installed.get("torch", "none"),
             "transformers": installed.get("transformers", "none"),

@@ -11,6 +11,7 @@ from contextlib import suppress
 import psutil
 
 from reports.base import Machine
+from runtime.settings import usable_cores
 
 PACKAGES = (
     "llama-onnx-bench",
@@ -58,7 +59,7 @@ def cpu_name() -> str:
 def machine() -> Machine:
     """This machine. The fingerprint covers processor, cores, memory (in GiB), GPU and operating system."""
     cpu = cpu_name()
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     memory = psutil.virtual_memory().total
     gpu = _gpu()
     system = f"{platform.system()} {platform.release()} {platform.machine()}"

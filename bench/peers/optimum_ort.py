@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.deployment import core_count
 from bench.errors import BenchError
 from bench.process.child import output_of
 from export.cache import publish
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
+from runtime.settings import usable_cores
 
 LABEL = "optimum-ort"
 
@@ -53,7 +53,7 @@ class OptimumSession:
         from optimum.onnxruntime import ORTModelForCausalLM
 
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or core_count()
+        options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
         self._model: Any = ORTModelForCausalLM.from_pretrained(folder, session_options=options)
         self._past: Any = None

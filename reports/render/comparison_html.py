@@ -10,7 +10,6 @@ print(len(h.render_comparison(c.Comparison.read(pathlib.Path('comparison.json'))
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,17 @@ from reports.comparison_summary import STATUS_ORDER, CaseGroup, Digest
 from reports.render import comparison_plots as plots
 from reports.render import comparison_words as cw
 from reports.render import parity, svg, words
-from reports.render.environment import render
+from reports.render.environment import by_name, render
 from reports.verdict import WORDS
 
 ROWS_SHOWN, FOREST_SHOWN, CASES_SHOWN, OPENED = 200, 60, 40, 3
 TROUBLES_SHOWN, HISTORY_SHOWN, WARNINGS_SHOWN = 12, 60, 40
+
+
+_FILTERS = (
+    *(cw.value, cw.tidy, cw.signed, cw.signed_interval, cw.ratio_text, cw.ratio_interval, cw.p_text),
+    *(cw.case_text, cw.metric_name, cw.metric_title, cw.step_text, plots.sparkline),
+)
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,10 @@ class CaseView:
 def render_comparison(comparison: Comparison) -> str:
     """The whole page of a comparison; equal comparisons give equal bytes."""
     digest = Digest(comparison)
-    filters: dict[str, Callable[..., Any]] = {
-        "value": cw.value,
-        "tidy": cw.tidy,
-        "signed": cw.signed,
-        "signed_interval": cw.signed_interval,
-        "ratio": cw.ratio_text,
-        "ratio_interval": cw.ratio_interval,
-        "p": cw.p_text,
-        "change": cw.change,
-        "case_text": cw.case_text,
-        "metric_name": cw.metric_name,
-        "metric_title": cw.metric_title,
+    filters = by_name(_FILTERS) | {
         "tone_of": lambda status: cw.tone(status, digest),
         "glyph": lambda status: cw.LOOKS[status].glyph,
-        "key": _key,
-        "spark": plots.sparkline,
+        "key": lambda value: "" if value is None else f"{value:.6g}",
     }
     return render("comparison.html.j2", comparison, _context(digest) | {"source": "comparison.json"}, filters)
 
@@ -96,10 +89,6 @@ def _context(digest: Digest) -> dict[str, Any]:
         "facts": _facts(digest),
         "glossary": cw.GLOSSARY,
     }
-
-
-def _key(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
 
 
 def _forests(digest: Digest) -> list[tuple[str, plots.Forest]]:

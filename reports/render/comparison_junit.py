@@ -16,7 +16,7 @@ from reports.comparison import CaseRecord, Comparison, Result
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
 from reports.render import parity
-from reports.render.junit import add, case_of, document, parity_cases, say
+from reports.render.junit import case_of, document, parity_cases, told
 
 
 def render_comparison_junit(comparison: Comparison) -> str:
@@ -41,13 +41,8 @@ def render_comparison_junit(comparison: Comparison) -> str:
 
 def _verdict(digest: Digest) -> ET.Element:
     c = digest.comparison
-    case = case_of("compare", "verdict", 0.0)
-    told = "\n".join([cw.headline(digest), *c.verdict.reasons[:50]])
-    if c.verdict.exit_code:
-        add(case, "failure", c.verdict.outcome.lower(), told)
-    else:
-        say(case, told)
-    return case
+    failure = c.verdict.outcome.lower() if c.verdict.exit_code else ""
+    return told(case_of("compare", "verdict"), failure, "\n".join([cw.headline(digest), *c.verdict.reasons[:50]]))
 
 
 def _result(r: Result, digest: Digest, seconds: float, troubles: list[CaseRecord]) -> ET.Element:
@@ -63,8 +58,6 @@ def _result(r: Result, digest: Digest, seconds: float, troubles: list[CaseRecord
     for record in troubles[:3]:
         message += f"\n{record.side or 'unpaired'}, {record.outcome}: " + "\n".join(record.last_lines[-10:])
     if cw.tone(r.status, digest) in ("fail", "open") and r.gating and not digest.comparison.advisory:
-        add(case, "failure", "parity" if r.status == "IMPROVED" else r.status.lower(), message)
-    else:
-        note = "advisory, does not gate. " if digest.comparison.advisory else "" if r.gating else "does not gate. "
-        say(case, note + message)
-    return case
+        return told(case, "parity" if r.status == "IMPROVED" else r.status.lower(), message)
+    note = "advisory, does not gate. " if digest.comparison.advisory else "" if r.gating else "does not gate. "
+    return told(case, "", note + message)

@@ -10,7 +10,7 @@ from reports.comparison import Comparison, Result
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
 from reports.render import parity, words
-from reports.render.markdown import LIMIT, LISTED, SIGNS, bullets, escape, parity_blocks, repeat, table, within
+from reports.render.markdown import LIMIT, SIGNS, bullets, escape, listed, parity_blocks, repeat, table, within
 from reports.verdict import WORDS
 
 _OPEN_ROWS, _FOLDED_ROWS = 30, 60
@@ -27,11 +27,7 @@ def render_comparison_markdown(comparison: Comparison) -> str:
         blocks.append(f"> **Advisory, nothing gates:** {escape(c.advisory_reason or 'not measured in pairs', 400)}")
     reasons = [*(c.verdict.reasons if c.verdict.exit_code else []), *c.warnings]
     blocks += [_counts(digest), _facts(digest), *bullets("Read this first", reasons), *_results(digest)]
-    blocks += [
-        *parity_blocks(c.validation),
-        *_history(c),
-        repeat(c.command),
-    ]
+    blocks += [*parity_blocks(c.validation), *_history(c), repeat(c.command)]
     return within(blocks, LIMIT) + "\n"
 
 
@@ -76,17 +72,13 @@ def _results(digest: Digest) -> list[str]:
 
 def _table(results: list[Result], digest: Digest, rows: int) -> str:
     head = ["Case", "Metric", "Status", "Base", "Candidate", "Change", "95\u00a0% interval", "p, Holm", "Pairs"]
-    text = table(head, [_cells(r, digest) for r in results[:rows]], 3)
-    if len(results) > rows:
-        text += f"\n\n… {len(results) - rows:,} more rows are in index.html."
-    return text
+    return table(head, [_cells(r, digest) for r in results], 3, rows)
 
 
 def _cells(r: Result, digest: Digest) -> list[str]:
     status = f"{cw.LOOKS[r.status].sign} {r.status}"
     if r.status == "IMPROVED":
-        c = digest.comparison
-        status += f", {escape(parity.short(c.validation))} {_parity_sign(c)}"
+        status += f", {escape(parity.short(digest.comparison.validation))} {_parity_sign(digest.comparison)}"
     if not r.gating:
         status += ", not gating"
     return [
@@ -104,12 +96,9 @@ def _cells(r: Result, digest: Digest) -> list[str]:
 
 def _history(c: Comparison) -> list[str]:
     lines = [
-        f"- {escape(h.case, 80)}, {escape(cw.metric_name(h.metric), 40)}: {cw.change(s.ratio, h.unit)} since "
-        f"{words.when(h.points[s.index].at_utc) if s.index < len(h.points) else f'run {s.index}'} (p {cw.p_text(s.p)})"
+        f"{escape(h.case, 80)}, {escape(cw.metric_name(h.metric), 40)}: "
+        f"{cw.step_text(h, s)} (p {cw.p_text(s.p)})".replace("<", "&lt;")
         for h in c.history
         for s in h.steps
     ]
-    if not lines:
-        return []
-    more = [f"- … {len(lines) - LISTED} more are in index.html."] if len(lines) > LISTED else []
-    return ["### Steps in the history (advisory)\n\n" + "\n".join([*lines[:LISTED], *more]).replace("<", "&lt;")]
+    return listed("Steps in the history (advisory)", lines)

@@ -13,7 +13,7 @@ from reports.comparison import Comparison
 from reports.comparison_summary import Digest
 from reports.render import comparison_words as cw
 from reports.render import parity, words
-from reports.render.terminal import COLOURS, parity_table, plain_table, print_end
+from reports.render.terminal import COLOURS, plain_table, print_end, print_parity, print_warnings
 from reports.verdict import WORDS
 
 ROWS = 40
@@ -25,14 +25,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     console.print(results_table(digest))
     if (cut := len(comparison.results) - ROWS) > 0:
         console.print(Text(f"{cut:,} less pressing results are in the page.", style="dim"))
-    if (table := parity_table(comparison.validation)) is not None:
-        console.print()
-        console.print(table)
-    else:
-        console.print("\nParity: not examined.")
+    print_parity(comparison.validation, console)
     console.print()
-    for warning in comparison.warnings[:20]:
-        console.print(Text.assemble(("warning: ", "yellow"), words.shorten(warning, 400)))
+    print_warnings(comparison.warnings[:20], console)
     counts = ", ".join(f"{n:,} {s.lower()}" for s, n in digest.counts.items() if n)
     console.print(Text(f"{counts or 'no results'}; {cw.sure_line(comparison)}"))
     print_end(WORDS[comparison.verdict.outcome], cw.headline(digest), console)

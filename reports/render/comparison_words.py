@@ -11,25 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports.comparison import ChangeStatus, Comparison, Result
+from reports.comparison import METRICS, ChangeStatus, Comparison, History, HistoryStep, Result
 from reports.comparison_summary import Digest, MetricGroup
 from reports.render import parity, words
 from reports.render.words import NULL_CONTROL, Term
-
-METRIC_NAMES = {
-    "tpot": "decode",
-    "ttft": "prefill",
-    "total": "end to end",
-    "load": "loading",
-    "peak_memory": "peak memory",
-}
-METRIC_TITLES = {
-    "tpot": "Decode, time per output token",
-    "ttft": "Prefill, time to first token",
-    "total": "End to end",
-    "load": "Load time",
-    "peak_memory": "Peak memory",
-}
 
 
 @dataclass(frozen=True)
@@ -88,12 +73,12 @@ def tone(status: ChangeStatus, digest: Digest) -> str:
 
 def metric_name(metric: str) -> str:
     """Such as ``decode`` for ``tpot``; an unknown metric keeps its own name."""
-    return METRIC_NAMES.get(metric, words.shorten(metric, 60))
+    return METRICS[metric].name if metric in METRICS else words.shorten(metric, 60)
 
 
 def metric_title(metric: str) -> str:
     """The name that heads a group of results."""
-    return METRIC_TITLES.get(metric, words.shorten(metric, 80))
+    return METRICS[metric].title if metric in METRICS else words.shorten(metric, 80)
 
 
 def value(number: float | None, unit: str) -> str:
@@ -169,6 +154,12 @@ def change(ratio: float, unit: str) -> str:
     if ratio >= 2:
         return f"{words.fixed(ratio)} times as {'slow' if unit in _UNITS_OF_TIME else 'large'}"
     return f"{percent(ratio - 1)} {direction(ratio, unit)}"
+
+
+def step_text(history: History, step: HistoryStep) -> str:
+    """How much a metric's level changed, and since when."""
+    when = words.when(history.points[step.index].at_utc) if step.index < len(history.points) else f"run {step.index}"
+    return f"{change(step.ratio, history.unit)} since {when}"
 
 
 def tidy(sentence: str) -> str:

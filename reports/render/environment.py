@@ -6,7 +6,7 @@ Used by ``llama-onnx report record.json --out /tmp/page``.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,7 +17,17 @@ from reports.record import RunRecord
 from reports.render import svg, words
 from reports.validation import Validation
 
+_FILTERS = (
+    *(words.ms, words.bare_ms, words.median_ms, words.times, words.interval, words.fixed, words.size, words.share),
+    *(words.score, words.difference, words.limit_text, words.target_limit, words.when),
+    *(words.shorten, words.capitalised, words.tone, words.finding),
+)
 _MARKS = {"pass": "✓", "fail": "✕", "open": "?", "plain": "·"}
+
+
+def by_name(functions: Iterable[Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """Functions as the filters of a template, each under its own name."""
+    return {f.__name__: f for f in functions}
 
 
 def render(
@@ -38,34 +48,20 @@ def render(
         lstrip_blocks=True,
     )
     env.filters.update(
-        ms=words.ms,
-        bare_ms=words.bare_ms,
-        times=words.times,
-        interval=words.interval,
-        fixed=words.fixed,
-        size=words.size,
-        share=words.share,
-        score=words.score,
-        difference=words.difference,
-        limit=words.limit_text,
-        short=words.shorten,
-        when=words.when,
+        by_name(_FILTERS),
         measured=lambda m, name: words.number(getattr(m, name), m.unit, m.limit),
         is_hash=lambda name: name.endswith("SHA-256") or name in ("Spec digest", "Fingerprint"),
-        tone=words.tone,
         mark=lambda word: "!" if word == "SUSPICIOUS" else _MARKS[words.tone(word)],
-        cap=words.capitalised,
-        finding=words.finding,
         svg=Markup,
+        **filters,
     )
-    env.filters.update(filters)
-    shared = {
-        "dash": words.DASH,
-        "shapes": svg.shapes(),
-        "tool_version": subject.tool_version,
-        "machine": subject.machine,
-        "machine_line": words.machine_line(subject.machine),
-        "command": shlex.join(subject.command),
-    }
-    env.globals.update(shared)
+    env.globals.update(
+        dash=words.DASH,
+        differences=[],
+        shapes=svg.shapes(),
+        tool_version=subject.tool_version,
+        machine=subject.machine,
+        machine_line=words.machine_line(subject.machine),
+        command=shlex.join(subject.command),
+    )
     return env.get_template(template).render(context)

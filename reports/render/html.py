@@ -10,16 +10,14 @@ print(p.write_report(r.RunRecord.read(pathlib.Path('reports/out/record.json')), 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
+from reports.base import grouped
 from reports.record import RunRecord
 from reports.render import parity, plots, words
 from reports.render.environment import render
 from reports.stats import SPREAD_LIMIT, Estimate, median
 from reports.summary import (
-    LatencyRow,
     floor_rows,
     floor_s,
     gap_rows,
@@ -44,7 +42,7 @@ SECTIONS = (
 
 def render_html(record: RunRecord) -> str:
     """The whole page of a record; equal records give equal bytes."""
-    return render("index.html.j2", record, _context(record), {"sure": sure, "groupby_case": _by_case})
+    return render("index.html.j2", record, _context(record), {"sure": sure})
 
 
 def sure(speedup: Estimate) -> str:
@@ -123,7 +121,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "sections": SECTIONS,
         "model_line": words.model_line(record),
         "sure_line": sure_line(record, verdict),
-        "latency": latency_rows(record),
+        "latency": list(grouped(latency_rows(record), lambda r: r.case).values()),
         "warmups": ", ".join(str(n) for n in sorted({s.warmup_rounds for s in record.series})),
         "gap_rows": gap_rows(record, case) if case else [],
         "floor_rows": floor_rows(record, case) if case else [],
@@ -136,13 +134,8 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "outcome_counts": list(Counter(o.outcome for o in tests).items()),
         "outcomes_told": [o for o in tests if o.outcome != "passed"],
         "facts": facts(record),
-        "differences": [],
         "glossary": words.GLOSSARY,
         "ratio_note": words.RATIO_NOTE,
         "spread_limit": SPREAD_LIMIT,
         "source": "record.json",
     }
-
-
-def _by_case(rows: Iterable[LatencyRow]) -> list[list[LatencyRow]]:
-    return [list(group) for _, group in groupby(rows, key=lambda r: r.case)]

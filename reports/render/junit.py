@@ -69,9 +69,13 @@ def add(case: ET.Element, tag: str, kind: str, message: str) -> None:
     child.text = clean(message)
 
 
-def say(case: ET.Element, text: str) -> None:
-    """Put text into a test case that is neither failure nor error."""
-    ET.SubElement(case, "system-out").text = clean(text)
+def told(case: ET.Element, failure: str, message: str) -> ET.Element:
+    """The test case with its message: a failure of that type, or plain text where that is ""."""
+    if failure:
+        add(case, "failure", failure, message)
+    else:
+        ET.SubElement(case, "system-out").text = clean(message)
+    return case
 
 
 def _outcome(outcome: Outcome) -> ET.Element:
@@ -85,11 +89,7 @@ def _outcome(outcome: Outcome) -> ET.Element:
 
 
 def _judged(case: ET.Element, status: Status, message: str) -> ET.Element:
-    if status in ("FAIL", "INCONCLUSIVE"):
-        add(case, "failure", "parity" if status == "FAIL" else "inconclusive", message)
-    else:
-        say(case, message)
-    return case
+    return told(case, {"FAIL": "parity", "INCONCLUSIVE": "inconclusive"}.get(status, ""), message)
 
 
 def _check(r: CheckResult) -> ET.Element:

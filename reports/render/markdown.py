@@ -64,7 +64,12 @@ def render_markdown(record: RunRecord) -> str:
 
 def bullets(title: str, lines: Sequence[str], limit: int = 400) -> list[str]:
     """A section that lists sentences, and how many more there are; none without a sentence."""
-    told = [f"- {escape(text, limit)}" for text in lines[:LISTED]]
+    return listed(title, [escape(text, limit) for text in lines])
+
+
+def listed(title: str, lines: Sequence[str]) -> list[str]:
+    """The same for lines of Markdown."""
+    told = [f"- {text}" for text in lines[:LISTED]]
     told += [f"- … {len(lines) - LISTED} more are in index.html."] * (len(lines) > LISTED)
     return [f"### {title}\n\n" + "\n".join(told)] if told else []
 
@@ -80,12 +85,12 @@ def with_examples(blocks: Sequence[str], validation: Validation | None, source: 
     return "\n\n".join([text, *example_blocks(validation, LIMIT - len(text), source)]) + "\n"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, first ``left`` columns to the left; cells are taken as they are."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, most: int = ROWS) -> str:
+    """A Markdown table of at most so many rows, first ``left`` columns to the left; cells are taken as they are."""
     rule = [":--" if i < left else "--:" for i in range(len(head))]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows[:ROWS])]
-    if len(rows) > ROWS:
-        lines.append(f"\n… {len(rows) - ROWS} more rows are in index.html.")
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows[:most])]
+    if len(rows) > most:
+        lines.append(f"\n… {len(rows) - most:,} more rows are in index.html.")
     return "\n".join(lines)
 
 
@@ -133,7 +138,7 @@ def _answers(record: RunRecord, verdict: Verdict) -> list[str]:
 
 
 def _timing(estimate: Estimate | None) -> str:
-    return f"{words.bare_ms(estimate.value if estimate else None)} {words.interval(estimate, 1e3)}".strip()
+    return f"{words.median_ms(estimate)} {words.interval(estimate, 1e3)}".strip()
 
 
 def _gain(estimate: Estimate | None, role: str) -> str:
@@ -149,10 +154,10 @@ def _latency(record: RunRecord) -> list[str]:
         [
             r.case.label,
             escape(r.side.title, 60),
-            _timing(r.ttft),
-            _gain(r.prefill, r.side.role),
-            _timing(r.tpot),
-            _gain(r.decode, r.side.role),
+            _timing(r.times["ttft"]),
+            _gain(r.gains["ttft"], r.side.role),
+            _timing(r.times["tpot"]),
+            _gain(r.gains["tpot"], r.side.role),
             words.fixed(r.tokens_per_s) if r.tokens_per_s else words.DASH,
             str(r.rounds),
         ]
@@ -162,9 +167,7 @@ def _latency(record: RunRecord) -> list[str]:
     case = headline_case(record)
     floor = floor_s(record, case) if case else None
     if case and floor:
-        sides = ", ".join(
-            f"{escape(r.side.title, 60)} {words.times(r.multiple)}" for r in floor_rows(record, case)[:ROWS]
-        )
+        sides = ", ".join(f"{escape(r.side.title, 60)} {words.times(r.multiple)}" for r in floor_rows(record, case))
         found.append(f"Memory floor on {case.label}: {words.ms(floor)} per token; multiples of it: {sides}.")
     else:
         found.append("The memory floor was not measured.")
@@ -174,15 +177,7 @@ def _latency(record: RunRecord) -> list[str]:
 def _targets(targets: Sequence[Target]) -> list[str]:
     if not targets:
         return []
-    cells = [
-        [
-            t.name,
-            f"{words.limit_text(t.limit, t.better)} {t.unit}",
-            words.fixed(t.value),
-            "✅ met" if t.met else "❌ missed",
-        ]
-        for t in targets
-    ]
+    cells = [[t.name, words.target_limit(t), words.fixed(t.value), "✅ met" if t.met else "❌ missed"] for t in targets]
     return ["### Targets\n\n" + table(["Target", "Limit", "Measured", "Met"], cells)]
 
 

@@ -46,24 +46,17 @@ def print_summary(record: RunRecord, console: Console) -> None:
         console.print(Text(note, style="dim"))
     else:
         console.print("Latency: not measured.")
-    for table in (
-        floor_table(record),
-        memory_table(record),
-        parity_table(record.validation),
-        targets_table(verdict.targets),
-    ):
+    for table in (floor_table(record), memory_table(record), targets_table(verdict.targets)):
         if table is not None:
             console.print()
             console.print(table)
-    if record.validation is None:
-        console.print("\nParity: not examined.")
+    print_parity(record.validation, console)
     for r in record.validation.of("FAIL", "INCONCLUSIVE", "SUSPICIOUS") if record.validation else []:
         console.print(Text.assemble((r.status, style(r.status)), f" {r.title}: {words.shorten(r.reason, 300)}"))
     console.print()
     if record.model.random_weights:
         console.print(Text("RANDOM WEIGHTS: answers and task scores mean nothing.", style="bold yellow"))
-    for warning in verdict.warnings:
-        console.print(Text.assemble(("warning: ", "yellow"), words.shorten(warning, 400)))
+    print_warnings(verdict.warnings, console)
     if verdict.not_examined:
         console.print(Text(f"not examined: {', '.join(verdict.not_examined)}", style="dim"))
     console.print(Text(f"speed: {speed_sentence(verdict.speed)}"))
@@ -81,10 +74,10 @@ def latency_table(rows: list[LatencyRow]) -> Table:
             table.add_row(Text(case.label, style="bold"))
         table.add_row(
             Text(words.shorten(r.side.title, 30)),
-            words.bare_ms(r.ttft.value if r.ttft else None),
-            _gain(r.prefill, r.side.role),
-            words.bare_ms(r.tpot.value if r.tpot else None),
-            _gain(r.decode, r.side.role),
+            words.median_ms(r.times["ttft"]),
+            _gain(r.gains["ttft"], r.side.role),
+            words.median_ms(r.times["tpot"]),
+            _gain(r.gains["tpot"], r.side.role),
             words.fixed(r.tokens_per_s) if r.tokens_per_s else words.DASH,
         )
     return table
@@ -120,10 +113,18 @@ def memory_table(record: RunRecord) -> Table | None:
     return table
 
 
-def parity_table(validation: Validation | None) -> Table | None:
-    """One line for every check and task metric."""
+def print_warnings(lines: Sequence[str], console: Console) -> None:
+    """One line each."""
+    for line in lines:
+        console.print(Text.assemble(("warning: ", "yellow"), words.shorten(line, 400)))
+
+
+def print_parity(validation: Validation | None, console: Console) -> None:
+    """One line for every check and task metric, or that nothing was examined."""
+    console.print()
     if validation is None:
-        return None
+        console.print("Parity: not examined.")
+        return
     title = f"Parity, tolerance tier {words.shorten(validation.tier, 30)}, mode {validation.mode}"
     table = plain_table(title, "Check", "bound", "limit", "status")
     for r in validation.results:
@@ -142,7 +143,7 @@ def parity_table(validation: Validation | None) -> Table | None:
             words.difference(t.limit),
             Text("; ".join(filter(None, (t.status, t.would_decide))), style=style(t.status)),
         )
-    return table
+    console.print(table)
 
 
 def targets_table(targets: Sequence[Target]) -> Table | None:
@@ -152,8 +153,7 @@ def targets_table(targets: Sequence[Target]) -> Table | None:
     table = plain_table("Targets", "Target", "limit", "measured", "")
     for t in targets:
         word = "MET" if t.met else "MISSED"
-        limit = f"{words.limit_text(t.limit, t.better)} {t.unit}"
-        table.add_row(t.name, limit, words.fixed(t.value), Text(word, style=style(word)))
+        table.add_row(t.name, words.target_limit(t), words.fixed(t.value), Text(word, style=style(word)))
     return table
 
 

@@ -87,7 +87,6 @@ def render_validation(v: Validation) -> str:
         "ran_on": _ran_on(v),
         "sure_line": _sure(v),
         "not_examined": unexamined(v),
-        "differences": [],
         "facts": [
             *parity.facts(v),
             ("Machine", words.machine_facts(v.machine)),

@@ -17,6 +17,7 @@ from decimal import Decimal
 from reports.base import Machine
 from reports.record import RunRecord
 from reports.stats import Estimate
+from reports.targets import Target
 from reports.validation import Finding
 
 DASH = "–"
@@ -111,6 +112,11 @@ def bare_ms(seconds: float | None) -> str:
     return DASH if seconds is None else fixed(seconds * 1e3)
 
 
+def median_ms(estimate: Estimate | None) -> str:
+    """The same for the value of an estimate."""
+    return bare_ms(estimate.value if estimate else None)
+
+
 def times(estimate: Estimate | None) -> str:
     """Such as ``2.79×``."""
     return DASH if estimate is None else f"{fixed(estimate.value)}×"
@@ -191,6 +197,11 @@ def limit_text(limit: float | None, better: str, unit: str = "") -> str:
     text = _short_exponent(limit) if limit and abs(limit) < 1e-3 else f"{limit:,.8g}"
     suffix = UNITS.get(unit, unit)
     return f"{sign} {text}{' ' + suffix if suffix else ''}"
+
+
+def target_limit(target: Target) -> str:
+    """The limit of one of the project's targets."""
+    return f"{limit_text(target.limit, target.better)} {target.unit}"
 
 
 def _short_exponent(value: float) -> str:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 import export.random_model
 from bench.cli.main import main
+from export.convert import parameter_shapes
 from export.errors import DestinationError, ExportError
 from export.pipeline import export_model
-from export.random_model import CONFIGS, config_of, make_random_model, tensor_shapes
+from export.random_model import CONFIGS, config_of, make_random_model
 from export.spec import ExportSpec
 from runtime.loading import load
 from runtime.torch_session import TorchSession
@@ -143,7 +144,7 @@ def test_shards_hold_what_was_asked_for(tiny: str, tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == made.weight_bytes
     assert set(index["weight_map"].values()) == {f.name for f in files}
-    assert list(index["weight_map"]) == [n for n, _ in tensor_shapes(config_of(tiny))]
+    assert list(index["weight_map"]) == list(parameter_shapes(config_of(tiny)))
 
 
 def test_one_shard_is_in_memory_at_a_time(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +237,7 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(
     for free in (need - 1, 1000):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(10**9, 0, free))  # type: ignore[attr-defined]
         refused(tmp_path / "deep" / "er" / "out", "make room", DestinationError)
-        refused(tmp_path / "out", "tiny needs 0.0 GB.*make room", DestinationError)
+        refused(tmp_path / "out", "tiny needs 0.07 GB.*make room", DestinationError)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, need))  # type: ignore[attr-defined]
     make_random_model(tiny, tmp_path / "deep" / "er" / "out")
     assert (tmp_path / "deep" / "er" / "out" / "config.json").is_file()
@@ -257,12 +258,12 @@ def test_interrupted_leaves_nothing(tiny: str, error: BaseException, tmp_path: P
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_parameter_counts(name: str) -> None:
     config = config_of(name)
-    assert sum(int(np.prod(shape)) for _, shape in tensor_shapes(config)) == PARAMETERS[name]
+    assert sum(int(np.prod(shape)) for shape in parameter_shapes(config).values()) == PARAMETERS[name]
     with torch.device("meta"):
         from transformers import LlamaForCausalLM
 
         own = LlamaForCausalLM(config_of(name, 2)).state_dict()
-    assert {n: tuple(t.shape) for n, t in own.items()} == dict(tensor_shapes(config_of(name, 2)))
+    assert {n: tuple(t.shape) for n, t in own.items()} == parameter_shapes(config_of(name, 2))
     assert config_of(name, 2).num_hidden_layers == 2
     assert config_of(name).num_hidden_layers == CONFIGS[name]["num_hidden_layers"]  # not changed by the line before
     assert (config.vocab_size, config.max_position_embeddings, config.rms_norm_eps) == (32000, 4096, 1e-5)
@@ -324,7 +325,7 @@ def test_the_real_shapes_equal_pytorch(name: str, tmp_path: Path) -> None:
         make_random_model(name, model, layers=1)
         manifest, _ = export_model(ExportSpec(str(model), "fp16"), out)
         assert manifest.kv.head_dim == 128
-        assert manifest.parameters == sum(int(np.prod(s)) for _, s in tensor_shapes(config_of(name, 1)))
+        assert manifest.parameters == sum(int(np.prod(s)) for s in parameter_shapes(config_of(name, 1)).values())
         with load(out, verify=False, threads=1, huge_pages=False) as session:
             ours = logits(session)
         shutil.rmtree(out)

@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import export.weights
-from export.convert import TORCH_DTYPE, WeightRecipe, convert
+from export.convert import TORCH_DTYPE, convert
 from export.errors import BrokenCheckpointError
 from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
-from export.manifest import read_manifest
+from export.manifest import Weight, read_manifest
 from export.pipeline import export_model
 from export.spec import ExportSpec
 from export.weights import Checkpoint
@@ -246,7 +246,7 @@ def test_two_weights_are_in_memory_at_most(
         with lock:
             held.append(live_bytes() - sum(alive[n]().nbytes for n in names()))  # type: ignore[union-attr]
 
-    def pieces(recipe: WeightRecipe, sources: list[Tensor]) -> Iterator[Tensor]:
+    def pieces(recipe: Weight, sources: list[Tensor]) -> Iterator[Tensor]:
         count()
         return own["pieces"](recipe, sources)
 
@@ -299,7 +299,7 @@ def test_pieces_are_the_whole(transform: str, dtype: str, piece: int, monkeypatc
     sources = [torch.randn(n, 13, generator=generator) for n in ((7,) if one else (7, 5, 1))]
     whole = torch.cat(sources).to(TORCH_DTYPE[dtype])
     whole = whole.t() if "transpose" in transform else whole
-    recipe = WeightRecipe("w", ("a", "b", "c")[: len(sources)], transform, tuple(whole.shape), dtype, 0, whole.nbytes)
+    recipe = Weight("w", ("a", "b", "c")[: len(sources)], transform, tuple(whole.shape), dtype, 0, whole.nbytes)
     got = [p.clone() for p in export.weights.pieces(recipe, sources)]
     assert all(p.is_contiguous() and p.dtype == whole.dtype for p in got)
     assert len(got) > 1 or piece > 4
@@ -308,7 +308,7 @@ def test_pieces_are_the_whole(transform: str, dtype: str, piece: int, monkeypatc
 
 
 def test_sources_of_another_shape_are_refused() -> None:
-    recipe = WeightRecipe("w", ("a", "b"), "concat", (4, 3), "fp32", 0, 48)
+    recipe = Weight("w", ("a", "b"), "concat", (4, 3), "fp32", 0, 48)
     with pytest.raises(BrokenCheckpointError, match=r"w: .* \[5, 3\].* \[4, 3\]"):
         list(export.weights.pieces(recipe, [torch.zeros(2, 3), torch.zeros(3, 3)]))
     with pytest.raises(BrokenCheckpointError, match="w: "):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from reports import case_files, publish
+from reports.base import first_document, kind_of
 from reports.comparison import CaseRecord, Comparison
-from reports.documents import first_document, kind_of
 from reports.errors import RecordError
 from reports.record import RunRecord
 from reports.validation import Validation

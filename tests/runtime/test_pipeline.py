@@ -83,6 +83,7 @@ def test_what_it_cannot_do_is_said(pipelines: Any) -> None:
     for options, words in (
         ({"num_beams": 2}, "num_beams=2 is not supported"),
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
+        ({"exponential_decay_length_penalty": (5, 1.5)}, "exponential_decay_length_penalty"),
         ({"do_smaple": True}, "do_smaple"),
         ({"max_new_tokens": 400}, "exceed the context of 160"),
     ):

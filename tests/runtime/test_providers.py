@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +19,14 @@ from export import TELEMETRY_OFF
 from runtime import doctor, providers
 from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.loading import load
-from runtime.provider_options import CudaOptions, TensorrtOptions, TensorrtRtxOptions, as_text, parse_options
-from runtime.providers import PROVIDERS, Placement, placement, require_active, require_placed, stray_operators
+from runtime.provider_options import options_of, parse_options
+from runtime.providers import PROVIDERS, Placement, placement, require_active, require_placed
 
 Get = Callable[..., Path]
 
 
 def test_options_are_text_and_more_wins() -> None:
-    assert as_text(CudaOptions(), {"use_tf32": "1", "anything": "x"}) == {
+    assert options_of("cuda", {"use_tf32": "1", "anything": "x"}) == {
         "device_id": "0",
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
@@ -34,11 +35,11 @@ def test_options_are_text_and_more_wins() -> None:
         "enable_cuda_graph": "0",
         "anything": "x",
     }
-    found = as_text(TensorrtOptions(trt_engine_cache_path=Path("cache")))
+    found = options_of("tensorrt", {"trt_engine_cache_path": "cache"})
     assert found["trt_layer_norm_fp32_fallback"] == "1"
     assert found["trt_engine_cache_path"] == "cache"
     assert "trt_profile_min_shapes" not in found
-    assert as_text(TensorrtRtxOptions()) == {"device_id": "0", "enable_cuda_graph": "0"}
+    assert options_of("tensorrt-rtx") == {"device_id": "0", "enable_cuda_graph": "0"}
 
 
 def test_option_texts() -> None:
@@ -106,18 +107,20 @@ def test_nodes_elsewhere_are_an_error() -> None:
     found = placement(session)
     assert found.nodes == {"CUDAExecutionProvider": 3, "CPUExecutionProvider": 2}
     assert found.attention == {"CPUExecutionProvider": "GroupQueryAttention"}
-    strays = stray_operators(session, cuda)
-    assert strays == ["GroupQueryAttention"]  # a Shape may be on the CPU
+    assert found.work_on_cpu == {"GroupQueryAttention"}  # a Shape may be on the CPU
     with pytest.raises(ProviderUnavailableError, match="GroupQueryAttention on the CPU") as error:
-        require_placed(found, cuda, strays, allow_fallback=False)
+        require_placed(found, cuda, allow_fallback=False)
     assert error.value.exit_code == 4
-    assert "GroupQueryAttention" in str(require_placed(found, cuda, strays, allow_fallback=True))
-    assert require_placed(found, cuda, [], allow_fallback=False) is None
+    assert "GroupQueryAttention" in str(require_placed(found, cuda, allow_fallback=True))
+    assert (
+        require_placed(found, PROVIDERS["cpu"], allow_fallback=True)
+        == "not everything runs on cpu: 3 nodes on CUDAExecutionProvider"
+    )
     other = Placement({"CPUExecutionProvider": 5, "DmlExecutionProvider": 1}, {})
     with pytest.raises(ProviderUnavailableError, match="1 nodes on DmlExecutionProvider"):
-        require_placed(other, PROVIDERS["cpu"], [], allow_fallback=False)
+        require_placed(other, PROVIDERS["cpu"], allow_fallback=False)
     mixed = Placement({"TensorrtExecutionProvider": 1, "CUDAExecutionProvider": 4}, {})
-    assert require_placed(mixed, PROVIDERS["tensorrt"], [], allow_fallback=False) is None
+    assert require_placed(mixed, PROVIDERS["tensorrt"], allow_fallback=False) is None
 
 
 def test_placement_and_attention_are_in_the_record(session: Any) -> None:
@@ -171,7 +174,7 @@ def test_doctor_page_and_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert found["gpu"]["missing"] or found["gpu"]["devices"]
 
 
-def test_gpu_facts_from_a_faked_driver() -> None:
+def test_gpu_facts_from_a_faked_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = SimpleNamespace(
         NVML_CLOCK_SM=1,
         NVML_CLOCK_MEM=2,
@@ -186,7 +189,8 @@ def test_gpu_facts_from_a_faked_driver() -> None:
         nvmlDeviceGetClockInfo=lambda h, kind: 100 * kind,
         nvmlDeviceGetMaxClockInfo=lambda h, kind: 1000 * kind,
     )
-    found = doctor.gpus(nvml)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    found = doctor.gpus()
     assert (found.driver, found.cuda_driver) == ("580.1", "13.1")
     assert found.devices[0]["memory_clock_max_mhz"] == 2000
 
@@ -194,4 +198,4 @@ def test_gpu_facts_from_a_faked_driver() -> None:
         raise RuntimeError("NVML Shared Library Not Found")
 
     nvml.nvmlInit = no_driver
-    assert "Not Found" in doctor.gpus(nvml).missing
+    assert "Not Found" in doctor.gpus().missing

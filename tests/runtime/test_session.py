@@ -107,9 +107,9 @@ def test_steps_equal_one_scoring_pass(session: Any) -> None:
     whole = session.score(ids).copy()
     found = [session.prefill([ids[:40]], reserve=50)[0].copy()] + [session.step([t])[0].copy() for t in ids[40:]]
     np.testing.assert_allclose(np.stack(found), whole[39:], rtol=0, atol=2e-5)
-    assert session.kv_bytes > 0
+    assert session._cache is not None
     session.score(ids)
-    assert session.kv_bytes == 0  # the batch and its buffers are gone
+    assert session._cache is None  # the batch and its buffers are gone
 
 
 def test_last_position_logits_are_those_of_the_scoring_graph(session: Any) -> None:

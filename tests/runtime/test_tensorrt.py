@@ -63,21 +63,21 @@ def test_the_key_changes_with_whatever_an_engine_depends_on(manifest: Any, monke
         cache_key(manifest, SHAPES, "prefill", "GPU", "10.15"),
         cache_key(manifest, SHAPES, "decode", "other", "10.15"),
         cache_key(manifest, SHAPES, "decode", "GPU", "10.16"),
+        cache_key(manifest, SHAPES, "decode", "GPU", "10.15", {"trt_fp16_enable": "1"}),
     }
     monkeypatch.setattr(tensorrt.ort, "__version__", "9.9")
     others.add(cache_key(manifest, SHAPES, "decode", "GPU", "10.15"))
-    assert len(others | {base}) == 8
+    assert len(others | {base}) == 9
 
 
 def test_the_cache_says_whether_an_engine_is_there(manifest: Any, tmp_path: Path) -> None:
-    options, built = engine_options("tensorrt", manifest, SHAPES, "decode", tmp_path, "GPU")
+    options, built = engine_options("tensorrt", manifest, SHAPES, "decode", tmp_path)
     assert not built
-    assert options["trt_layer_norm_fp32_fallback"] == "1"
     assert options["trt_timing_cache_path"] == str(tmp_path / "engines")
     (Path(options["trt_engine_cache_path"]) / "decode.engine").write_bytes(b"x")
-    assert engine_options("tensorrt", manifest, SHAPES, "decode", tmp_path, "GPU")[1]
-    assert not engine_options("tensorrt", manifest, SHAPES, "prefill", tmp_path, "GPU")[1]
-    assert "nv_runtime_cache_path" in engine_options("tensorrt-rtx", manifest, SHAPES, "decode", tmp_path, "GPU")[0]
+    assert engine_options("tensorrt", manifest, SHAPES, "decode", tmp_path)[1]
+    assert not engine_options("tensorrt", manifest, SHAPES, "prefill", tmp_path)[1]
+    assert "nv_runtime_cache_path" in engine_options("tensorrt-rtx", manifest, SHAPES, "decode", tmp_path)[0]
 
 
 def test_two_sessions_and_no_shape_outside(exports: Get, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,12 +14,8 @@ import numpy as np
 
 from bench.gate.found import Found, exact
 from bench.gate.subject import Subject
-from export.manifest import MANIFEST_NAME, ManifestError, verify_files
+from export.manifest import ATTENTIONS, MANIFEST_NAME, NORMS, ONNX_TYPE, ManifestError, verify_files
 from reports.validation import Finding
-
-ATTENTIONS = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
-NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
-ONNX_TYPE = {"fp32": 1, "fp16": 10, "bf16": 16}
 
 
 def files(s: Subject) -> Found:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bench.gate.tensors import TensorReader
-    from export.convert import WeightRecipe
+    from export.manifest import Weight
 
 RATIO = {"rtn": 1.0, "hqq": 1.02, "kquant": 1.3, "gptq": float("inf")}
 """Largest squared error of a block against round-to-nearest's, by method. hqq keeps a grid only where it is better,
@@ -108,7 +108,7 @@ def _audit(s: Subject, reader: TensorReader, places: dict[str, str], tensors: di
         s.tick(f"weights: {expected}")
 
 
-def _floats(found: Tensor, recipe: WeightRecipe, sources: list[Tensor]) -> str | None:
+def _floats(found: Tensor, recipe: Weight, sources: list[Tensor]) -> str | None:
     import torch
 
     from export.weights import make_initialiser
@@ -152,7 +152,7 @@ def _looks_quantised(found: Tensor, wanted: Tensor) -> str:
 def _quantised(
     s: Subject,
     reader: TensorReader,
-    recipe: WeightRecipe,
+    recipe: Weight,
     places: dict[str, str],
     tensors: dict[str, Any],
     sources: list[Tensor],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ CASE = Case(batch=2, prompt=4, new_tokens=3)
 
 
 class Fake:
+    info = SimpleNamespace(vocab_size=5)
+
     def __init__(self, label: str, log: list[tuple[str, Any]]) -> None:
         self.label, self.log = label, log
 
