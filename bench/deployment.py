@@ -42,13 +42,15 @@ class Deployment:
         """From parsed options; ``auto`` is CUDA where a GPU is there, else the CPU.
 
         Raises:
-            SessionError: an unknown provider, one that cannot run here (unless a fallback is allowed), or options and
-                threads that make no sense.
+            SessionError: an unknown provider, one that cannot run here (unless a fallback is allowed), options and
+                threads that make no sense, or several workers that may fall back, each by itself.
         """
-        from runtime.errors import ProviderUnavailableError
+        from runtime.errors import ProviderUnavailableError, SessionError
         from runtime.provider_options import options_of, parse_options
         from runtime.providers import auto_provider, require
 
+        if asked.allow_fallback and getattr(asked, "workers", 1) > 1:
+            raise SessionError("--allow-fallback with --workers: no result could say which fell back; leave one out")
         name = auto_provider() if asked.provider == "auto" else asked.provider
         try:
             require(name, None)

@@ -23,13 +23,13 @@ def cache_dir() -> Path:
 
 
 def require_space(out: Path, nbytes: int, what: str) -> None:
-    """Refuse to write ``nbytes`` to a folder (that need not exist yet) whose disk has not that and 64 MiB more.
+    """Refuse to publish ``nbytes`` as folder ``out`` where the disk beside it has not that and 64 MiB more.
 
     Raises:
         DestinationError: says how much ``what`` needs.
     """
     needed = nbytes + (64 << 20)
-    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    parent = next(p for p in out.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise DestinationError(

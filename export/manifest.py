@@ -184,6 +184,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         os.fsync(f.fileno())
 
 
+def require_folder(path: Path) -> None:
+    """Refuse a folder that is not there.
+
+    Raises:
+        ManifestError: it is not.
+    """
+    if not path.is_dir():
+        raise ManifestError(f"no exported folder at {path}; make one with: llama-onnx export MODEL {path}")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the form of a folder's manifest (hashes are :func:`verify_files`' business).
 
@@ -191,8 +201,7 @@ def read_manifest(folder: Path) -> Manifest:
         ManifestError: no folder, no manifest, another schema version, a missing or ill-typed field.
     """
     path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
+    require_folder(folder)
     if path.exists() and not path.is_file():  # a pipe would block the reader, a device never end
         raise ManifestError(f"{path} cannot be read, it is no regular file; copy the folder whole")
     try:

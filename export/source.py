@@ -123,7 +123,9 @@ def _from_hub(model: str, revision: str | None, status: Status) -> Source:
     status(f"fetching {model} from the hub")
     try:
         folder = snapshot_download(
-            model, revision=revision, allow_patterns=[*SIDE_FILES, "*.safetensors", "*.safetensors.index.json"]
+            model,
+            revision=revision,
+            allow_patterns=[*SIDE_FILES, "tokenizer*", "*.safetensors", "*.safetensors.index.json"],
         )
     except GatedRepoError:
         raise ModelNotFoundError(

@@ -92,10 +92,9 @@ def _attempts(records: Iterable[CaseRecord]) -> Cases:
     return found
 
 
-def unit_of(metric: str, records: Iterable[CaseRecord]) -> str:
-    """A metric's unit as the records have it, else as it is known, else ""."""
-    known = METRICS[metric].unit if metric in METRICS else ""
-    return next((r.units[metric] for r in records if metric in r.units), known)
+def units_of(records: Iterable[CaseRecord]) -> dict[str, str]:
+    """Units by metric, as they are known and as the records have them."""
+    return {name: m.unit for name, m in METRICS.items()} | {m: u for r in records for m, u in r.units.items()}
 
 
 def pair_problem(sides: Mapping[str, CaseRecord]) -> str:
@@ -168,12 +167,12 @@ def _lost(records: Sequence[CaseRecord], metric: str) -> tuple[ChangeStatus, str
 
 
 def _rows(records: Sequence[CaseRecord], rules: Rules) -> list[_Row]:
-    attempts = _attempts(records)
+    attempts, units = _attempts(records), units_of(records)
     return [
         _Row(
             case,
             metric,
-            unit_of(metric, records),
+            units.get(metric, ""),
             own[0].parameters,
             pairs_of(attempts[case], metric),
             _lost(own, metric),

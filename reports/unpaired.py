@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr
 
 from reports.base import grouped
-from reports.compare import Rules, judge, unit_of, verdict_of
+from reports.compare import Rules, judge, units_of, verdict_of
 from reports.comparison import CaseRecord, ChangeStatus, ComparedSide, Comparison, Family, Result, SideName, Verdict
 from reports.paired import LEAST_PAIRS, RESOLUTION, decide, holm, tested
 
@@ -163,7 +163,7 @@ def _row(
     result = Result(
         case=case,
         metric=metric,
-        unit=unit_of(metric, chain(*own)),
+        unit=units_of(chain(*own)).get(metric, ""),
         gating=gating,
         status=status,
         reason=reason,

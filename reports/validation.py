@@ -60,12 +60,12 @@ class Measurement(Frozen):
     title: str
     status: Status
     value: float
-    bound: float | None = None
-    limit: float | None = None
-    better: Literal["lower", "higher", "equal"] = "lower"
-    null_value: float | None = None
+    bound: float | None
+    limit: float | None
+    better: Literal["lower", "higher", "equal"]
+    null_value: float | None
     samples: int
-    unit: str = ""
+    unit: str
     detail: str
 
 

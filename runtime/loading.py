@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from export.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
+from export.manifest import MANIFEST_NAME, Manifest, read_manifest, require_folder, verify_files
 from runtime.settings import MoreSettings, SessionSettings
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def read_folder(folder: str | Path, verify: bool = True, progress: Callable[[int
         SessionError: a folder that may not be trusted, or of a layout that is not known.
     """
     path = Path(folder).expanduser()
-    manifest = read_manifest(path) if not path.is_dir() or (path / MANIFEST_NAME).exists() else None
+    require_folder(path)
+    manifest = read_manifest(path) if (path / MANIFEST_NAME).exists() else None
     from runtime.trust import check_folder
 
     check_folder(path)

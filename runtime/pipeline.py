@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -25,23 +24,21 @@ from runtime.session import Session, SessionInfo
 
 DEFAULT_LENGTH = 20
 """GenerationConfig's own ``max_length``."""
-# Settings of GenerationConfig that are carried out here, that are about beams and assistants (which are refused as
-# such), or that have no say in what one decoder answers. Every other one has to stay at its default.
-_SETTINGS = re.compile(
-    "max_length|max_new_tokens|stop_strings|do_sample|temperature|top_k|top_p|repetition_penalty|(eos|pad|bos)_token_id"
-    "|early_stopping|length_penalty|diversity_penalty|low_memory|.*assistant.*|.*_lookbehind|max_matching_ngram_size"
-    "|.*cache.*|prefill_chunk_size|disable_compile|decoder_start_token_id|remove_invalid_values|renormalize_logits"
-    "|transformers_version|_from_model_config"
+# Settings of GenerationConfig that are carried out here, and those that have no say in what is answered without beams,
+# assistants and an encoder, which are refused. Every other one has to stay at its default.
+_CARRIED_OUT = (
+    *("max_length", "max_new_tokens", "stop_strings", "eos_token_id", "pad_token_id", "bos_token_id"),
+    *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"),
+)
+_NO_SAY = (
+    *("early_stopping", "length_penalty", "diversity_penalty", "low_memory", "decoder_start_token_id"),
+    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size"),
+    *("use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "prefill_chunk_size"),
+    *("disable_compile", "remove_invalid_values", "renormalize_logits", "transformers_version", "_from_model_config"),
 )
 # Arguments of generate() that are about how PyTorch computes, or that the pipeline always hands over.
-_HARMLESS = {
-    "use_cache",
-    "attention_mask",
-    "tokenizer",
-    "generation_config",
-    "prefix_allowed_tokens_fn",
-    "assistant_model",
-}
+_HARMLESS = ("use_cache", "attention_mask", "tokenizer", "generation_config", "streamer")
 
 
 class PreTrainedModel:
@@ -176,7 +173,7 @@ class PipelineMixin(PreTrainedModel):
         from transformers import GenerationConfig
 
         config = copy.deepcopy(options.get("generation_config") or self.generation_config)
-        given = {k: v for k, v in options.items() if k not in _HARMLESS and k != "streamer"}
+        given = {k: v for k, v in options.items() if k not in _HARMLESS}
         unknown = sorted(k for k in given if not hasattr(config, k))
         for name in unknown:
             if given[name] is not None:
@@ -185,7 +182,7 @@ class PipelineMixin(PreTrainedModel):
         for name, default in GenerationConfig().to_dict().items():
             value = getattr(config, name, default)
             neutral = value == default or not (value or default) or (name == "guidance_scale" and value == 1)
-            if not neutral and not _SETTINGS.fullmatch(name):
+            if not neutral and name not in (*_CARRIED_OUT, *_NO_SAY):
                 raise SessionError(f"{name}={value!r} is not supported on an ONNX session; leave it at {default!r}")
         return config, options.get("streamer")
 

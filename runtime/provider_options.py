@@ -23,11 +23,9 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "use_tf32": "0",
         "enable_cuda_graph": "0",
     },
-    # Engines and timings cached, fp16 as the graph has it, norms fp32.
+    # fp16 as the graph has it, norms fp32; runtime.tensorrt adds profiles and caches.
     "tensorrt": {
         "device_id": "0",
-        "trt_engine_cache_enable": "1",
-        "trt_timing_cache_enable": "1",
         "trt_fp16_enable": "0",
         "trt_layer_norm_fp32_fallback": "1",
         "trt_builder_optimization_level": "3",

@@ -143,7 +143,7 @@ def engine_options(
         shapes: the workload.
         phase: one of :data:`PHASES`.
         home: the tool's cache folder; None keeps no engine.
-        given: the provider's other options.
+        given: the provider's other options, which go before these.
     """
     rtx = provider == "tensorrt-rtx"
     options = profile_options(manifest, shapes, phase, "nv" if rtx else "trt")
@@ -151,14 +151,19 @@ def engine_options(
         return options, False
     found = installed("onnxruntime-ep-nv-tensorrt-rtx(-cu|$)" if rtx else "tensorrt(-cu|$)")
     version = next((d.version for d in found.values()), "none")
-    folder = home / "engines" / cache_key(manifest, shapes, phase, gpu_name(), version, given)
+    given = given or {}
+    place = "nv_runtime_cache_path" if rtx else "trt_engine_cache_path"
+    key = cache_key(manifest, shapes, phase, gpu_name(), version, given)
+    folder = Path(given.get(place) or home / "engines" / key)
     built = folder.is_dir() and any(folder.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
+    options[place] = str(folder)
     if rtx:
-        return options | {"nv_runtime_cache_path": str(folder)}, built
+        return options, built
     options |= {
-        "trt_engine_cache_path": str(folder),
+        "trt_engine_cache_enable": "1",
         "trt_engine_cache_prefix": phase,
+        "trt_timing_cache_enable": "1",
         # Timings of kernels serve every model on this GPU with this TensorRT.
         "trt_timing_cache_path": str(home / "engines"),
     }

@@ -20,6 +20,7 @@ from bench.progress import progress
 
 if TYPE_CHECKING:
     from bench.gate.word_perplexity import Window, WordPerplexity
+    from runtime.ort_session import OrtSession
     from runtime.session import Session
 
 HELP = "word perplexity of an exported folder, as lm-evaluation-harness computes it (WikiText-2)"
@@ -122,7 +123,18 @@ def run(args: argparse.Namespace) -> int:
             nats = scored(opener, windows, [side, *key], args.workers, status, bar.tick, gpus)
         found[side] = metrics(assemble(dataset, windows, nats))
 
-    score("candidate", partial(where.open, folder), files, where.settings(), versions())
+    opened: list[OrtSession] = []
+
+    def candidate() -> OrtSession:
+        opened.append(where.open(folder))
+        return opened[-1]
+
+    # A worker's opener is pickled, and may not fall back: it runs on what was asked for.
+    opener = candidate if args.workers == 1 else partial(where.open, folder)
+    score("candidate", opener, files, where.settings(), versions())
+    found["session"] = {"provider": where.provider}
+    if opened:
+        found["session"] = {"provider": opened[0].info.provider, **opened[0].info.details}
     if args.baseline:
         from bench.gate.store import baseline_key
         from runtime.torch_session import TorchSession
@@ -145,4 +157,6 @@ def lines(found: dict[str, Any]) -> list[str]:
     ]
     f = found["candidate"]
     rows.append(f"{f['documents']} documents, {f['words']} words, {f['tokens']} tokens; {f['settings']}")
-    return rows + ([f"ratio {found['ratio']:.9f}"] if "ratio" in found else [])
+    rows += [f"ratio {found['ratio']:.9f}"] if "ratio" in found else []
+    told = found["session"]
+    return rows + [f"not run as asked: {told[k]}" for k in ("fallback", "partly_elsewhere") if k in told]

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     from bench.data.loading import load_dataset
     from bench.digests import DigestError
 
+    if args.dataset and not args.baseline:
+        raise CertificateError("no-baseline", "--dataset says what --baseline is counted on; give both", 2)
     folder, source = args.folder.expanduser(), None
     if args.baseline:
         from export.source import resolve

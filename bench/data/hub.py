@@ -21,6 +21,7 @@ from typing import Any
 
 from bench.data.items import LANGUAGES, Dataset, Item
 from bench.errors import DatasetError
+from export.manifest import first_line
 
 Row = Mapping[str, Any]
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
@@ -248,10 +249,6 @@ def load_hf(text: str) -> Dataset:
     return Dataset(f"hf:{where}:{spec.config}{at}", digest.hexdigest(), items)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 def _hub_rows(spec: Spec) -> list[Row]:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
@@ -262,12 +259,12 @@ def _hub_rows(spec: Spec) -> list[Row]:
     try:
         return list(datasets.load_dataset(spec.hub_name, config, split=spec.split))
     except DatasetNotFoundError as e:
-        raise DatasetError(f"{spec.text}: no such set on the hub, or no access ({_first_line(e)})") from None
+        raise DatasetError(f"{spec.text}: no such set on the hub, or no access ({first_line(e)})") from None
     except ValueError as e:
-        raise DatasetError(f"{spec.text}: {_first_line(e)}; name another CONFIG or @SPLIT") from None
+        raise DatasetError(f"{spec.text}: {first_line(e)}; name another CONFIG or @SPLIT") from None
     except (ConnectionError, OSError, RuntimeError) as e:
         raise DatasetError(
-            f"{spec.text} cannot be had from the hub ({_first_line(e)}); copy it here once and pass "
+            f"{spec.text} cannot be had from the hub ({first_line(e)}); copy it here once and pass "
             f"hf:/path/to/copy:{spec.template.name}"
         ) from None
 
@@ -300,7 +297,7 @@ def _local_rows(spec: Spec) -> list[Row]:
         raise DatasetError(f"{spec.text}: no split {name or spec.template.split!r} in {path}; name it @SPLIT") from None
     except (OSError, ValueError, RuntimeError, DatasetsError) as e:
         cause = e.__cause__ or e
-        raise DatasetError(f"{spec.text}: {path} cannot be read ({_first_line(cause)}); get the copy again") from None
+        raise DatasetError(f"{spec.text}: {path} cannot be read ({first_line(cause)}); get the copy again") from None
 
 
 def _files(spec: Spec, path: Path, split: str) -> list[Path]:

@@ -160,7 +160,10 @@ def places(name: str, title: str, detail: str) -> Judge:
             title=title,
             status="PASS" if good else "FAIL",
             value=max(top.kld, 0.0),
+            bound=None,
             limit=limit,
+            better="lower",
+            null_value=None,
             samples=len(rows),
             unit="nats",
             detail=f"{detail}; largest at {top.place}",
@@ -191,9 +194,12 @@ def _outputs(
                 title=title,
                 status="PASS" if good else "FAIL",
                 value=value,
+                bound=None,
                 limit=limit,
                 better=better,
+                null_value=None,
                 samples=len(evidence.outputs),
+                unit="",
                 detail=detail,
             )
             return Found(m.status, f"{value:.4g} ({detail})", measurements=[m])

@@ -86,8 +86,8 @@ CHECKS: tuple[CheckSpec, ...] = (
     ),
     _exact(
         text.special_ids,
-        "bos, eos, pad, unk and added tokens; genai_config.json",
-        "another end token, sampling or another graph in genai_config.json",
+        "bos, eos, pad, unk, added tokens; end tokens of the manifest; genai_config.json",
+        "a missing end token, sampling or another graph in genai_config.json",
     ),
     _exact(text.generation_config, "generation_config.json", "another temperature, a lost end token", may_abstain=True),
     _places(

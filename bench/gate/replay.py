@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.data.items import NEW_TOKENS
+from bench.data.items import NEW_TOKENS, Dataset
 from bench.data.loading import load_shipped
 from bench.gate.checks.numeric import PLACES
 from bench.gate.found import CheckSpec, Found, stopped
@@ -95,12 +95,16 @@ def incomplete(document: Validation) -> list[str]:
         if BY_NAME[r.name].judge and r.summary not in NOT_APPLICABLE
     ]
     own = load_shipped()
-    if document.dataset_sha256 == own.sha256:
-        groups = own.groups(MODES[document.mode].items)
-        wanted = [(item.id, item.group) for items in groups.values() for item in items]
-        if [(o.item, o.group) for o in document.evidence.outputs] != wanted:
-            wrong.append(f"the generations are not those of the {len(wanted)} items of mode {document.mode}")
-    return wrong
+    return wrong + (other_items(document, own) if document.dataset_sha256 == own.sha256 else [])
+
+
+def other_items(document: Validation, dataset: Dataset) -> list[str]:
+    """A sentence where the generations are not those of the mode's items, else nothing."""
+    groups = dataset.groups(MODES[document.mode].items)
+    wanted = [(item.id, item.group) for items in groups.values() for item in items]
+    if [(o.item, o.group) for o in document.evidence.outputs] == wanted:
+        return []
+    return [f"the generations are not those of the {len(wanted)} items of mode {document.mode}"]
 
 
 def _few(names: Sequence[str]) -> str:

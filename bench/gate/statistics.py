@@ -287,8 +287,10 @@ def _mean(
         value=value,
         bound=high,
         limit=limit,
+        better="lower",
         null_value=shown(float(np.concatenate(null).mean())) if null else None,
         samples=sum(map(len, values)),
+        unit="",
         detail=_where(values) + _would_decide(status, value, (low, high), limit, len(values)),
     )
 
@@ -332,6 +334,7 @@ def tail_kld(
         value=_tail(pooled),
         bound=bound,
         limit=limit,
+        better="lower",
         null_value=null_tail,
         samples=len(pooled),
         unit="nats",
@@ -412,6 +415,7 @@ def top1_agreement(
         better="higher",
         null_value=float(np.concatenate([s.same_top1 for s in null]).mean()) if null else None,
         samples=tokens,
+        unit="",
         detail=f"{detail}; {_where(same)}",
     )
 
@@ -448,6 +452,7 @@ def null_ratio(scores: Sequence[TokenScores], null: Sequence[TokenScores], seed:
         value=value,
         bound=high,
         limit=NULL_RATIO,
+        better="lower",
         null_value=1.0,
         samples=tokens,
         unit="x",

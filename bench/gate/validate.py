@@ -24,9 +24,10 @@ from bench.gate.found import CheckSpec, Found, stopped
 from bench.gate.localize import localize
 from bench.gate.modes import MODES, Mode
 from bench.gate.registry import BY_NAME, CHECKS
+from bench.gate.replay import other_items
 from bench.gate.subject import Subject
 from bench.machine.environment import machine, versions
-from export.manifest import ManifestError, UserError
+from export.manifest import UserError, require_folder
 from export.source import Source, resolve
 from export.spec import METHODS, PRECISIONS, TARGETS
 from reports.validation import CheckResult, Evidence, Place, Validation, decide_verdict
@@ -276,8 +277,8 @@ def validate(
 def thinned(document: Validation, subject: Subject) -> list[str]:
     """What of the evidence that folder, baseline and data demand a PASS does not hold, one sentence each.
 
-    It could be cut out of a document and every result computed anew from the rest, where no replay sees it. Nothing is
-    opened for it but the tokenizer, the configuration and the manifest.
+    It could be cut out of a document and every result computed anew from the rest, where no replay sees it. No model is
+    opened for it: tokenizer, configuration, manifest and, of a third-party export, the graphs are read.
     """
     if document.verdict != "PASS":
         return []
@@ -288,9 +289,7 @@ def thinned(document: Validation, subject: Subject) -> list[str]:
         wrong.append(
             f"{document.tokens_scored:,} tokens in {len(e.chunks)} chunks, the data have {len(subject.windows)}"
         )
-    wanted = [i.id for items in subject.dataset.groups(subject.mode.items).values() for i in items]
-    if [o.item for o in e.outputs] != wanted:
-        wrong.append(f"{len(e.outputs)} generations are not those of the data's {len(wanted)} items")
+    wrong += other_items(document, subject.dataset)
     planned = {name: count for name, count in places_expected(subject).items() if count}
     held = {name: len(rows) for name, rows in e.places.items() if rows}
     return wrong + [f"{n} looked at {held.get(n, 0)} places, not {c}" for n, c in planned.items() if held.get(n) != c]
@@ -327,14 +326,10 @@ def make_subject(
     Raises:
         ExportError: the baseline cannot be found.
         ManifestError: no such folder.
-        BenchError: several workers may fall back, each by itself: what they ran on would stand nowhere.
     """
     folder = folder.expanduser()
-    if not folder.is_dir():
-        raise ManifestError(f"no exported folder at {folder}; make one with: llama-onnx export MODEL {folder}")
+    require_folder(folder)
     deployment = deployment or Deployment()
-    if workers > 1 and deployment.allow_fallback:
-        raise BenchError("--allow-fallback with --workers: no result could say which of them fell back; leave one out")
     source = resolve(model, status=status) if isinstance(model, str) else model
     baseline = Baseline(source, deployment.threads, memo_bytes, keep=keep, say=status, device=deployment.device)
     data = dataset or load_shipped()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bench.errors import BenchError
+from export.manifest import first_line
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, check_prompts, check_step
 from runtime.torch_session import TorchSession
@@ -70,7 +71,7 @@ class CompiledSession(TorchSession):
         try:
             return self._run(self._decode, torch.tensor(ids, device=self._device)[:, None], places)
         except torch._dynamo.exc.TorchDynamoException as e:
-            raise BenchError(f"torch.compile failed: {str(e).splitlines()[0][:200]}; run without --peers") from None
+            raise BenchError(f"torch.compile failed: {first_line(e)}; run without --peers") from None
 
     def _run(self, model: Any, ids: torch.Tensor, places: torch.Tensor, **more: Any) -> Logits:
         with torch.inference_mode(), warnings.catch_warnings():

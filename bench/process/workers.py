@@ -21,6 +21,7 @@ from typing import Any, Protocol, TextIO, TypeVar, cast
 
 from bench.errors import BenchError
 from bench.process.pool import Member, Pool, Queue, WorkerError
+from export.manifest import first_line
 
 
 class Closes(Protocol):
@@ -176,8 +177,7 @@ def _init_ray(remedy: str, **options: Any) -> bool:
     try:
         ray.init(log_to_driver=False, configure_logging=False, **options)
     except (RuntimeError, OSError, ConnectionError, ValueError) as e:
-        first = (str(e).splitlines() or [type(e).__name__])[0]
-        raise WorkerError(f"Ray cannot start ({first}); {remedy}") from None
+        raise WorkerError(f"Ray cannot start ({first_line(e)}); {remedy}") from None
     sys.stdout = cast(TextIO, _WithoutRay(sys.stdout))
     return True
 

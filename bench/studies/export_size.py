@@ -22,7 +22,9 @@ from rich.console import Console
 
 from bench.studies.export_table import OURS, export_apart
 
-SPECS = {name.replace(" ", "-"): fields for name, fields in {**OURS, "bf16": {"precision": "bf16"}}.items()}
+SPECS = {
+    name.replace(",", "").replace(" ", "-"): fields for name, fields in {**OURS, "bf16": {"precision": "bf16"}}.items()
+}
 """By the names of ``--only``; see :data:`bench.studies.export_table.OURS`."""
 
 
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.studies.export_size", description="export beside cp")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--scratch", type=Path, required=True, help="a folder on the disk to measure")
-    parser.add_argument("--only", nargs="*", choices=SPECS, metavar="NAME", default=["fp16", "int4-rtn", "int4-hqq"])
+    parser.add_argument("--only", nargs="*", choices=SPECS, default=["fp16", "int4-rtn", "int4-hqq"])
     args = parser.parse_args(arguments)
     print(json.dumps(measure(args.checkpoint, args.scratch, args.only), indent=1))
     return 0

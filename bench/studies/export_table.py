@@ -31,7 +31,7 @@ from bench.latency.interleave import interleave
 from bench.peers.exports import genai_export
 from bench.process.child import json_of
 from bench.studies.tables import markdown, show, write_json
-from export.manifest import Manifest
+from export.manifest import Manifest, first_line
 from reports.record import Case
 from reports.validation import overall
 
@@ -167,7 +167,7 @@ def make(
                 log.print(f"  {row.seconds:.1f} s, mean KLD {row.mean_kld:.1e}, {row.verdict}", style="dim")
                 sessions[name] = held.enter_context(load(out, verify=False))
             except Exception as e:  # a peer that fails is a result, not the end of the table
-                row.note = (str(e).splitlines() or [type(e).__name__])[0][:160]
+                row.note = first_line(e)
                 log.print(f"{name}: {row.note}", style="red", markup=False)
         rows.append(Row("PyTorch eager fp32"))
         sessions[rows[-1].name] = held.enter_context(TorchSession(checkpoint))

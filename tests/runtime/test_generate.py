@@ -38,7 +38,7 @@ class Scripted:
         return self._logits()
 
 
-def test_n_tokens_have_n_minus_one_gaps() -> None:
+def test_times_of_a_generation() -> None:
     ticks = iter([10.0, 10.5, 10.6, 10.8])
     steps = list(stream(Scripted([[7, 8, 9]]), [[1]], 3, clock=lambda: next(ticks)))  # type: ignore[arg-type]
     assert [s.at_s for s in steps] == pytest.approx([0.5, 0.6, 0.8])

@@ -82,6 +82,7 @@ def test_what_it_cannot_do_is_said(pipelines: Any) -> None:
     ours = pipelines[0]
     for options, words in (
         ({"num_beams": 2}, "num_beams=2 is not supported"),
+        ({"prefix_allowed_tokens_fn": print}, "no option 'prefix_allowed_tokens_fn'"),
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
         ({"exponential_decay_length_penalty": (5, 1.5)}, "exponential_decay_length_penalty"),
         ({"do_smaple": True}, "do_smaple"),

@@ -64,7 +64,7 @@ def test_options_reach_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
         "CUDAExecutionProvider",
         "CPUExecutionProvider",
     ]
-    assert trt[0][1]["trt_timing_cache_enable"] == "1"
+    assert trt[0][1]["trt_layer_norm_fp32_fallback"] == "1"
 
 
 def fake_session(*names: str, nodes: dict[str, list[str]] | None = None) -> Any:

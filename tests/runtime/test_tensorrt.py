@@ -78,6 +78,12 @@ def test_the_cache_says_whether_an_engine_is_there(manifest: Any, tmp_path: Path
     assert engine_options("tensorrt", manifest, SHAPES, "decode", tmp_path)[1]
     assert not engine_options("tensorrt", manifest, SHAPES, "prefill", tmp_path)[1]
     assert "nv_runtime_cache_path" in engine_options("tensorrt-rtx", manifest, SHAPES, "decode", tmp_path)[0]
+    own = {"trt_engine_cache_path": str(tmp_path / "own")}
+    options, built = engine_options("tensorrt", manifest, SHAPES, "decode", tmp_path, own)
+    assert (options["trt_engine_cache_path"], built) == (own["trt_engine_cache_path"], False)
+    (tmp_path / "own" / "decode.engine").write_bytes(b"x")
+    assert engine_options("tensorrt", manifest, SHAPES, "decode", tmp_path, own)[1]
+    assert "trt_engine_cache_enable" not in engine_options("tensorrt", manifest, SHAPES, "decode", None)[0]
 
 
 def test_two_sessions_and_no_shape_outside(exports: Get, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,8 +97,11 @@ def test_two_sessions_and_no_shape_outside(exports: Get, monkeypatch: pytest.Mon
         last = plain.prefill(prompts, reserve=20).copy()
     monkeypatch.setattr(ort_session, "require", lambda *_: stand_in)
     monkeypatch.setattr(ort_session, "provider_list", lambda _p, o: seen.append(dict(o)) or [stand_in.ort_name])
-    with load(folder, "tensorrt", threads=1, shapes=SHAPES, engine_home=tmp_path) as session:
+    given = {"trt_layer_norm_fp32_fallback": "0", "trt_timing_cache_enable": "0"}
+    with load(folder, "tensorrt", 1, shapes=SHAPES, engine_home=tmp_path, provider_options=given) as session:
         assert [o["trt_engine_cache_prefix"] for o in seen] == ["decode", "prefill"]
+        assert all(given.items() <= o.items() for o in seen)
+        assert all(o["trt_engine_cache_enable"] == "1" for o in seen)
         assert session._prefill is not session._decode
         assert float(session.info.details["engine_build_s"]) > 0
         np.testing.assert_array_equal(session.prefill(prompts, reserve=20), last)

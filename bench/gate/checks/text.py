@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.gate.found import Found, exact, first_difference
 from bench.gate.subject import Subject
+from export.manifest import GENAI_CONFIG
 from reports.validation import Finding
 
 VOLATILE = {
@@ -246,7 +247,7 @@ def _around(text: str, other: str) -> str:
 
 @_tokenizers
 def special_ids(s: Subject, ours: Any, theirs: Any) -> Found:
-    """bos, eos, pad and unk ids of tokenizer and genai_config.json; the added tokens."""
+    """bos, eos, pad and unk ids of tokenizer, manifest, genai_config.json; the added tokens."""
     findings = []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         a, b = getattr(ours, name, None), getattr(theirs, name, None)
@@ -256,7 +257,10 @@ def special_ids(s: Subject, ours: Any, theirs: Any) -> Found:
         differ = sorted(set(ours.get_added_vocab().items()) ^ set(theirs.get_added_vocab().items()))
         findings.append(Finding(where="tokenizer, added tokens", what=f"differ, such as {differ[0]}"))
     wanted = s.baseline.eos
-    genai = s.folder / "genai_config.json"
+    if tuple(s.manifest.eos_token_ids) != wanted:
+        what = f"generation ends at {list(s.manifest.eos_token_ids)}, not {list(wanted)}"
+        findings.append(Finding(where="eos_token_ids", what=what))
+    genai = s.folder / GENAI_CONFIG
     if genai.is_file():
         model = json.loads(genai.read_text(encoding="utf-8")).get("model", {})
         value = model.get("eos_token_id")

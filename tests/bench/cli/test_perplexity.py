@@ -46,3 +46,5 @@ def test_third_party_folders_of_equal_names_share_nothing(
 def test_a_provider_that_falls_back(exports: Callable[..., Path], score: Score) -> None:
     found = score(exports(), "--provider", "cuda", "--allow-fallback")
     assert found["candidate"]["documents"] == 1
+    assert found["session"]["provider"] == "cpu"
+    assert "cuda" in found["session"]["fallback"]

@@ -16,7 +16,6 @@ from bench.data.loading import load_dataset
 from bench.defects.in_graph import DEFECTS
 from bench.defects.workshop import Workshop
 from bench.deployment import Deployment
-from bench.errors import BenchError
 from bench.gate.modes import MODES
 from bench.gate.replay import incomplete, replay
 from bench.gate.validate import make_subject, thinned, validate
@@ -100,7 +99,7 @@ def test_evidence_that_was_cut_out(
     e = whole.evidence
     cut = {
         "chunks, the data have": {"chunks": e.chunks[:-1]},
-        "generations are not those": {"outputs": e.outputs[:-1], "tasks": []},
+        "generations are not those of the": {"outputs": e.outputs[:-1], "tasks": []},
         "decode_steps looked at 35 places, not 36": {
             "places": e.places | {"decode_steps": e.places["decode_steps"][:-1]}
         },
@@ -129,12 +128,17 @@ def test_evidence_that_was_cut_out(
     assert "refused (incomplete): the evidence is not whole" in capsys.readouterr().err
     assert main(["verify", str(certificate), *common[:3]]) == 2
     assert "--dataset" in capsys.readouterr().err
+    assert main(["verify", str(certificate), str(exports()), *common[3:]]) == 2
+    assert "--baseline" in capsys.readouterr().err
 
 
-def test_workers_that_may_fall_back_are_refused(exports: Exports, checkpoints: Exports) -> None:
-    deployment = Deployment(threads=1, allow_fallback=True)
-    with pytest.raises(BenchError, match="--allow-fallback with --workers"):
-        make_subject(exports(), str(checkpoints()), MODES["quick"], deployment=deployment, workers=2)
+def test_workers_that_may_fall_back_are_refused(
+    exports: Exports, checkpoints: Exports, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["validate", "--baseline", str(checkpoints())], ["perplexity"]):
+        asked = [command[0], str(exports()), *command[1:], "--allow-fallback"]
+        assert main([*asked, "--workers", "2"]) == 2
+        assert "--allow-fallback with --workers" in capsys.readouterr().err
 
 
 def test_kept_results_need_no_pytorch(checkpoints: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

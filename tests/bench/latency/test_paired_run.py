@@ -513,6 +513,12 @@ def test_a_gpus_state_is_read(monkeypatch: pytest.MonkeyPatch):
     assert gpu.throttle_reasons == ["sw_power_cap", "hw_thermal_slowdown"]
 
 
+def test_stolen_time_is_no_work_of_others(monkeypatch: pytest.MonkeyPatch):
+    times = SimpleNamespace(user=2.0, nice=1.0, system=1.0, idle=9.0, iowait=4.0, irq=0.0, softirq=1.0, steal=3.0)
+    monkeypatch.setattr(machine_state.psutil, "cpu_times", lambda: times)
+    assert machine_state._cpu_seconds() == (5.0, 3.0)
+
+
 def test_disturbances_are_named():
     calm = sample()
     hot = calm.model_copy(update={"gpus": [GpuState(index=0, name="x", throttle_reasons=["hw_slowdown"])]})
