@@ -32,6 +32,11 @@ class UserError(Exception):
     exit_code = 2
 
 
+def standard(domain: str) -> str:
+    """An operator's domain; ONNX's own has two names."""
+    return "" if domain == "ai.onnx" else domain
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what another library's exception says, its name where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -23,6 +23,7 @@ from typing import Any
 
 import onnx
 
+from export.manifest import standard
 from runtime.errors import SessionError
 
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
@@ -80,11 +81,6 @@ _TYPES: dict[str, tuple[int, str, int]] = {
     "STRING": (0, "string_data", 1),
 }
 _TYPED_FIELDS = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
-
-
-def standard(domain: str) -> str:
-    """An operator's domain; ONNX's own has two names."""
-    return "" if domain == "ai.onnx" else domain
 
 
 class UntrustedModelError(SessionError):

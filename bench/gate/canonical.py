@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from export.manifest import standard
 from reports.validation import Finding
-from runtime.trust import standard
 
 COMMUTATIVE = ("Add", "Mul", "Min", "Max")
 DEFAULTS: dict[str, dict[str, Any]] = {
