@@ -6,7 +6,6 @@ The list of available providers also names those whose libraries are missing, so
 from __future__ import annotations
 
 import importlib
-import platform
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +26,7 @@ from runtime.providers import (
     require,
     require_active,
 )
-from runtime.settings import usable_cores
+from runtime.settings import cpu_name, usable_cores
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,12 @@ def processor() -> dict[str, str | int | float]:
     import cpuinfo
     import psutil
 
-    info = cpuinfo.get_cpu_info()
+    flags = set(cpuinfo.get_cpu_info().get("flags") or ())
     found: dict[str, str | int | float] = {
-        "name": str(info.get("brand_raw") or platform.processor() or platform.machine()),
+        "name": cpu_name(),
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
-    flags = set(info.get("flags") or ())
     found["vector"] = next((f for f in ("amx_tile", "avx512f", "avx2", "asimd") if f in flags), "unknown")
     clock = psutil.cpu_freq()
     if clock is not None:

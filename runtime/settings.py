@@ -6,6 +6,7 @@ Try: ``runtime.load(folder, threads=2, session_options={"session.intra_op.allow_
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,13 @@ from runtime.errors import SessionError
 
 if TYPE_CHECKING:
     from runtime.tensorrt import Shapes
+
+
+def cpu_name() -> str:
+    """The processor's model, as its maker prints it."""
+    import cpuinfo
+
+    return str(cpuinfo.get_cpu_info().get("brand_raw") or platform.processor() or platform.machine())
 
 
 def usable_cores() -> int:

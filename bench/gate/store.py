@@ -29,7 +29,7 @@ from bench.digests import folder_digest, hash_baseline
 from bench.errors import BenchError
 from export.cache import cache_dir
 from runtime.session import Logits
-from runtime.settings import usable_cores
+from runtime.settings import cpu_name, usable_cores
 
 BOUND_ENV = "LLAMA_ONNX_CACHE_GB"
 DEFAULT_GB = 8.0
@@ -64,7 +64,7 @@ def baseline_key(
 
     Every file of the checkpoint is read once, unless ``hashes`` holds what :func:`hash_baseline` found.
     """
-    from bench.machine.environment import cpu_name, machine, versions
+    from bench.machine.environment import machine, versions
 
     installed = versions()
     return key_of(

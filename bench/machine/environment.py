@@ -11,7 +11,7 @@ from contextlib import suppress
 import psutil
 
 from reports.base import Machine
-from runtime.settings import usable_cores
+from runtime.settings import cpu_name, usable_cores
 
 PACKAGES = (
     "llama-onnx-bench",
@@ -47,13 +47,6 @@ def _gpu() -> str | None:
         return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
     except (ImportError, RuntimeError):
         return None
-
-
-def cpu_name() -> str:
-    """The processor's model, as its maker prints it."""
-    import cpuinfo
-
-    return str(cpuinfo.get_cpu_info().get("brand_raw") or platform.processor() or platform.machine())
 
 
 def machine() -> Machine:
