@@ -17,6 +17,7 @@ from bench.latency.sweep import SweepError, merge, parse_sweep
 from bench.machine.lock import BusyError, machine_lock
 from reports.comparison import CaseRecord
 from reports.store import Store
+from runtime.providers import PROVIDERS
 from tests.reports.comparison_examples import example_comparison
 
 Paths = Callable[..., Path]
@@ -104,6 +105,10 @@ def test_a_sweep_error_names_its_line(text: str, place: str, words: str):
         parse_sweep(text, "s.yaml")
     assert place in str(caught.value)
     assert words in str(caught.value)
+
+
+def test_a_sweep_takes_every_provider():
+    assert parse_sweep(f"models: [demo]\nproviders: [{', '.join(PROVIDERS)}]", "s.yaml").providers == tuple(PROVIDERS)
 
 
 def test_sweep_measures_resumes_and_merges(exports: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
