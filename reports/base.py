@@ -69,6 +69,11 @@ def parse(text: str, where: object) -> Any:
         raise RecordError(f"{where} is not valid JSON ({e})") from None
 
 
+def first_problem(e: ValidationError) -> str:
+    """Place and words of the first thing that a schema refuses."""
+    return f"{'.'.join(str(p) for p in e.errors()[0]['loc'])}: {e.errors()[0]['msg']}"
+
+
 def validate(raw: object, model: type[Model], where: object) -> Model:
     """A JSON value as a model; ``where`` names it in errors.
 
@@ -78,9 +83,7 @@ def validate(raw: object, model: type[Model], where: object) -> Model:
     try:
         return model.model_validate(raw)
     except ValidationError as e:
-        first = e.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        raise RecordError(f"{where}: {place}: {first['msg']} ({e.error_count()} problem(s) in all)") from None
+        raise RecordError(f"{where}: {first_problem(e)} ({e.error_count()} problem(s) in all)") from None
 
 
 def first_document(path: Path) -> Any:

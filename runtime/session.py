@@ -21,6 +21,10 @@ Logits = NDArray[np.float32]
 Ids = Sequence[Sequence[int]]
 
 
+NOT_AS_ASKED = ("fallback", "partly_elsewhere")
+"""Details that say why the session does not run, or not alone, on the provider that was asked for."""
+
+
 @dataclass(frozen=True)
 class SessionInfo:
     """What runs: for tables and records.
@@ -35,6 +39,11 @@ class SessionInfo:
     context_length: int
     vocab_size: int
     details: dict[str, str | int | float | bool]
+
+    @property
+    def facts(self) -> dict[str, str | int | float | bool]:
+        """Runtime, provider and details, as results hold them."""
+        return {"runtime": self.runtime, "provider": self.provider, **self.details}
 
 
 @runtime_checkable

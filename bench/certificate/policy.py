@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bench.certificate.statement import CertificateError, first_problem
+from bench.certificate.statement import CertificateError
 from bench.gate.modes import MODES
+from reports.base import first_problem
 from reports.validation import Validation
 
 

@@ -28,7 +28,7 @@ from bench.digests import Progress, baseline_digest, folder_digest, hash_baselin
 from bench.errors import BenchError
 from bench.gate.replay import incomplete, replay
 from bench.machine.environment import versions
-from reports.base import Frozen, kind_of
+from reports.base import Frozen, first_problem, kind_of
 from reports.validation import Validation
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -98,11 +98,6 @@ def read_validation(document: Mapping[str, Any]) -> Validation:
         return Validation.model_validate(found)
     except ValidationError as e:
         raise _no_result(first_problem(e)) from None
-
-
-def first_problem(e: ValidationError) -> str:
-    """Place and words of the first thing that a schema refuses."""
-    return f"{'.'.join(str(p) for p in e.errors()[0]['loc'])}: {e.errors()[0]['msg']}"
 
 
 def _no_result(why: str) -> CertificateError:

@@ -28,10 +28,10 @@ from bench.certificate.statement import (
     canonical,
     check_form,
     check_result,
-    first_problem,
     statement_digest,
 )
 from bench.digests import Progress, baseline_digest, folder_digest, hash_baseline, hash_folder
+from reports.base import first_problem
 from reports.validation import Validation
 
 if TYPE_CHECKING:

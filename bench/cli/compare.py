@@ -246,6 +246,7 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     Raises:
         BenchError: the gate could not be run to its end; its last line is quoted.
     """
+    from bench.process.child import last_line
     from reports.validation import Validation
 
     out = args.out / "validation"
@@ -259,8 +260,7 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     # Python ends with 1 after any traceback, so the code alone is no verdict.
     found = Validation.read(document) if document.is_file() else None
     if found is None or found.exit_code != done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BenchError(f"the gate could not be run (exit code {done.returncode}): {last.removeprefix('error: ')}")
+        raise BenchError(f"the gate could not be run (exit code {done.returncode}): {last_line(done.stderr)}")
     return found
 
 

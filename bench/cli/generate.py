@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from runtime.generate import EOS, LENGTH, STOP_ID, STOP_STRING, stream
     from runtime.loading import read_folder
     from runtime.sampling import Sampling
+    from runtime.session import NOT_AS_ASKED
     from runtime.text import TextStream, encode, load_tokenizer
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     with where.open(args.folder, huge_pages=False, cuda_graph=not args.no_cuda_graph) as session:
         eos = () if args.ignore_eos else session.manifest.eos_token_ids
         info = session.info
-        for told in (info.details[k] for k in ("fallback", "partly_elsewhere") if k in info.details):
+        for told in (info.details[k] for k in NOT_AS_ASKED if k in info.details):
             ERR.print(f"warning: {told}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         text = TextStream(tokenizer, args.stop, (*eos, *args.stop_id))
         for step in stream(session, [ids], args.max_new_tokens, (*eos, *args.stop_id), sampling=how):
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
                 "seed": how.seed,
                 "ttft_s": at[0],
                 "at_s": at,
-                "session": {"runtime": info.runtime, "provider": info.provider, **info.details},
+                "session": info.facts,
             }
         )
     return 0

@@ -132,9 +132,7 @@ def run(args: argparse.Namespace) -> int:
     # A worker's opener is pickled, and may not fall back: it runs on what was asked for.
     opener = candidate if args.workers == 1 else partial(where.open, folder)
     score("candidate", opener, files, where.settings(), versions())
-    found["session"] = {"provider": where.provider}
-    if opened:
-        found["session"] = {"provider": opened[0].info.provider, **opened[0].info.details}
+    found["session"] = opened[0].info.facts if opened else {"provider": where.provider}
     if args.baseline:
         from bench.gate.store import baseline_key
         from runtime.torch_session import TorchSession
@@ -149,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The result for a terminal."""
+    from runtime.session import NOT_AS_ASKED
+
     rows = [
         f"{side}: word perplexity {found[side]['word_perplexity']:.6f}, byte perplexity "
         f"{found[side]['byte_perplexity']:.6f}, {found[side]['bits_per_byte']:.6f} bits a byte"
@@ -159,4 +159,4 @@ def lines(found: dict[str, Any]) -> list[str]:
     rows.append(f"{f['documents']} documents, {f['words']} words, {f['tokens']} tokens; {f['settings']}")
     rows += [f"ratio {found['ratio']:.9f}"] if "ratio" in found else []
     told = found["session"]
-    return rows + [f"not run as asked: {told[k]}" for k in ("fallback", "partly_elsewhere") if k in told]
+    return rows + [f"not run as asked: {told[k]}" for k in NOT_AS_ASKED if k in told]

@@ -153,8 +153,7 @@ class Subject:
     def observe(self) -> None:
         """Take down what the candidate runs on, once more after each check: a graph that opens later may fall back."""
         if "candidate" in vars(self):
-            info = self.candidate.info
-            self.session.update({"runtime": info.runtime, "provider": info.provider, **info.details})
+            self.session.update(self.candidate.info.facts)
 
     @property
     def opener(self) -> Callable[[], OrtSession]:

@@ -32,6 +32,7 @@ from export.source import Source, resolve
 from export.spec import METHODS, PRECISIONS, TARGETS
 from reports.validation import CheckResult, Evidence, Place, Validation, decide_verdict
 from runtime.errors import ProviderUnavailableError
+from runtime.session import NOT_AS_ASKED
 from runtime.trim import trim
 
 OnResult = Callable[[CheckResult], None]
@@ -220,7 +221,7 @@ class Gate:
             notes.append("more text decides: --mode full, or your own with --dataset own+FILE.jsonl")
         if verdict == "PASS" and not s.mode.judges_tails:
             notes.append("quick mode: tails and top-1 are reported, standard mode judges them")
-        for kind in ("fallback", "partly_elsewhere"):
+        for kind in NOT_AS_ASKED:
             if kind in s.session:
                 notes.append(f"not run on {s.deployment.provider}{' alone' * (kind != 'fallback')}: {s.session[kind]}")
         if self._readable:

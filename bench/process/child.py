@@ -177,9 +177,13 @@ def output_of(command: Sequence[str], failed: str = "", timeout: float | None = 
     """
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BenchError(failed + last.removeprefix("error: ")[:500])
+        raise BenchError(failed + last_line(done.stderr))
     return done.stdout
+
+
+def last_line(errors: str) -> str:
+    """Why a command failed: the last line of its standard error."""
+    return (errors.strip().splitlines() or ["no output"])[-1].removeprefix("error: ")[:500]
 
 
 def json_of(command: Sequence[str], failed: str = "", timeout: float | None = None) -> Any:
