@@ -16,7 +16,7 @@ import datetime
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,12 @@ def _no_result(why: str) -> CertificateError:
     )
 
 
+def listed(problems: Sequence[str], most: int) -> str:
+    """The first of several problems, and how many more there are."""
+    more = f" and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
+
+
 def check_result(validation: Validation, wrong_input: int) -> None:
     """A result has to follow from its evidence, and to be of every check.
 
@@ -121,12 +127,11 @@ def check_result(validation: Validation, wrong_input: int) -> None:
         ("incomplete", "the result is no ground for a certificate", incomplete),
     ):
         if wrong := problems(validation):
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             here = versions().get("llama-onnx-bench")
             other = f" (made by version {validation.tool_version}, this is {here})"
             hint = other if validation.tool_version != here else ""
             code = 3 if reason == "incomplete" and validation.verdict == "INCONCLUSIVE" else wrong_input
-            raise CertificateError(reason, f"{words}: {'; '.join(wrong[:3])}{more}{hint}", code)
+            raise CertificateError(reason, f"{words}: {listed(wrong, 3)}{hint}", code)
 
 
 # -- making ---------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from bench.certificate.statement import (
     canonical,
     check_form,
     check_result,
+    listed,
     statement_digest,
 )
 from bench.digests import Progress, baseline_digest, folder_digest, hash_baseline, hash_folder
@@ -207,5 +208,4 @@ def _compare(stated: Mapping[str, str], there: Mapping[str, str], where: str, pr
     found = [f"{n} {words[kind]}" for kind, names in kinds.items() for n in names]
     if found:
         reason = next(kind for kind in ("changed", "missing", "extra") if kinds[kind])
-        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-        raise CertificateError(f"{prefix}file-{reason}", f"{where}: {'; '.join(found[:4])}{more}")
+        raise CertificateError(f"{prefix}file-{reason}", f"{where}: {listed(found, 4)}")

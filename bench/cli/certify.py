@@ -64,11 +64,11 @@ def refuse_inside(certificate: Path, folder: Path) -> None:
 
 def refuse_thinned(result: Validation, folder: Path, source: Source, dataset: Dataset, code: int) -> None:
     """CertificateError with this exit code where a result lacks evidence that folder, baseline and data demand."""
-    from bench.certificate.statement import CertificateError
+    from bench.certificate.statement import CertificateError, listed
     from bench.gate.validate import make_subject, mode_of, thinned
 
     if wrong := thinned(result, make_subject(folder, source, mode_of(result.mode), dataset)):
-        raise CertificateError("incomplete", f"the evidence is not whole: {'; '.join(wrong[:3])}", code)
+        raise CertificateError("incomplete", f"the evidence is not whole: {listed(wrong, 3)}", code)
 
 
 def write_certificate(statement: dict[str, Any], args: argparse.Namespace) -> str:
