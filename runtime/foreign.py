@@ -30,6 +30,7 @@ from export.manifest import (
     Quantisation,
 )
 from runtime.errors import SessionError
+from runtime.stored_weights import stored_weights
 from runtime.trust import check_graph
 
 GRAPHS = (DECODE_GRAPH, "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx")
@@ -77,7 +78,7 @@ def describe(folder: Path) -> Manifest:
     notes = ["no manifest: the weights' identity is not known, no hash was checked"]
     maker = "onnxruntime-genai's builder" if genai else "optimum or another tool"
     notes.append(f"made by {model.producer_name or 'an unnamed tool'}, laid out as {maker} does")
-    precision, quantisation = _precision(graph, kv.dtype, notes)
+    precision, quantisation = _precision(model, kv.dtype, notes)
     vocab = _dim(outputs["logits"], 2) or _number(config, "vocab_size") or _number(genai_model, "vocab_size")
     if not vocab:
         raise ForeignFolderError(f"{folder}: neither the graph nor config.json says how large the vocabulary is")
@@ -205,36 +206,25 @@ def _kv_layout(
     return KVLayout(layers, heads, size, _TYPES[first.elem_type], shared_buffer=counts["GroupQueryAttention"] > 0)
 
 
-def _precision(graph: Any, activations: str, notes: list[str]) -> tuple[str, Quantisation | None]:
-    """What most of the weights are stored as; quantised ones by their operators."""
-    packed = [{a.name: a for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
-    nbits = sum(int(p["K"].i) * int(p["N"].i) for p in packed if "K" in p and "N" in p)
-    sizes: Counter[int] = Counter()
-    for tensor in graph.initializer:
-        if tensor.data_type in _TYPES and len(tensor.dims) > 1:
-            sizes[tensor.data_type] += _elements(tensor)
-    if packed and 8 * nbits < sizes.total():
-        notes.append(f"{len(packed)} MatMulNBits beside mostly float weights")
-    elif packed:
-        bits = Counter(int(p["bits"].i) if "bits" in p else 4 for p in packed)
-        name = f"int{bits.most_common(1)[0][0]}"
-        if len(bits) > 1:
-            notes.append("MatMulNBits of " + ", ".join(f"{n} x {b} bits" for b, n in sorted(bits.items())))
-        first = packed[0]
-        level = int(first["accuracy_level"].i) if "accuracy_level" in first else 0
-        notes.append("the quantiser's method cannot be told from the graph")
-        return name, Quantisation(
-            name, "unknown", int(first["block_size"].i), level, "unknown", "unknown", "unknown", "unknown"
-        )
-    if any(node.op_type in ("DynamicQuantizeMatMul", "MatMulInteger", "DequantizeLinear") for node in graph.node):
-        notes.append("weights are quantised by other operators than MatMulNBits: called int8, not certain")
-        return "int8", Quantisation("int8", "unknown", 0, 0, "unknown", "unknown", "unknown", "unknown")
+def _precision(model: Any, activations: str, notes: list[str]) -> tuple[str, Quantisation | None]:
+    """What most of the weights are stored as, by their elements."""
+    leaves = {t.name: t for t in model.graph.initializer}
+    weights = [w for w in stored_weights(model, leaves) if len(w.shape) > 1]
+    sizes: Counter[str] = Counter()
+    for w in weights:
+        sizes[{"fp64": "fp32", "int2": "int4"}.get(w.kind, w.kind)] += w.elements
     if not sizes:
         notes.append("no float weights found: the precision is that of the KV cache")
         return activations, None
     if len(sizes) > 1:
-        notes.append("weights of several types: " + ", ".join(f"{_TYPES[t]} {n:,}" for t, n in sizes.most_common()))
-    return _TYPES[sizes.most_common(1)[0][0]], None
+        notes.append("weights of several types: " + ", ".join(f"{kind} {n:,}" for kind, n in sizes.most_common()))
+    name = sizes.most_common(1)[0][0]
+    if not name.startswith("int"):
+        return name, None
+    notes.append("the quantiser's method cannot be told from the graph")
+    first = next(({a.name: a.i for a in n.attribute} for n in model.graph.node if n.op_type == "MatMulNBits"), {})
+    block, level = (first.get(key, 0) for key in ("block_size", "accuracy_level"))
+    return name, Quantisation(name, "unknown", block, level, "unknown", "unknown", "unknown", "unknown")
 
 
 def _elements(tensor: Any) -> int:

@@ -51,7 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "GatherBlockQuantized": {"bits": 4, "block_size": 128, "quantize_axis": 1, "gather_axis": 0},
 }
 """Values that an attribute has when it is not written, by operator (ONNX and ONNX Runtime's operator documentation)."""
-_LAYER = re.compile(r"layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:layers|\bh)\.(\d+)\.")
 _IO_LAYER = re.compile(r"(?:past_key_values|present)\.(\d+)\.")
 MOST_FINDINGS = 200
 
@@ -133,6 +133,12 @@ def constants_of(model: Any) -> dict[str, Any]:
     """Every tensor that is stored in a graph by the name it is read by: initialisers, constants, copies of them."""
     graph = _Graph(model)
     return graph.leaves | {a: graph.leaves[n] for a in graph.alias if (n := graph.resolve(a)) in graph.leaves}
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor's name says it is of."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
 
 
 def read_by_outputs(model: Any) -> set[str]:

@@ -47,11 +47,21 @@ class CheckSpec:
 
 def exact(findings: Sequence[Finding], good: str, notes: Sequence[str] = ()) -> Found:
     """PASS with ``good``, or FAIL naming the first finding."""
-    if not findings:
-        return Found("PASS", good, notes=notes)
-    first = findings[0]
+    return (
+        Found("FAIL", _first(findings), findings=findings, notes=notes)
+        if findings
+        else Found("PASS", good, notes=notes)
+    )
+
+
+def undecided(findings: Sequence[Finding], notes: Sequence[str] = ()) -> Found:
+    """INCONCLUSIVE: what was found may be another tool's right way to do it, and cannot be told from a defect."""
+    return Found("INCONCLUSIVE", _first(findings), findings=findings, notes=notes)
+
+
+def _first(findings: Sequence[Finding]) -> str:
     more = f" (+{len(findings) - 1} more)" if len(findings) > 1 else ""
-    return Found("FAIL", f"{first.where}: {first.what}{more}", findings=findings, notes=notes)
+    return f"{findings[0].where}: {findings[0].what}{more}"
 
 
 def first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -138,9 +138,9 @@ def _result(r: CheckResult, spec: CheckSpec, evidence: Evidence, terms: Terms, s
         except Exception as e:  # whatever a forged document makes it stumble over
             yield f"{r.name}: cannot be judged from this evidence ({type(e).__name__}: {e})"
             return
-    elif (r.status == "FAIL") != bool(r.findings) or r.status in ("INCONCLUSIVE", "SUSPICIOUS"):
+    elif (r.status in ("FAIL", "INCONCLUSIVE")) != bool(r.findings) or r.status == "SUSPICIOUS":
         yield f"{r.name}.status: says {r.status} with {len(r.findings)} findings"
-    elif r.status in ("REPORTED", "SKIPPED") and not spec.may_abstain:
+    elif r.status in ("REPORTED", "SKIPPED", "INCONCLUSIVE") and not spec.may_abstain:
         yield f"{r.name}.status: says {r.status}, this check always decides"
     wanted = {
         "kind": spec.kind,

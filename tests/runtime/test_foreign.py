@@ -76,7 +76,7 @@ def test_quantised_folder_without_manifest(exports: Folders, tmp_path: Path) -> 
     assert manifest.quantisation is not None
     assert (manifest.precision, manifest.activations) == ("int4", "fp32")
     assert (manifest.quantisation.block_size, manifest.quantisation.accuracy_level) == (32, 4)
-    assert any("1 x 8 bits" in note for note in manifest.notes)  # the head
+    assert any("int8 21,184" in note for note in manifest.notes)  # the head
 
 
 def test_ours_runs_in_optimum(exports: Folders) -> None:

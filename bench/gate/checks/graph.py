@@ -223,7 +223,7 @@ def rotary_tables(s: Subject) -> Found:
     for role in s.roles:
         model = s.graph(role)
         tensors = constants_of(model)
-        for kind, name in _table_names(model):
+        for kind, name in table_names(model):
             if name not in tensors:
                 findings.append(Finding(where=name, what="is not a stored table, so its rows cannot be read"))
                 continue
@@ -263,7 +263,8 @@ def rotary_tables(s: Subject) -> Found:
     return exact(findings, f"{rows:,} rows of cosine and sine as transformers computes them")
 
 
-def _table_names(model: Any) -> set[tuple[str, str]]:
+def table_names(model: Any) -> set[tuple[str, str]]:
+    """(``cos`` or ``sin``, initialiser) of the tables that fused rotary embeddings read."""
     names: set[tuple[str, str]] = set()
     for node in model.graph.node:
         first = {"GroupQueryAttention": 7, "RotaryEmbedding": 1}.get(node.op_type)

@@ -9,17 +9,15 @@ Try: ``llama-onnx validate FOLDER --baseline demo --only weights``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from bench.gate.canonical import constants_of, read_by_outputs
+from bench.gate.canonical import constants_of, layer_of
 from bench.gate.found import Found, exact
 from bench.gate.subject import Subject
 from reports.validation import Finding
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from bench.gate.tensors import TensorReader
@@ -33,13 +31,14 @@ WHOLE = {"rtn": 1.0, "hqq": 1.02, "kquant": 1.3, "gptq": 10.0}
 ROW = 30.0
 """The same over one row of the head by gptq: each is one token's, and no statistic sees a rare one's. Elsewhere every
 token goes through every row, and after inputs with a few huge values an honest row may be off by 176 times."""
-_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def weights(s: Subject) -> Found:
     """The audit; of folders made elsewhere by content, whatever the names."""
     if not s.ours:
-        return _by_content(s)
+        from bench.gate.checks.by_content import by_content
+
+        return by_content(s)
     from bench.gate.tensors import TensorReader
 
     findings: list[Finding] = []
@@ -57,7 +56,7 @@ def weights(s: Subject) -> Found:
             if finding not in findings:
                 findings.append(finding)
         missing = [r.name for r in s.conversion.recipes if r.name not in pairing.weights and r.name not in tensors]
-        findings += [Finding(where=n, what=f"is read nowhere in the {role} graph", layer=_layer(n)) for n in missing]
+        findings += [Finding(where=n, what=f"is read nowhere in the {role} graph", layer=layer_of(n)) for n in missing]
     sources = {x for r in s.conversion.recipes for x in r.sources}
     claimed = s.manifest.precision
     return exact(findings, f"{len(sources)} checkpoint tensors found, {_how(claimed)}, none left over")
@@ -65,11 +64,6 @@ def weights(s: Subject) -> Found:
 
 def _how(precision: str) -> str:
     return "inside the quantiser's bound" if precision.startswith("int") else f"bit-equal as {precision}"
-
-
-def _layer(name: str) -> int | None:
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
 
 
 def _new(audited: set[tuple[str, str]], role: str, expected: str, tensor: Any) -> bool:
@@ -104,7 +98,7 @@ def _audit(s: Subject, reader: TensorReader, places: dict[str, str], tensors: di
         except ValueError as e:
             wrong = str(e)
         if wrong:
-            yield Finding(where=found, what=wrong, layer=_layer(expected))
+            yield Finding(where=found, what=wrong, layer=layer_of(expected))
         s.tick(f"weights: {expected}")
 
 
@@ -160,6 +154,7 @@ def _quantised(
     """Dequantise what is stored and hold its error against round-to-nearest on the same blocks."""
     import torch
 
+    from bench.gate.tensors import one_valued
     from export.quantize import Packed, dequantize, error_bound, quantize
 
     base = recipe.name.removesuffix(".codes")
@@ -181,6 +176,8 @@ def _quantised(
     value = dequantize(Packed(codes, scales.reshape(rows, blocks), zeros), bits, block, columns)
     if offsets is not None:  # (q - 8) s + (8 - z) s: the second part is stored on its own
         value += offsets.float().t().repeat_interleave(block, dim=1)[:, :columns]
+    if (row := one_valued(value, weight)) is not None:
+        return f"row {row} is one value throughout"
     error = value.sub_(weight)
     padded = torch.nn.functional.pad(error, (0, blocks * block - columns)).view(rows, blocks, block)
     nearest = quantize(
@@ -220,59 +217,3 @@ def _quantised(
         f"{int(over.sum()):,} of {over.numel():,} blocks are off by more than {method} may be "
         f"(first: row {row}, block {column})"
     )
-
-
-def _by_content(s: Subject) -> Found:
-    """Any folder: look for each checkpoint tensor among the stored ones, as it is, transposed or in a join of QKV."""
-    import torch
-
-    from bench.gate.tensors import TensorReader
-    from export.convert import TORCH_DTYPE
-
-    reader = TensorReader(s.folder)
-    stored: dict[tuple[Any, ...], list[Any]] = {}
-    read = read_by_outputs(s.graph("decode"))  # the right weight beside the one that is used proves nothing
-    for tensor in s.graph("decode").graph.initializer:
-        if tensor.name in read and len(tensor.dims) and torch.tensor(list(tensor.dims)).prod() > 8:
-            stored.setdefault(tuple(tensor.dims), []).append(tensor)
-    dtype = TORCH_DTYPE.get(s.manifest.precision)
-    if dtype is None:
-        return Found("REPORTED", "quantised by another tool: its weights cannot be audited, the numbers decide")
-    used: set[str] = set()
-    missing = []
-    names = [n for n in s.baseline.tensors.where if not n.endswith("rotary_emb.inv_freq")]
-    for name in names:
-        weight = s.baseline.tensors.read(name).to(dtype)
-        forms = [weight, weight.t()] if weight.ndim == 2 else [weight]
-        fits = ((form, t) for form in forms for t in stored.get(tuple(form.shape), []) if t.name not in used)
-        hit = next((t.name for form, t in fits if torch.equal(reader.tensor(t), form)), None)
-        if hit:
-            used.add(hit)
-        else:
-            missing.append(name)
-    unfound = [n for n in missing if not re.search(r"(q|k|v)_proj", n)]
-    packed = len(missing) - len(unfound)
-    joined, wrong = _joined(s, reader, stored, dtype, missing) if packed else (0, [])
-    findings = [
-        Finding(where=n, what="is not in the folder, neither as it is nor transposed", layer=_layer(n)) for n in unfound
-    ]
-    findings += wrong
-    return exact(findings, f"{len(names)} checkpoint tensors found by content ({joined} joined)")
-
-
-def _joined(
-    s: Subject, reader: TensorReader, stored: dict[tuple[Any, ...], list[Any]], dtype: torch.dtype, missing: list[str]
-) -> tuple[int, list[Finding]]:
-    import torch
-
-    matches = (re.match(r"(.*)\.[qkv]_proj\.(weight|bias)$", name) for name in missing)
-    wrong, joined = [], 0
-    for prefix, kind in dict.fromkeys((m[1], m[2]) for m in matches if m):
-        full = [f"{prefix}.{x}_proj.{kind}" for x in "qkv"]
-        weight = torch.cat([s.baseline.tensors.read(n).to(dtype) for n in full])
-        form = weight.t() if weight.ndim == 2 else weight
-        if any(torch.equal(reader.tensor(t), form) for t in stored.get(tuple(form.shape), [])):
-            joined += 3
-        else:
-            wrong.append(Finding(where=" + ".join(full), what="is not in the folder", layer=_layer(full[0])))
-    return joined, wrong
