@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.gate.found import Found, exact
+from bench.gate.found import Found, exact, undecided
 from bench.gate.subject import Subject
 from export.manifest import ATTENTIONS, MANIFEST_NAME, NORMS, ONNX_TYPE, ManifestError, verify_files
 from reports.validation import Finding
@@ -111,13 +111,7 @@ def _short(value: Any) -> str:
 def graph(s: Subject) -> Found:
     """Both graphs against what the export makes of this configuration, node by node (names and order aside)."""
     if not s.ours:
-        from bench.gate.canonical import oddities
-
-        odd = [f"{f.where} {f.what}" for role in s.roles for f in oddities(s.graph(role))]
-        notes = [*odd[:5], f"{len(odd) - 5} more of the kind"] if len(odd) > 5 else odd
-        return Found(
-            "SKIPPED", "not a fused graph of ours: the attributes and the numbers are checked instead", notes=notes
-        )
+        return _third_party(s)
     from export.tensorrt_ops import check_standard
 
     findings: list[Finding] = []
@@ -130,6 +124,21 @@ def graph(s: Subject) -> Found:
     fused = findings and any("Fusion" in n.name for n in nodes)
     notes = ["ONNX Runtime's optimiser has saved this graph; ship it as exported, it is optimised when it is opened"]
     return exact(findings, f"{len(nodes)} nodes in {len(s.roles)} graphs equal to the export's", notes if fused else ())
+
+
+def _third_party(s: Subject) -> Found:
+    """No graph to compare with: what decides by ids, places or lengths and has no place in a decoder is named."""
+    from bench.gate.canonical import oddities
+    from bench.gate.control import unexplained
+
+    odd = [f"{f.where} {f.what}" for role in s.roles for f in oddities(s.graph(role))]
+    notes = [*odd[:5], f"{len(odd) - 5} more of the kind"] if len(odd) > 5 else odd
+    if control := [f for role in s.roles for f in unexplained(s.graph(role), s.baseline.config)]:
+        named = [f.model_copy(update={"where": f"unexplained control, {f.where}"}) for f in control]
+        return undecided(named, notes)
+    return Found(
+        "SKIPPED", "not a fused graph of ours: attributes, control and numbers are checked instead", notes=notes
+    )
 
 
 def attributes(s: Subject) -> Found:
