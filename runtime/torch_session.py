@@ -147,11 +147,19 @@ class TorchSession(Guarded):
         self._mask, self._lengths, self._batch = self._mask[index], self._lengths[index], len(rows)
 
     @guarded
-    def score(self, ids: Sequence[int]) -> Logits:
-        """Logits at all positions of one sequence."""
+    def score(self, ids: Sequence[int], places: Sequence[int] | None = None) -> Logits:
+        """Logits of one sequence at some positions, None for all: ``[positions, vocab]``.
+
+        The whole text is computed, but only these positions go through the head and into memory.
+        """
         check_prompts([ids], 0, self._info)
         self._drop()
-        return _fp32(self._forward(input_ids=torch.tensor([list(ids)], device=self._device)).logits[0])
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=self._device)}
+        if places is None:
+            return _fp32(self._forward(**inputs).logits[0])
+        kept = torch.tensor(list(places), device=self._device)
+        logits = self._forward(**inputs, logits_to_keep=kept).logits[0]
+        return _fp32(logits if len(logits) == len(kept) else logits[kept])
 
 
 def _fp32(logits: torch.Tensor) -> Logits:

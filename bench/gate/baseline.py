@@ -152,6 +152,11 @@ class Baseline:
         """Logits at every position, ``[length, vocab]`` fp32."""
         return self._score("fp32", ids)
 
+    def score_at(self, ids: Sequence[int], places: Sequence[int]) -> Logits:
+        """As :meth:`score`, at some positions only, ``[len(places), vocab]``: of a long text the rest takes memory."""
+        request = ["score at", list(ids), list(places)]
+        return self._stored(request, lambda: self.session.score(ids, places))
+
     def null_score(self, kind: str, ids: Sequence[int]) -> Logits:
         """As :meth:`score`, by a null control: ``eager`` (fp32, another kernel), ``fp16`` or ``bf16``."""
         return self._score(kind, ids)

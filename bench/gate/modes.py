@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from bench.gate.statistics import TIERS, Tier
 
 SEED = 20_261_124
+LARGEST_BATCH = 17
+"""Rows of the largest batch that any check computes."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class Mode:
     """How much is measured. ``window`` tokens a chunk, at most ``windows`` of them; ``items`` of each task group.
 
     ``new_tokens`` caps each generation (None: the task's own length), ``places`` the places that behaviour checks look
-    at. ``judges_tails``: whether so many tokens can decide the tail and top-1; if not they are reported.
+    at; ``longest`` tokens of text are the most that they compute over in one piece. ``judges_tails``: whether so many
+    tokens can decide the tail and top-1; if not they are reported.
     ``every_text``: the sources of the tasks are scored as well as the prose.
     """
 
@@ -26,13 +29,14 @@ class Mode:
     judges_tails: bool
     new_tokens: int | None = None
     places: int | None = None
+    longest: int = 1040
     every_text: bool = False
 
 
 MODES = {
-    "quick": Mode("quick", 128, 6, 1, 1, False, new_tokens=16, places=1),
+    "quick": Mode("quick", 128, 6, 1, 1, False, new_tokens=16, places=1, longest=200),
     "standard": Mode("standard", 384, None, 8, 16, True),
-    "full": Mode("full", 384, None, 16, None, True, every_text=True),
+    "full": Mode("full", 384, None, 16, None, True, longest=2064, every_text=True),
 }
 """``full`` scores every text of the data and generates every item: what ``standard`` may leave undecided."""
 

@@ -300,9 +300,11 @@ class Subject:
 def gate_shapes(s: Subject) -> Shapes:
     """What TensorRT has to build engines for: every batch and length that the checks use."""
     from bench.data.items import NEW_TOKENS
-    from bench.gate.generations import BATCH
+    from bench.gate.modes import LARGEST_BATCH
     from runtime.tensorrt import Shapes
 
     new = max(NEW_TOKENS.values())
     context = s.manifest.context_length
-    return Shapes((1, 1, BATCH), (1, min(s.mode.window, context - new), max(1, context - new)), min(new, context - 1))
+    return Shapes(
+        (1, 1, LARGEST_BATCH), (1, min(s.mode.window, context - new), max(1, context - new)), min(new, context - 1)
+    )

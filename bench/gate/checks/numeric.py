@@ -8,7 +8,7 @@ Try: ``llama-onnx validate FOLDER --baseline demo --only mean_kld,long_context``
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bench.gate import judge
 from bench.gate.found import Found
+from bench.gate.modes import LARGEST_BATCH
 from bench.gate.statistics import kl_divergence
 from bench.gate.subject import Subject
 from reports.validation import Evidence, Finding, PlaceScore
@@ -32,7 +33,7 @@ CONTINUED = 16
 PLACES: dict[str, judge.Judge] = {
     "prefill_logits": judge.places("prefill_logits", "Logits of prefill", "candidate against baseline"),
     "decode_steps": judge.places("decode_steps", "Step-by-step decode", "cache against one pass"),
-    "batch_rows": judge.places("batch_rows", "Uneven batches", "three orders, prefill and two steps"),
+    "batch_rows": judge.places("batch_rows", "Uneven batches", "prefill and two steps"),
     "chunked_prefill": judge.places("chunked_prefill", "Chunked prefill", "three chunks against one piece"),
     "long_context": judge.places("long_context", "Long context", "mean of the tokens after a long past"),
 }
@@ -75,10 +76,10 @@ def _applies(name: str, s: Subject) -> bool:
 def places_expected(s: Subject) -> dict[str, int]:
     """At how many places each check looks, by its name; nothing is opened for it."""
     planned = {
-        "prefill_logits": len(_prompts(_text(s, PREFILL_TEXT))),
+        "prefill_logits": len(_prompts(s)),
         "decode_steps": sum(steps for _, steps in _starts(s)),
         "batch_rows": sum(3 * len(order) for order in _orders(s).values()),
-        "chunked_prefill": max(0, len(_cuts(s)) - 1),
+        "chunked_prefill": sum(len(cuts) - 1 for cuts in _cuts(s)),
         "long_context": len(_pasts(s)),
     }
     return {name: count if _applies(name, s) else 0 for name, count in planned.items()}
@@ -96,28 +97,43 @@ def _text(s: Subject, length: int) -> list[int]:
     return out[:length]
 
 
-def _prompts(text: Sequence[int]) -> list[int]:
-    return sorted({1, 2, 17, min(64, len(text)), len(text)})
+def _doubling(s: Subject, least: int, most: int) -> list[int]:
+    """Powers of two, where kernels, tiles and buffers change; as far as the mode computes and the context reaches."""
+    most = min(most, s.mode.longest - CONTINUED, s.manifest.context_length - 2 * CONTINUED)
+    return [n for n in (2**k for k in range(1, 24)) if least <= n <= most] if s.mode.places is None else []
+
+
+def _prompts(s: Subject) -> list[int]:
+    """Lengths of prompts: short and usual ones, powers of two and their neighbours."""
+    usual = len(_text(s, PREFILL_TEXT))
+    around = {m for n in _doubling(s, 2, s.mode.longest) for m in (n - 1, n, n + 1)}
+    return sorted({1, 2, 17, min(64, usual), usual} | {m for m in around if m <= len(_text(s, m))})
 
 
 def _starts(s: Subject) -> list[tuple[int, int]]:
-    """Where decode starts, and its steps."""
+    """Where decode starts, and its steps: early, late in a usual text, and across powers of two."""
     length = len(_text(s, DECODE_TEXT))
     starts = ((3, 12), (length - 25, 24))[: s.mode.places]
-    return [(start, steps) for start, steps in starts if start >= 1 and start + steps <= length]
+    usual = [(start, steps) for start, steps in starts if start >= 1 and start + steps <= length]
+    return usual + [(n - 4, 8) for n in _doubling(s, 32, s.mode.longest) if len(_text(s, n + 4)) == n + 4]
 
 
-def _cuts(s: Subject) -> list[int]:
-    """Where a prompt is cut into three chunks, its ends included; none for one too short."""
-    length = len(_text(s, CHUNKED_TEXT))
-    return [0, length // 2, length // 2 + 5, length] if length >= 12 else []
+def _cuts(s: Subject) -> list[list[int]]:
+    """Where prompts are cut into three chunks, the ends included; none for one too short."""
+    usual, long = len(_text(s, CHUNKED_TEXT)), len(_text(s, s.mode.longest))
+    cuts = [[0, usual // 2, usual // 2 + 5, usual]] if usual >= 12 else []
+    middle = max(_doubling(s, CHUNKED_TEXT, long - CONTINUED), default=0)
+    return cuts + ([[0, middle - 3, middle + 2, long]] if middle else [])
 
 
 def _orders(s: Subject) -> dict[str, list[int]]:
-    """Lengths of a batch's rows, in several orders."""
+    """Lengths of a batch's rows: in several orders, and in batches of powers of two and one more."""
     length = len(_text(s, BATCH_TEXT))
     lengths = [max(1, n) for n in (length - 3, 2, length // 2, length // 4, 1)]
     orders = {"as given": lengths, "shortest first": sorted(lengths), "longest first": sorted(lengths)[::-1]}
+    if s.mode.places is None:
+        room = max(1, min(length - 3, 23))
+        orders |= {f"{n} rows": [7 * k % room + 1 for k in range(n)] for n in (2, 4, 8, 9, 16, LARGEST_BATCH)}
     return dict(list(orders.items())[: s.mode.places])
 
 
@@ -138,45 +154,45 @@ def _pasts(s: Subject) -> dict[str, int]:
 @_places
 def prefill_logits(s: Subject) -> Rows:
     """The decode graph's own prefill against the baseline at several prompt lengths, one token included."""
-    text = _text(s, PREFILL_TEXT)
+    lengths = _prompts(s)
+    text = _text(s, lengths[-1])
+    wanted = s.baseline.score_at(text, [n - 1 for n in lengths])
     rows: Rows = []
-    for n in _prompts(text):
+    for n, row in zip(lengths, wanted, strict=True):
         ours = s.candidate.prefill([text[:n]], reserve=0)[0].copy()
-        rows.append((f"prompt of {n}", float(kl_divergence(ours[None], s.baseline.score(text[:n])[-1:])[0])))
+        rows.append((f"prompt of {n}", float(kl_divergence(ours[None], row[None])[0])))
     return rows
 
 
 @_places
 def decode_steps(s: Subject) -> Rows:
     """Steps over the KV cache against the baseline's one pass, from an early and a late start."""
-    text = _text(s, DECODE_TEXT)
-    whole = s.baseline.score(text)
+    starts = _starts(s)
+    text = _text(s, max((start + steps for start, steps in starts), default=0))
+    places = sorted({start + k for start, steps in starts for k in range(steps)})
+    wanted = dict(zip(places, s.baseline.score_at(text, places), strict=True)) if places else {}
     rows: Rows = []
-    for start, steps in _starts(s):
-        logits = s.candidate.prefill([text[:start]], reserve=steps).copy()
+    for start, steps in starts:
+        s.candidate.prefill([text[:start]], reserve=steps)
         for k in range(steps):
             logits = s.candidate.step([text[start + k]])
-            rows.append((f"step {k + 1} after {start}", float(kl_divergence(logits, whole[start + k][None])[0])))
+            rows.append((f"step {k + 1} after {start}", float(kl_divergence(logits, wanted[start + k][None])[0])))
     return rows
 
 
 @_places
 def chunked_prefill(s: Subject) -> Rows:
     """A prompt in three chunks over the cache against the same prompt in one piece."""
-    cuts = _cuts(s)
-    if not cuts:
-        return []
-    text = _text(s, CHUNKED_TEXT)
-    whole = s.baseline.score(text)
-    names = ["logits", *s.probe.present_names]
-    past = None
     rows: Rows = []
-    for a, b in itertools.pairwise(cuts):
-        found = s.probe.run(text[a:b], past, names)
-        past = s.probe.presents(found)
-        logits = found["logits"][0].astype(np.float32)
-        klds = kl_divergence(logits, whole[b - len(logits) : b])
-        rows.append((f"tokens {b - len(logits)} to {b}", float(klds.max())))
+    for cuts in _cuts(s):
+        text, past = _text(s, cuts[-1]), None
+        names = ["logits", *s.probe.present_names]
+        for a, b in itertools.pairwise(cuts):
+            found = s.probe.run(text[a:b], past, names)
+            past = s.probe.presents(found)
+            logits = found["logits"][0][-CHUNKED_TEXT:].astype(np.float32)
+            klds = kl_divergence(logits, s.baseline.score_at(text, range(b - len(logits), b)))
+            rows.append((f"tokens {b - len(logits)} to {b}, chunk from {a}", float(klds.max())))
     return rows
 
 

@@ -100,7 +100,7 @@ def test_evidence_that_was_cut_out(
     cut = {
         "chunks, the data have": {"chunks": e.chunks[:-1]},
         "generations are not those of the": {"outputs": e.outputs[:-1], "tasks": []},
-        "decode_steps looked at 35 places, not 36": {
+        "decode_steps looked at 59 places, not 60": {
             "places": e.places | {"decode_steps": e.places["decode_steps"][:-1]}
         },
         "long_context looked at 1 places, not 2": {"places": e.places | {"long_context": e.places["long_context"][1:]}},
