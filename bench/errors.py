@@ -24,6 +24,16 @@ class DatasetError(BenchError):
     """A dataset that is missing, empty or malformed (the line is named)."""
 
 
+class MachineError(BenchError):
+    """This machine cannot do it: no disk, memory or open files left."""
+
+    exit_code = 4
+
+
+class BaselineError(BenchError):
+    """The baseline cannot be read or computed, which says nothing about the folder under test."""
+
+
 def user_error(error: BaseException) -> tuple[str, int] | None:
     """What to tell the user and the exit code; None for a defect of ours."""
     if isinstance(error, UserError | ReportError):

@@ -20,9 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from bench.digests import DigestError, baseline_digest, hash_baseline
+from bench.errors import BaselineError
 from bench.gate.store import ResultStore, Say, baseline_key
 from export.cache import CACHE_ENV, cache_dir
 from export.convert import Conversion, convert, head_dim_of
+from export.manifest import first_line
 from export.pipeline import eos_ids, load_config
 from export.process import blocks_apart
 from export.source import Source
@@ -69,12 +71,27 @@ class Baseline:
         self._conversions: dict[tuple[str, str], Conversion] = {}
         self._sessions: dict[str, TorchSession] = {}
 
+    @contextmanager
+    def at_fault(self) -> Iterator[None]:
+        """What goes wrong in here is the baseline's, not the folder's.
+
+        Raises:
+            BaselineError: in place of whatever it was.
+        """
+        try:
+            yield
+        except (BaselineError, MemoryError):
+            raise
+        except Exception as e:  # transformers', safetensors', PyTorch's or ours
+            raise BaselineError(f"the baseline {self.source.name}: {first_line(e)}") from e
+
     @cached_property
     def store(self) -> ResultStore | None:
         """Its results on the disk; None: not kept."""
         if not self._keep:
             return None
-        key = baseline_key(self.checkpoint, self.device, self.threads, self.hashes)
+        with self.at_fault():
+            key = baseline_key(self.checkpoint, self.device, self.threads, self.hashes)
         return ResultStore(key, self._root, say=self._say)
 
     @property
@@ -93,7 +110,8 @@ class Baseline:
         """An fp32 matrix from the store, or computed now and kept."""
         kept = self.store.array(request) if self.store else None
         if kept is None:
-            kept = compute()
+            with self.at_fault():
+                kept = compute()
             if self.store:
                 self.store.keep_array(request, kept)
         return kept
@@ -119,12 +137,14 @@ class Baseline:
     @cached_property
     def config(self) -> Any:
         """transformers' configuration."""
-        return load_config(self.source)
+        with self.at_fault():
+            return load_config(self.source)
 
     @cached_property
     def tensors(self) -> Checkpoint:
         """The checkpoint's tensors, read one by one."""
-        return Checkpoint(self.checkpoint)
+        with self.at_fault():
+            return Checkpoint(self.checkpoint)
 
     def conversion(self, spec: ExportSpec, data_file: str) -> Conversion:
         """What the export makes of this configuration; traced once for each request."""
@@ -136,7 +156,8 @@ class Baseline:
     @cached_property
     def eos(self) -> tuple[int, ...]:
         """End-of-sequence ids."""
-        return eos_ids(self.checkpoint, self.config)
+        with self.at_fault():
+            return eos_ids(self.checkpoint, self.config)
 
     @property
     def session(self) -> TorchSession:
@@ -145,7 +166,9 @@ class Baseline:
 
     def _session(self, precision: str) -> TorchSession:
         if precision not in self._sessions:
-            self._sessions[precision] = TorchSession(self.checkpoint, precision, self.device, threads=self.threads)
+            with self.at_fault():
+                opened = TorchSession(self.checkpoint, precision, self.device, threads=self.threads)
+            self._sessions[precision] = opened
         return self._sessions[precision]
 
     def score(self, ids: Sequence[int]) -> Logits:
@@ -201,7 +224,8 @@ class Baseline:
             request = ["tokens", [list(p) for p in prompts], limit, list(self.eos)]
             made = self.store.value(request) if self.store else None
             if made is None:
-                made = generate(self.session, prompts, limit, self.eos).tokens
+                with self.at_fault():
+                    made = generate(self.session, prompts, limit, self.eos).tokens
                 if self.store:
                     self.store.keep_value(request, made)
             self._tokens[key] = tuple(tuple(row) for row in made)
@@ -268,7 +292,7 @@ class Baseline:
         """As :meth:`residuals`, by a null control (see :meth:`null_score`)."""
         key = (kind, tuple(ids))
         if key not in self._residuals:
-            with self._as(kind) as session:
+            with self.at_fault(), self._as(kind) as session:
                 self._residuals[key] = _residuals(session.model, self._tensor(ids))
         return self._residuals[key]
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.data.items import NEW_TOKENS, Item, prompt_ids
-from bench.errors import DatasetError
 from bench.gate.found import first_difference
 from bench.gate.metrics import score_task
 from reports.validation import Example, GeneratedItem, TaskEvidence
@@ -42,21 +41,12 @@ class PromptBatch:
 def batches_of(items: Sequence[Item], tokenizer: Any, context: int, most: int | None = None) -> list[PromptBatch]:
     """Batches of similar length within a task, so that little is spent on padding; ``most`` caps the new tokens.
 
-    Raises:
-        DatasetError: an item is longer than the context.
+    Items that are longer than the context leaves for a prompt are left out.
     """
-    encoded = []
-    for item in items:
-        ids = tuple(prompt_ids(item, tokenizer))
-        room = context - NEW_TOKENS[item.task]
-        if len(ids) > room:
-            raise DatasetError(
-                f"item {item.id} has {len(ids)} tokens, the context of {context} leaves {room}; "
-                f"shorten it or leave it out"
-            )
-        encoded.append((item, ids))
+    encoded = ((item, tuple(prompt_ids(item, tokenizer))) for item in items)
+    fitting = [(item, ids) for item, ids in encoded if len(ids) <= context - NEW_TOKENS[item.task]]
     out = []
-    ordered = sorted(encoded, key=lambda pair: (pair[0].task, len(pair[1])))
+    ordered = sorted(fitting, key=lambda pair: (pair[0].task, len(pair[1])))
     for task, group in itertools.groupby(ordered, key=lambda pair: pair[0].task):
         limit = min(NEW_TOKENS[task], most or NEW_TOKENS[task])
         whole = list(group)

@@ -56,6 +56,8 @@ class Subject:
     """Told (finished, all) windows or batches of the stage that is running; (0, 0) between stages."""
     resumed: int = field(default=0, init=False)
     """Windows and batches that an earlier run, which was stopped, had finished."""
+    left_out: int = field(default=0, init=False)
+    """Items that are longer than the baseline's context leaves for a prompt."""
     used: list[Any] = field(default_factory=list, init=False)
     """What of :attr:`unfinished` this run read or wrote."""
     session: dict[str, Scalar] = field(default_factory=dict, init=False)
@@ -122,6 +124,11 @@ class Subject:
         return {role: loaded[n] for role, n in names.items()}
 
     @property
+    def context(self) -> int:
+        """Tokens that both sides can hold; another check compares what each claims."""
+        return min(self.manifest.context_length, int(self.baseline.config.max_position_embeddings))
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The graphs that are really two."""
         return ("decode",) if self.manifest.decode_graph == self.manifest.scoring_graph else ("decode", "scoring")
@@ -173,7 +180,8 @@ class Subject:
         """The baseline's tokenizer: both sides get the same ids."""
         from runtime.text import load_tokenizer
 
-        return load_tokenizer(self.baseline.checkpoint)
+        with self.baseline.at_fault():
+            return load_tokenizer(self.baseline.checkpoint)
 
     @cached_property
     def windows(self) -> list[list[int]]:
@@ -243,9 +251,12 @@ class Subject:
         from bench.gate.units import Batch, generate_batches
 
         items = [item for members in self.dataset.groups(self.mode.items).values() for item in members]
-        # The baseline's context: an item that exceeds it is wrong data, one that exceeds a folder's alone its defect.
+        # The baseline's context: an item that exceeds a folder's alone is its defect.
         context = self.baseline.config.max_position_embeddings
         batches = batches_of(items, self.tokenizer, context, self.mode.new_tokens)
+        fitting = {item.id for b in batches for item in b.items}
+        self.left_out = len(items) - len(fitting)
+        items = [item for item in items if item.id in fitting]
         eos = tuple(self.manifest.eos_token_ids)
         made = generate_batches(self, [Batch(b.prompts, b.limit, eos) for b in batches])
         return outputs_in_order(items, batches, made)

@@ -8,6 +8,7 @@ stops the runtime must not be shipped. Try: ``llama-onnx validate FOLDER --basel
 from __future__ import annotations
 
 import datetime
+import errno
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,7 +18,7 @@ from bench.data.items import Dataset
 from bench.data.loading import load_shipped
 from bench.deployment import Deployment
 from bench.digests import DigestError
-from bench.errors import BenchError
+from bench.errors import BenchError, MachineError
 from bench.gate.baseline import Baseline
 from bench.gate.checks.numeric import places_expected
 from bench.gate.found import CheckSpec, Found, stopped
@@ -35,6 +36,7 @@ from runtime.errors import ProviderUnavailableError
 from runtime.session import NOT_AS_ASKED
 from runtime.trim import trim
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 OnResult = Callable[[CheckResult], None]
 MOST_FINDINGS = 50
 
@@ -217,6 +219,8 @@ class Gate:
         s, notes = self.subject, []
         if s.resumed:
             notes.append(f"{s.resumed} windows and batches were finished by an earlier run that was stopped")
+        if s.left_out:
+            notes.append(f"{s.left_out} items of the data were left out: the baseline's context is too short for them")
         if any(r.kind == "numeric" and r.status == "INCONCLUSIVE" for r in results):
             notes.append("more text decides: --mode full, or your own with --dataset own+FILE.jsonl")
         if verdict == "PASS" and not s.mode.judges_tails:
@@ -242,7 +246,9 @@ def _run(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
         raise
     except Exception as e:  # the runtime's or the graph's: all of them mean that it cannot be shipped so
         if isinstance(e, ProviderUnavailableError | BenchError) and not isinstance(e, DigestError):
-            raise  # the machine's, the data's or the user's
+            raise  # the machine's, the baseline's, the data's or the user's
+        if isinstance(e, OSError) and e.errno in NO_ROOM:
+            raise MachineError(f"{spec.name} could not be run: {e.strerror}; make room, then start again") from e
         text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:240]}"
         found = stopped(spec.name, text)
     finally:

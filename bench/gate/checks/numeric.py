@@ -87,7 +87,7 @@ def places_expected(s: Subject) -> dict[str, int]:
 
 def _text(s: Subject, length: int) -> list[int]:
     """Ids of the dataset's prose, as many as asked for if there are so many, and a few less than the context."""
-    length = min(length, s.manifest.context_length - 4)
+    length = min(length, s.context - 4)
     out: list[int] = []
     # Data without prose, or with lines shorter than a chunk: the same places can be looked at in any other text.
     for window in s.windows or ([i for t in s.dataset.texts() for i in s.tokenizer(t)["input_ids"]],):
@@ -99,7 +99,7 @@ def _text(s: Subject, length: int) -> list[int]:
 
 def _doubling(s: Subject, least: int, most: int) -> list[int]:
     """Powers of two, where kernels, tiles and buffers change; as far as the mode computes and the context reaches."""
-    most = min(most, s.mode.longest - CONTINUED, s.manifest.context_length - 2 * CONTINUED)
+    most = min(most, s.mode.longest - CONTINUED, s.context - 2 * CONTINUED)
     return [n for n in (2**k for k in range(1, 24)) if least <= n <= most] if s.mode.places is None else []
 
 
@@ -139,7 +139,7 @@ def _orders(s: Subject) -> dict[str, list[int]]:
 
 def _pasts(s: Subject) -> dict[str, int]:
     """Tokens before the continued ones: to the end of the context, to its middle, around the original rope context."""
-    end = s.manifest.context_length
+    end = s.context
     scaling = getattr(s.baseline.config, "rope_scaling", None) or {}
     original = scaling.get("original_max_position_embeddings")
     if scaling.get("rope_type", scaling.get("type")) in (None, "default", "dynamic"):

@@ -81,7 +81,9 @@ def _audit(s: Subject, reader: TensorReader, places: dict[str, str], tensors: di
     from export.weights import match_names
 
     conversion, checkpoint = s.conversion, s.baseline.tensors
-    mapping = match_names(conversion.recipes, checkpoint, s.baseline.config.tie_word_embeddings, conversion.shapes)
+    with s.baseline.at_fault():
+        tied = s.baseline.config.tie_word_embeddings
+        mapping = match_names(conversion.recipes, checkpoint, tied, conversion.shapes)
     recipes = {r.name: r for r in conversion.recipes}
     for expected, found in places.items():
         recipe = recipes.get(expected.partition("#")[0])

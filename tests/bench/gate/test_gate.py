@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -11,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file as load_file_of_tensors
+from safetensors.torch import save_file as save_tensors
 
 from bench.cli.main import main
 from bench.data.loading import load_file
 from bench.deployment import Deployment
+from bench.errors import BaselineError, MachineError
 from bench.gate.found import Found
 from bench.gate.judge import judge_tokens
 from bench.gate.modes import MODES, Terms
@@ -23,6 +27,7 @@ from bench.gate.statistics import TokenScores
 from bench.gate.store import baseline_key
 from bench.gate.validate import Gate, make_subject, validate
 from bench.latency.workload import PROFILES
+from export.manifest import UserError
 from reports.validation import Evidence, overall
 from runtime.errors import ProviderUnavailableError
 
@@ -161,7 +166,7 @@ def test_beside_a_candidate_on_a_gpu_the_baseline_runs_there_too(
         lambda: baseline.continued([1, 2, 3], 7, [4, 5]),
         lambda: baseline.tokens([[1, 2, 3]], 2),
     ):
-        with pytest.raises((NotImplementedError, RuntimeError), match=r"copy out of meta|unsupported scalarType"):
+        with pytest.raises(BaselineError, match=r"copy out of meta|unsupported scalarType"):
             ask()
     assert baseline_key(subject.baseline.checkpoint, "cuda", 1) != baseline_key(subject.baseline.checkpoint, "cpu", 1)
 
@@ -215,3 +220,54 @@ def test_what_failed_before_the_machine_gave_up_stands(
     assert any("stopped at determinism: no GPU" in n for n in found.notes)
     with pytest.raises(ProviderUnavailableError):
         validate(subject, [last])
+
+
+@pytest.mark.parametrize("fault", ["no tokenizer", "no weights", "other weights", "configuration"])
+def test_what_is_the_baselines_fault_is_no_verdict_on_the_folder(
+    exports: Exports, checkpoints: Exports, tiny_dataset: Any, tmp_path: Path, fault: str
+) -> None:
+    checkpoint = shutil.copytree(checkpoints(), tmp_path / "checkpoint")
+    if fault == "no tokenizer":
+        for path in [*checkpoint.glob("tokenizer*"), *checkpoint.glob("*.jinja"), *checkpoint.glob("special*")]:
+            path.unlink()
+    elif fault == "configuration":
+        (checkpoint / "config.json").write_text("{")
+    else:
+        weights = load_file_of_tensors(checkpoint / "model.safetensors")
+        weights.pop("model.norm.weight")
+        save_tensors(weights if fault == "other weights" else {}, checkpoint / "model.safetensors")
+
+    def judged() -> None:
+        validate(make_subject(exports(), str(checkpoint), MODES["quick"], tiny_dataset, Deployment(threads=1)))
+
+    with pytest.raises(UserError, match="checkpoint") as raised:
+        judged()
+    assert raised.value.exit_code == 2
+    assert "FAIL" not in str(raised.value)
+
+
+def test_a_full_disk_is_the_machines_fault(exports: Exports, checkpoints: Exports, tiny_dataset: Any) -> None:
+    def full(_s: Any) -> Found:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    subject = make_subject(exports(), str(checkpoints()), MODES["quick"], tiny_dataset, Deployment(threads=1))
+    with pytest.raises(MachineError, match="determinism could not be run: No space left") as raised:
+        validate(subject, [replace(BY_NAME["determinism"], run=full)])
+    assert raised.value.exit_code == 4
+
+
+def test_items_longer_than_the_context_are_left_out_and_counted(
+    exports: Exports, checkpoints: Exports, words: list[str], tmp_path: Path
+) -> None:
+    lines = [
+        {"id": "long", "task": "summarization", "text": " ".join(words * 12), "references": ["the cat"]},
+        {"id": "short", "task": "summarization", "text": " ".join(words), "references": ["the cat"]},
+    ]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = load_file(tmp_path / "some.jsonl")
+    subject = make_subject(exports(), str(checkpoints()), MODES["quick"], data, Deployment(threads=1))
+    subject.mode = replace(subject.mode, items=None)
+    found = validate(subject, [BY_NAME["greedy"]])
+    subject.close()
+    assert [o.item for o in found.evidence.outputs] == ["short"]
+    assert "1 items of the data were left out" in " ".join(found.notes)

@@ -16,6 +16,7 @@ from bench.data.loading import load_dataset
 from bench.defects.in_graph import DEFECTS
 from bench.defects.workshop import Workshop
 from bench.deployment import Deployment
+from bench.errors import BaselineError
 from bench.gate.modes import MODES
 from bench.gate.replay import incomplete, replay
 from bench.gate.validate import make_subject, thinned, validate
@@ -173,7 +174,7 @@ def test_kept_results_need_no_pytorch(checkpoints: Exports, tmp_path: Path, monk
     kept, logits = again.continued(ids, 12, ids[:2])
     assert logits.tobytes() == after.tobytes()
     assert [t.tobytes() for pair in kept for t in pair] == [t.tobytes() for pair in past for t in pair]
-    with pytest.raises(TypeError):  # another checkpoint has to be computed
+    with pytest.raises(BaselineError):  # another checkpoint has to be computed
         opened(seed=1).score(ids)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.cli.main import main
 from bench.defects.__main__ import DEFECTS
 from bench.defects.workshop import Workshop
 
@@ -178,23 +177,6 @@ def test_what_is_undecided_is_exit_code_3(checkpoints: Paths, exports: Paths, wo
     assert done.returncode == 3, done.stdout[-2000:]
     assert "INCONCLUSIVE: Top-1 agreement" in done.stdout
     assert "tokens would decide" in done.stdout
-
-
-def test_an_item_that_exceeds_the_context_is_wrong_input(
-    checkpoints: Paths, exports: Paths, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Through both entries; it says nothing about the folder."""
-    item = {"id": "long", "task": "summarization", "text": " ".join(words * 12), "references": ["the cat"]}
-    (tmp_path / "long.jsonl").write_text(json.dumps(item))
-    common = ["--dataset", str(tmp_path / "long.jsonl")]
-    out = tmp_path / "report"
-    done = bench("--model", checkpoints(), "--exported", exports(), *common, "--report-dir", out, "-k", "greedy")
-    assert done.returncode == 2, done.stdout[-2000:]
-    assert "item long has" in done.stdout + done.stderr
-    arguments = ["validate", str(exports()), "--baseline", str(checkpoints()), "--only", "greedy", *common]
-    assert main([*arguments, "--out", str(out)]) == 2
-    assert "shorten it or leave it out" in capfd.readouterr().err
-    assert not out.exists()
 
 
 def test_some_checks_alone_are_no_verdict(checkpoints: Paths, exports: Paths, tmp_path: Path) -> None:
