@@ -197,6 +197,39 @@ def _defaults_written(model: Any) -> None:
             set_attribute(node, name, value)
 
 
+def _silu_in_one(model: Any) -> None:
+    """SiLU as ONNX Runtime's optimiser saves it."""
+    from onnx import helper
+
+    nodes = list(model.graph.node)
+    made = {name: node for node in nodes for name in node.output}
+    for product in [n for n in nodes if n.op_type == "Mul"]:
+        sigmoid = made.get(product.input[1])
+        if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.input[0] == product.input[0]:
+            one = helper.make_node(
+                "QuickGelu", [product.input[0]], [product.output[0]], domain="com.microsoft", alpha=1.0
+            )
+            product.CopyFrom(one)
+            model.graph.node.remove(sigmoid)
+
+
+def _reshaped_once(model: Any) -> None:
+    """A Reshape and an Unsqueeze as one Reshape, as onnx-simplifier writes it."""
+    from onnx import helper, numpy_helper
+
+    made = {name: node for node in model.graph.node for name in node.output}
+    constants = {t.name: numpy_helper.to_array(t).tolist() for t in model.graph.initializer if not t.external_data}
+    for node in [n for n in model.graph.node if n.op_type == "Unsqueeze"]:
+        before = made.get(node.input[0])
+        if before is not None and before.op_type == "Reshape" and {before.input[1], node.input[1]} <= constants.keys():
+            sizes = constants[before.input[1]]
+            for place in constants[node.input[1]]:
+                sizes = [*sizes[:place], 1, *sizes[place:]]
+            shape = f"{node.output[0]}.sizes"
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(sizes, np.int64), shape))
+            node.CopyFrom(helper.make_node("Reshape", [before.input[0], shape], list(node.output), name=node.name))
+
+
 def _settings_again(w: Workshop) -> None:
     """config.json and generation_config.json as transformers saves them."""
     from transformers import AutoConfig, GenerationConfig
@@ -235,6 +268,8 @@ HARMLESS: tuple[Harmless, ...] = (
     Harmless("a comment in the chat template", _template_comment),
     Harmless("small constants as nodes", in_graphs(_constants_as_nodes)),
     Harmless("default attributes written out", in_graphs(_defaults_written)),
+    Harmless("SiLU in one operator", in_graphs(_silu_in_one)),
+    Harmless("two changes of shape in one", in_graphs(_reshaped_once)),
     Harmless("configuration and generation settings saved again", _settings_again),
 )
 """Beside these, fp32 -> fp16 in its own tier: the whole catalogue runs over an fp16 export as well."""

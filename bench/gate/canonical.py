@@ -154,16 +154,32 @@ def read_by_outputs(model: Any) -> set[str]:
     return seen
 
 
-class _Graph:
-    """Who makes each value, and what is a leaf; ``Identity`` is looked through, constants are initialisers."""
+def _written_out(node: Any) -> tuple[Any, ...]:
+    """SiLU in one operator, as ONNX Runtime's optimiser saves it (``QuickGelu``) or opset 24 has it (``Swish``):
+    ``x * sigmoid(alpha x)`` with an alpha of 1."""
+    from onnx import helper
 
-    def __init__(self, model: Any) -> None:
+    default = {("QuickGelu", "com.microsoft"): 1.702, ("Swish", ""): 1.0}.get((node.op_type, standard(node.domain)))
+    if default is None or next((a.f for a in node.attribute if a.name == "alpha"), default) != 1:
+        return (node,)
+    x, out = node.input[0], node.output[0]
+    sigmoid = helper.make_node("Sigmoid", [x], [f"{out}.sigmoid"], name=f"{node.name}.Sigmoid")
+    return sigmoid, helper.make_node("Mul", [x, sigmoid.output[0]], [out], name=f"{node.name}.Mul")
+
+
+class _Graph:
+    """Who makes each value, and what is a leaf; ``Identity`` is looked through, constants are initialisers.
+
+    ``written_out``: an activation in one operator stands as the two that the export writes.
+    """
+
+    def __init__(self, model: Any, written_out: bool = False) -> None:
         graph = model.graph
         self.inputs = {i.name: i for i in graph.input}
         self.outputs = {o.name: o for o in graph.output}
         self.leaves: dict[str, Any] = {t.name: t for t in graph.initializer}
         self.made: dict[str, tuple[int, int]] = {}
-        self.nodes = list(graph.node)
+        self.nodes = [n for node in graph.node for n in (_written_out(node) if written_out else (node,))]
         self.alias: dict[str, str] = {}
         for k, node in enumerate(self.nodes):
             own = standard(node.domain) == ""
@@ -173,7 +189,28 @@ class _Graph:
                 self.leaves[node.output[0]] = made
             else:
                 self.made |= {name: (k, i) for i, name in enumerate(node.output) if name}
+        if written_out:
+            self._merge_shapes()
         self.layers = self._layers()
+
+    def _merge_shapes(self) -> None:
+        """``Reshape`` and then ``Unsqueeze`` as the one ``Reshape`` that simplifiers make of them."""
+        from onnx import helper, numpy_helper
+
+        for k, node in enumerate(self.nodes):
+            before = self.producer(self.resolve(node.input[0])) if node.op_type == "Unsqueeze" else None
+            if before is None or before.op_type != "Reshape" or attributes_of(before)["allowzero"]:
+                continue
+            shape, axes = (self.leaves.get(self.resolve(n.input[1])) for n in (before, node))
+            if shape is None or axes is None:
+                continue
+            sizes, places = (numpy_helper.to_array(t).tolist() for t in (shape, axes))
+            rank = len(sizes) + len(places)
+            for place in sorted(p % rank for p in places):
+                sizes.insert(place, 1)
+            name = f"{node.output[0]}.shape"
+            self.leaves[name] = numpy_helper.from_array(np.asarray(sizes, np.int64), name)
+            self.nodes[k] = helper.make_node("Reshape", [before.input[0], name], list(node.output), name=node.name)
 
     def resolve(self, name: str) -> str:
         for _ in range(len(self.alias) + 1):  # a damaged graph may go in a circle
@@ -350,7 +387,7 @@ def _stripped(names: Any) -> list[str]:
 
 def pair_graphs(expected: Any, found: Any) -> Pairing:
     """Compare two ``onnx.ModelProto``; neither needs its external data."""
-    pairing = _Walk(_Graph(expected), _Graph(found)).run()
+    pairing = _Walk(_Graph(expected, written_out=True), _Graph(found, written_out=True)).run()
     pairing.findings += oddities(found)
     return pairing
 
