@@ -194,9 +194,9 @@ def gguf_checkpoint(path: Path, status: Status = lambda _: None) -> Path:
         BrokenCheckpointError: the file is damaged or incomplete, or of an architecture that transformers cannot read.
         UnsupportedModelError: it holds what would be lost.
     """
-    from export.gguf_file import convert_gguf
+    from export.gguf_file import CONVERSION, convert_gguf
 
-    target = cache_dir() / "gguf-2" / sha256_of(path)[:16]  # files of the first version lack their rope scaling
+    target = cache_dir() / f"gguf-{CONVERSION}" / sha256_of(path)[:16]
     if not (target / "config.json").is_file():
         with publish(target, shared=True) as work:
             convert_gguf(path, work, status)
