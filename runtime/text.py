@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.manifest import first_line
+from export.manifest import VOCABULARIES, files_of, first_line
 from runtime.errors import SessionError
 
 
@@ -20,7 +20,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = Path(folder).expanduser()
-    if path.is_dir() and not ((path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file()):
+    if path.is_dir() and not files_of(path, VOCABULARIES):
         raise SessionError(f"{path} has no tokenizer; export a checkpoint folder that holds tokenizer.json")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -200,6 +200,12 @@ def chat_template(s: Subject, ours: Any, theirs: Any) -> Found:
     if not a or not b:
         return exact([Finding(where="chat template", what="is missing" if b else "is one that the baseline lacks")], "")
     findings = []
+    inline = (_json(s.folder / "tokenizer_config.json") or {}).get("chat_template")
+    if isinstance(inline, list):
+        inline = {t.get("name"): t.get("template") for t in inline}
+    if inline and _meaning(inline) != _meaning(a):
+        what = "is not chat_template.jinja's, and onnxruntime-genai takes it first; remove it"
+        findings.append(Finding(where="tokenizer_config.json, chat_template", what=what))
     for k, chat in enumerate(CHATS):
         for prompt in (True, False):
             left, right = (_render(t, chat, prompt) for t in (ours, theirs))
