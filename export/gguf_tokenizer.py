@@ -19,6 +19,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 from export.errors import BrokenCheckpointError, UnsupportedModelError
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_NUMBERS = r"\p{N}+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _ENDS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,7 +47,7 @@ class _Rule:
 
 _LLAMA3_RULE = _Rule((_LLAMA3,), ignore_merges=True, add_bos=True)
 _RULES: dict[str, _Rule] = {
-    "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, _NUMBERS, "[0-9][0-9][0-9]")),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "mellum", "exaone4"), _Rule((_GPT2,))),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _Rule((r"\p{N}", _GPT2))
@@ -156,9 +157,16 @@ def gguf_tokenizer(path: Path, value: Callable[[str], Any]) -> GgufTokenizer:
 def _byte_level(vocab: dict[str, int], merges: list[str], rule: _Rule) -> Tokenizer:
     pairs = dict.fromkeys((m[:cut], m[cut + 1 :]) for m in merges if (cut := m.find(" ", 1)) > 0)
     made = Tokenizer(models.BPE(vocab, list(pairs), ignore_merges=rule.ignore_merges))
-    splits = [pre_tokenizers.Split(Regex(text), "isolated") for text in rule.splits]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # onnxruntime-genai knows runs of digits in this form only.
+            *(
+                pre_tokenizers.Digits() if text == _NUMBERS else pre_tokenizers.Split(Regex(text), "isolated")
+                for text in rule.splits
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     made.decoder = decoders.ByteLevel()
     return made
 
