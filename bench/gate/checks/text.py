@@ -88,7 +88,11 @@ def _tokenizer_json(folder: Path) -> dict[str, Any] | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    raw: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())
+    return _plain(Tokenizer.from_file(str(path)))
+
+
+def _plain(made: Any) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads(made.to_str())
     return {k: v for k, v in raw.items() if k != "version"}
 
 
@@ -114,6 +118,8 @@ def tokenizer(s: Subject, ours: Any, theirs: Any) -> Found:
     """The tokenizer's parts one by one, and the ids of many texts, with the way back."""
     findings = []
     a, b = _tokenizer_json(s.folder), _tokenizer_json(s.baseline.checkpoint)
+    if a is not None and b is None and s.sealed and getattr(theirs, "is_fast", False):
+        b = _plain(theirs.backend_tokenizer)  # an older form, out of which the export made a tokenizer.json as well
     if a is not None and b is not None:
         findings += _parts(a, b)
     findings += _settings(ours, theirs, s)
