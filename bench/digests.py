@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bench.errors import BenchError
-from export.manifest import sha256_of
+from export.manifest import TOKENIZER_FILES, files_of, sha256_of
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
-TOKENIZER_NAMES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 Progress = Callable[[int], None]
 """Called with the bytes of each chunk that was hashed."""
 
@@ -61,10 +60,10 @@ def hash_baseline(checkpoint: Path, progress: Progress | None = None) -> dict[st
         DigestError: no weights in it.
     """
     roles: dict[str, dict[str, str]] = {"baseline": {}, "tokenizer": {}}
-    for path in sorted(p for p in checkpoint.iterdir() if p.is_file()):
-        if path.name.startswith(TOKENIZER_NAMES):
-            roles["tokenizer"][path.name] = sha256_of(path, progress)
-        elif path.suffix in WEIGHT_SUFFIXES or path.name.endswith(("config.json", ".index.json")):
+    for name in files_of(checkpoint, TOKENIZER_FILES):
+        roles["tokenizer"][name] = sha256_of(checkpoint / name, progress)
+    for path in sorted(p for p in checkpoint.iterdir() if p.is_file() and p.name not in roles["tokenizer"]):
+        if path.suffix in WEIGHT_SUFFIXES or path.name.endswith(("config.json", ".index.json")):
             roles["baseline"][path.name] = sha256_of(path, progress)
     if not any(Path(name).suffix in WEIGHT_SUFFIXES for name in roles["baseline"]):
         raise DigestError("no-baseline", f"{checkpoint} holds no weights; pass the baseline's checkpoint")

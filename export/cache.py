@@ -63,7 +63,7 @@ def publish(target: Path, shared: bool = False, replace: bool = False) -> Iterat
     work.mkdir()
     try:
         yield work
-        for path in work.iterdir():
+        for path in filter(Path.is_file, work.rglob("*")):
             with path.open("rb") as f, suppress(OSError):
                 os.fsync(f.fileno())
         if target.is_dir() and not any(target.iterdir()):

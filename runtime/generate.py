@@ -195,7 +195,8 @@ def generate(
     """
     if stop_strings and tokenizer is None:
         raise SessionError("stop strings need the tokenizer; pass tokenizer=runtime.text.load_tokenizer(folder)")
-    texts = [TextStream(tokenizer, stop_strings, (*eos, *stop_ids)) for _ in ids] if tokenizer is not None else []
+    silent = (*eos, *stop_ids)
+    texts = [TextStream(tokenizer, stop_strings, silent, row) for row in ids] if tokenizer is not None else []
     pieces = [""] * len(ids)
 
     def ends(rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.bool_]:

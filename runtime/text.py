@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.manifest import first_line
+from export.manifest import VOCABULARIES, files_of, first_line
 from runtime.errors import SessionError
 
 
@@ -20,7 +20,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = Path(folder).expanduser()
-    if path.is_dir() and not ((path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file()):
+    if path.is_dir() and not files_of(path, VOCABULARIES):
         raise SessionError(f"{path} has no tokenizer; export a checkpoint folder that holds tokenizer.json")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -70,14 +70,15 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 class StreamDecoder:
     """Turns tokens into text as they come, holding back bytes of a character that is not complete yet.
 
-    Only the tokens since the last whole piece (and that piece, for what the two join to) are decoded again.
+    Only the tokens since the last whole piece (and that piece, for what the two join to) are decoded again. ``after``
+    are the tokens before the first: a sentencepiece tokenizer takes the blank off a text that begins with none.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
-        self._said = ""
+        self._ids: list[int] = list(after)
+        self._shown = len(self._ids)
+        self._said = self._text().rstrip("\ufffd")
 
     def push(self, token: int) -> str:
         """The new text after one more token, perhaps none yet."""
@@ -115,15 +116,18 @@ class TextStream:
         tokenizer: of the folder.
         stops: strings, none empty.
         silent: tokens that are not text (the end tokens).
+        after: the prompt, which the text continues.
 
     Raises:
         SessionError: an empty stop string.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), silent: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), silent: Sequence[int] = (), after: Sequence[int] = ()
+    ) -> None:
         if not all(stops):
             raise SessionError("an empty stop string would end every text at once; leave it out")
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, after)
         self._stops, self._silent = tuple(stops), frozenset(silent)
         self._held = ""
         self.stopped = False

@@ -99,6 +99,30 @@ def tokenizer_in() -> Callable[[Path], None]:
 
 
 @pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.model as LLaMA 2 has one, of 331 pieces, with nothing beside it."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    lines = [" ".join(w + ending for w in WORDS[k:]) for k in range(9) for ending in ("", "s")]
+    (folder / "text").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=331,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    for name in ("text", "tokenizer.vocab"):
+        (folder / name).unlink()
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Random checkpoints by their configuration, each made once."""
     made: dict[str, Path] = {}

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         info = session.info
         for told in (info.details[k] for k in NOT_AS_ASKED if k in info.details):
             ERR.print(f"warning: {told}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-        text = TextStream(tokenizer, args.stop, (*eos, *args.stop_id))
+        text = TextStream(tokenizer, args.stop, (*eos, *args.stop_id), ids)
         for step in stream(session, [ids], args.max_new_tokens, (*eos, *args.stop_id), sampling=how):
             at.append(step.at_s)
             tokens.append(int(step.tokens[0]))

@@ -36,9 +36,11 @@ class Workshop:
         self.folder, self.checkpoint = folder, checkpoint
         folder.mkdir(parents=True)
         self._known = {}
-        for path in filter(Path.is_file, good.iterdir()):
-            self._known[path.name] = path.stat().st_ino
-            link_or_copy(path.resolve(), folder / path.name)
+        for path in filter(Path.is_file, good.rglob("*")):
+            name = path.relative_to(good)
+            self._known[name.as_posix()] = path.stat().st_ino
+            (folder / name).parent.mkdir(exist_ok=True)
+            link_or_copy(path.resolve(), folder / name)
 
     @property
     def manifest(self) -> Manifest:
@@ -96,10 +98,10 @@ class Workshop:
 
         def change(raw: dict[str, Any]) -> None:
             files = {k: v for k, v in raw["files"].items() if (self.folder / k).is_file()}
-            for path in sorted(p for p in self.folder.iterdir() if p.name != MANIFEST_NAME):
-                now = path.stat()
-                if self._known.get(path.name) != now.st_ino or path.name not in files:
-                    files[path.name] = {"size": now.st_size, "sha256": sha256_of(path)}
+            for path in sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME):
+                now, name = path.stat(), path.relative_to(self.folder).as_posix()
+                if self._known.get(name) != now.st_ino or name not in files:
+                    files[name] = {"size": now.st_size, "sha256": sha256_of(path)}
             raw["files"] = files
 
         self.json(MANIFEST_NAME, change)

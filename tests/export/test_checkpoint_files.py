@@ -106,8 +106,10 @@ def gguf_file(
     extra: Mapping[str, np.ndarray[Any, Any]] = {},
     scaling: str = "",
     base: float = 10000.0,
+    eos: int | None = 2,
+    more: Callable[[Any], Any] = lambda _: None,
 ) -> Path:
-    """A random LLaMA, fp32."""
+    """A random LLaMA, fp32; ``more`` gets the writer."""
     import gguf
     from tokenizers import pre_tokenizers
 
@@ -139,7 +141,9 @@ def gguf_file(
     w.add_token_types([3] * 3 + [1] * (VOCAB - 3))
     w.add_token_merges(["a b", "c d"])
     w.add_bos_token_id(1)
-    w.add_eos_token_id(2)
+    if eos is not None:
+        w.add_eos_token_id(eos)
+    more(w)
     w.add_unk_token_id(0)
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (VOCAB, HIDDEN), "output": (VOCAB, HIDDEN)}
     shapes["output_norm"] = (HIDDEN,)
@@ -218,6 +222,12 @@ def test_gguf_with_linear_scaling(tmp_path: Path) -> None:
             "rotary factors",
         ),
         ({"extra": {"blk.0.attn_q.bias": np.ones(64, np.float32)}}, UnsupportedModelError, r"blk\.0\.attn_q\.bias"),
+        (
+            {"more": lambda w: (w.add_uint16("split.count", 3), w.add_uint16("split.no", 0))},
+            UnsupportedModelError,
+            "is part 1 of 3 of a split GGUF; join them",
+        ),
+        ({"more": lambda w: w.add_tokenizer_pre("klingon")}, UnsupportedModelError, "pre-tokenizer 'klingon'"),
         ({"drop": "blk.1.ffn_down.weight"}, BrokenCheckpointError, r"model\.layers\.1\.mlp\.down_proj\.weight"),
         ({"drop": "output_norm.weight"}, BrokenCheckpointError, r"lacks 1 tensors, the first model\.norm\.weight"),
     ],
@@ -228,6 +238,20 @@ def test_gguf_that_would_lose_something(
     with pytest.raises(error, match=words):
         resolve(str(gguf_file(tmp_path / "a.gguf", **fields)))
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+def test_gguf_keeps_its_end_tokens(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = gguf_file(tmp_path / "a.gguf", eos=7, more=lambda w: w.add_eot_token_id(9))
+    manifest, _ = export_model(ExportSpec(str(path)), tmp_path / "out")
+    assert manifest.eos_token_ids == (7, 9)
+    assert (config_of(path)["bos_token_id"], config_of(path)["eos_token_id"]) == (1, 7)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 7, 0)
+    assert tokenizer("ab")["input_ids"] == [tokenizer.convert_tokens_to_ids("ab")]
+    without = gguf_file(tmp_path / "b.gguf", eos=None)
+    assert export_model(ExportSpec(str(without)), tmp_path / "none")[0].eos_token_ids == ()
 
 
 # --- which files are the weights --------------------------------------------------------------------------------------

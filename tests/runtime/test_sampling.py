@@ -219,6 +219,28 @@ def test_streamed_text_is_the_decoded_text() -> None:
     assert all("\ufffd" not in piece for piece in out)
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_blank_between_prompt_and_text_stays(legacy: bool, sentencepiece_model: Path, session: Any) -> None:
+    from transformers import LlamaTokenizerFast
+
+    tokenizer = LlamaTokenizerFast.from_pretrained(sentencepiece_model.parent, legacy=legacy)
+    whole, prompt = tokenizer("the cat sat 🙂 on it")["input_ids"], tokenizer("the cat")["input_ids"]
+    assert whole[: len(prompt)] == prompt
+    cut = len(prompt)
+    for start, words in ((cut, " sat 🙂 on it"), (1, "the cat sat 🙂 on it"), (whole.index(prompt[-1]), None)):
+        text = TextStream(tokenizer, after=whole[:start])
+        continued = "".join(text.push(i) for i in whole[start:]) + text.finish()
+        assert tokenizer.decode(whole[:start], skip_special_tokens=True) + continued == "the cat sat 🙂 on it"
+        assert words in (None, continued)
+    emoji = next(k for k, t in enumerate(tokenizer.convert_ids_to_tokens(whole)) if t == "<0xF0>")
+    text = TextStream(tokenizer, after=whole[: emoji + 2])  # the prompt ends inside a character
+    assert "".join(text.push(i) for i in whole[emoji + 2 :]) == "🙂 on it"
+    found = generate(session, [prompt, [5]], 4, tokenizer=tokenizer)
+    for row, tokens, said in zip([prompt, [5]], found.tokens, found.texts, strict=True):
+        before, first = (tokenizer.decode(r, skip_special_tokens=True) for r in (row, [*row, tokens[0]]))
+        assert (before + said).startswith(first.rstrip("\ufffd"))
+
+
 def test_generate_cuts_text_and_says_why(session: Any, exports: Callable[..., Path]) -> None:
     from runtime.text import load_tokenizer
 

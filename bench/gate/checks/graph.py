@@ -32,7 +32,8 @@ def files(s: Subject) -> Found:
         return exact([Finding(where="folder", what=str(e))], "")
     if s.ours and (beside := _unseen(s)):
         return exact(beside, "")
-    extra = sorted(p.name for p in s.folder.iterdir() if p.name not in manifest.files and p.name != MANIFEST_NAME)
+    there = {p.relative_to(s.folder).as_posix() for p in s.folder.rglob("*") if not p.is_dir()}
+    extra = sorted(there - manifest.files.keys() - {MANIFEST_NAME})
     notes = [f"not in the manifest: {', '.join(extra[:5])}"] if extra else []
     return exact([], f"{len(manifest.files)} files as published", notes)
 

@@ -88,7 +88,11 @@ def _tokenizer_json(folder: Path) -> dict[str, Any] | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    raw: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())
+    return _plain(Tokenizer.from_file(str(path)))
+
+
+def _plain(made: Any) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads(made.to_str())
     return {k: v for k, v in raw.items() if k != "version"}
 
 
@@ -114,6 +118,8 @@ def tokenizer(s: Subject, ours: Any, theirs: Any) -> Found:
     """The tokenizer's parts one by one, and the ids of many texts, with the way back."""
     findings = []
     a, b = _tokenizer_json(s.folder), _tokenizer_json(s.baseline.checkpoint)
+    if a is not None and b is None and s.sealed and getattr(theirs, "is_fast", False):
+        b = _plain(theirs.backend_tokenizer)  # an older form, out of which the export made a tokenizer.json as well
     if a is not None and b is not None:
         findings += _parts(a, b)
     findings += _settings(ours, theirs, s)
@@ -200,6 +206,12 @@ def chat_template(s: Subject, ours: Any, theirs: Any) -> Found:
     if not a or not b:
         return exact([Finding(where="chat template", what="is missing" if b else "is one that the baseline lacks")], "")
     findings = []
+    inline = (_json(s.folder / "tokenizer_config.json") or {}).get("chat_template")
+    if isinstance(inline, list):
+        inline = {t.get("name"): t.get("template") for t in inline}
+    if inline and _meaning(inline) != _meaning(a):
+        what = "is not chat_template.jinja's, and onnxruntime-genai takes it first; remove it"
+        findings.append(Finding(where="tokenizer_config.json, chat_template", what=what))
     for k, chat in enumerate(CHATS):
         for prompt in (True, False):
             left, right = (_render(t, chat, prompt) for t in (ours, theirs))

@@ -90,6 +90,22 @@ def test_every_rendering_of_the_chat_template_counts(changes: dict[str, Any], co
 
 
 @pytest.mark.parametrize(
+    ("template", "findings"),
+    [
+        (TEMPLATE, 0),
+        ("\n" + TEMPLATE, 0),
+        ("{{ messages }}", 1),
+        ([{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "x"}], 1),
+    ],
+)
+def test_a_template_that_only_genai_reads(template: Any, findings: int, beside: Any, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    result = text_checks.chat_template(beside(Tokenizer()))
+    assert [f.where for f in result.findings] == findings * ["tokenizer_config.json, chat_template"]
+    assert result.status == ("FAIL" if findings else "PASS")
+
+
+@pytest.mark.parametrize(
     ("changes", "where"),
     [
         *(({name: 3}, f"tokenizer, {name}") for name in IDS),

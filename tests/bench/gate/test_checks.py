@@ -337,6 +337,37 @@ def test_a_tokenizer_serialised_again_is_the_same(workshop: Workshops, subjects:
     assert result.findings[0].where == "tokenizer.json, added_tokens"
 
 
+def test_a_tokenizer_json_that_the_export_made_is_compared_part_by_part(
+    checkpoints: Callable[..., Path], sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    from types import SimpleNamespace
+
+    from bench.gate.checks.text import tokenizer
+    from export.manifest import TOKENIZER_FILES, files_of
+    from export.pipeline import export_model
+    from export.spec import ExportSpec
+    from runtime.text import load_tokenizer
+
+    checkpoint, folder = shutil.copytree(checkpoints(), tmp_path / "checkpoint"), tmp_path / "out"
+    for name in files_of(checkpoint, TOKENIZER_FILES):
+        (checkpoint / name).unlink()
+    shutil.copyfile(sentencepiece_model, checkpoint / "tokenizer.model")
+    export_model(ExportSpec(str(checkpoint)), folder)
+    subject: Any = SimpleNamespace(
+        folder=folder,
+        sealed=True,
+        tokenizer=load_tokenizer(checkpoint),
+        baseline=SimpleNamespace(checkpoint=checkpoint),
+        dataset=SimpleNamespace(items=[]),
+    )
+    assert tokenizer(subject).status == "PASS"
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["merges"][-2:] = reversed(raw["model"]["merges"][-2:])  # no text of the check shows it
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    result = tokenizer(subject)
+    assert (result.status, result.findings[0].where) == ("FAIL", "tokenizer.json, model.merges")
+
+
 def test_a_check_that_stops_has_failed(exports: Exports, subjects: Callable[..., Any], tmp_path: Path) -> None:
     folder = shutil.copytree(exports(), tmp_path / "cut")
     data = folder / "model.onnx.data"
