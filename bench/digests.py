@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bench.errors import BenchError
-from export.manifest import TOKENIZER_FILES, files_of, sha256_of
+from export.manifest import TOKENIZER_FILES, files_of, is_hub_blob, sha256_of
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 Progress = Callable[[int], None]
@@ -37,9 +37,12 @@ def hash_folder(folder: Path, progress: Progress | None = None) -> dict[str, str
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        blob = path.is_symlink() and path.is_file() and is_hub_blob(path.parent.resolve(), path.resolve())
+        if (path.is_symlink() and not blob) or not (path.is_file() or path.is_dir()):
             raise DigestError(
-                "not-a-file", f"{folder}: {name} is a link or no plain file; a certificate covers plain files only"
+                "not-a-file",
+                f"{folder}: {name} is a link out of it or no plain file; a certificate covers plain files, and "
+                "links of a repository in the hub's cache to its blobs",
             )
         if path.is_file():
             found[name] = sha256_of(path, progress)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path, PurePosixPath
@@ -38,6 +39,7 @@ TOKENIZER_FILES = (
 SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 """What belongs to a model beside its weights: fetched from the hub, exported, hashed, compared."""
 _CHUNK = 1 << 20
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class UserError(Exception):
@@ -288,6 +290,18 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     if type(value) is not kind or (kind is int and value < 0):
         raise TypeError(f"{where}: {str(value)[:40]!r} is no {getattr(kind, '__name__', kind)}")
     return value
+
+
+def is_hub_blob(home: Path, target: Path) -> bool:
+    """Whether a link in ``home`` ends where the Hugging Face hub's cache keeps its files.
+
+    Args:
+        home: a folder in ``REPO/snapshots``, without links in its path.
+        target: the link's end, ``REPO/blobs/HASH``, without links in its path.
+    """
+    repository = target.parent.parent
+    blob = target.parent.name == "blobs" and _BLOB.fullmatch(target.name) is not None
+    return blob and home.is_relative_to(repository / "snapshots")
 
 
 def verify_files(

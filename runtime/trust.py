@@ -23,7 +23,7 @@ from typing import Any
 
 import onnx
 
-from export.manifest import standard
+from export.manifest import is_hub_blob, standard
 from runtime.errors import SessionError
 
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
@@ -59,7 +59,6 @@ _LIBRARY_KEY = re.compile(r"customops?(lib|path)|pluginlib")
 # Colon: drives and NTFS streams. Star: ONNX Runtime's "*/_ORT_MEM_ADDR_/*", where the offset is a memory address.
 _BAD_IN_LOCATION = re.compile(r"[\x00-\x1f\x7f\\:*]")
 _NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
-_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # TensorProto type -> bits of an element, the field that holds it when raw_data does not, entries in it per element
 # (below 8 bits: one entry is one packed byte).
 _TYPES: dict[str, tuple[int, str, int]] = {
@@ -160,22 +159,12 @@ def _size_of(folder: Path, path: Path, what: str) -> int:
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UntrustedModelError(f"{what}: cannot be opened ({reason}); copy the folder whole") from None
-    if not (target.is_relative_to(home) or (place.is_relative_to(home) and _is_blob(home, target))):
+    if not (target.is_relative_to(home) or (place.is_relative_to(home) and is_hub_blob(home, target))):
         raise UntrustedModelError(f"{what}: leads out of {folder}, to {target}; copy that file into the folder")
     # A pipe would block the reader, a device never end.
     if not stat.S_ISREG(status.st_mode):
         raise UntrustedModelError(f"{what}: is not a regular file; replace it by one")
     return status.st_size
-
-
-def _is_blob(home: Path, target: Path) -> bool:
-    """Whether ``target`` is ``REPO/blobs/HASH`` and ``home`` lies in ``REPO/snapshots``, both without links."""
-    repository = target.parent.parent
-    return (
-        target.parent.name == "blobs"
-        and _BLOB.fullmatch(target.name) is not None
-        and home.is_relative_to(repository / "snapshots")
-    )
 
 
 def _check_json(path: Path) -> None:

@@ -119,12 +119,11 @@ def judge_tokens(
         found = statistics.top1_agreement(scores, null, tier, SEED, asked)
     else:
         found = statistics.null_ratio(scores[: len(null)], null, SEED)
-    undecided = found.status == "INCONCLUSIVE" and name == "null_ratio"
     if found.status == "PASS" and len(scores) < LEAST_CHUNKS and name in ("perplexity_ratio", "mean_kld"):
         detail = f"one chunk of text has no spread to bound; {LEAST_CHUNKS} or more decide"
         found = found.model_copy(update={"status": "INCONCLUSIVE", "detail": detail})
     tails = found.status != "FAIL" and name in ("tail_kld", "top1_agreement")
-    if not mode.judges_tails and (undecided or tails):
+    if not mode.judges_tails and (found.status == "INCONCLUSIVE" or tails):
         found = found.model_copy(update={"status": "REPORTED"})
     line = f"{found.value:.6g}"
     line += f", bound {found.bound:.4g}" if found.bound is not None else ""

@@ -8,14 +8,21 @@ Try: ``llama-onnx validate FOLDER --baseline demo --only graph,attributes``.
 from __future__ import annotations
 
 from collections import Counter
+from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
 
 from bench.gate.found import Found, exact, undecided
 from bench.gate.subject import Subject
-from export.manifest import ATTENTIONS, MANIFEST_NAME, NORMS, ONNX_TYPE, ManifestError, verify_files
+from export.manifest import ATTENTIONS, MANIFEST_NAME, NORMS, ONNX_TYPE, ManifestError, sha256_of, verify_files
 from reports.validation import Finding
+
+LOADED_ELSEWHERE = (
+    *(".safetensors", ".gguf", "pytorch_model*.bin", "adapter_model*.bin"),
+    *("consolidated*.pth", "tf_model*.h5", "flax_model*.msgpack"),
+)
+"""Names of weights that other programs would load in place of a graph."""
 
 
 def files(s: Subject) -> Found:
@@ -25,33 +32,69 @@ def files(s: Subject) -> Found:
 
     try:
         manifest = read_folder(s.folder, verify=False)
-        if not s.sealed:
-            return Found("REPORTED", "no manifest: a third-party export, no hash to check", notes=manifest.notes)
-        verify_files(s.folder, manifest, known=s.hashes)
+        if s.sealed:
+            verify_files(s.folder, manifest, known=s.hashes)
     except (ManifestError, SessionError) as e:
         return exact([Finding(where="folder", what=str(e))], "")
-    if s.ours and (beside := _unseen(s)):
-        return exact(beside, "")
     there = {p.relative_to(s.folder).as_posix() for p in s.folder.rglob("*") if not p.is_dir()}
+    unseen = _unseen(s, there)
+    if wrong := [*(unseen if s.ours else ()), *_other_weights(s, there)]:
+        return exact(wrong, "")
+    if not s.sealed:
+        notes = [*manifest.notes, *(f"{f.where} {f.what}" for f in unseen)]
+        return Found("REPORTED", "no manifest: a third-party export, no hash to check", notes=notes)
     extra = sorted(there - manifest.files.keys() - {MANIFEST_NAME})
     notes = [f"not in the manifest: {', '.join(extra[:5])}"] if extra else []
     return exact([], f"{len(manifest.files)} files as published", notes)
 
 
-def _unseen(s: Subject) -> list[Finding]:
+def _unseen(s: Subject, there: set[str]) -> list[Finding]:
     """Graphs that no check looks at, and data that the graphs read and no hash holds."""
-    from bench.gate.canonical import constants_of
-
     m = s.manifest
     graphs = {m.decode_graph, m.scoring_graph}
-    others = {p.relative_to(s.folder).as_posix() for p in s.folder.rglob("*.onnx")} - graphs
     # optimum takes model.onnx, onnxruntime-genai what its configuration names.
-    what = f"is a graph that no check looks at (the manifest names {', '.join(sorted(graphs))}); remove it"
-    found = [Finding(where=n, what=what) for n in sorted(others)]
-    tensors = [t for role in s.roles for t in constants_of(s.graph(role)).values()]
-    places = {e.value for t in tensors for e in t.external_data if e.key == "location"}
+    what = f"is a graph that no check looks at ({', '.join(sorted(graphs))} is); remove it"
+    found = [Finding(where=n, what=what) for n in sorted(there - graphs) if n.endswith(".onnx")]
     what = "holds weights and is not in the manifest's list of files"
-    return found + [Finding(where=n, what=what) for n in sorted(places - m.files.keys())]
+    return found + [Finding(where=n, what=what) for n in sorted(_data_of(s) - m.files.keys())]
+
+
+def _data_of(s: Subject) -> set[str]:
+    """Files that the graphs read weights from."""
+    from bench.gate.canonical import constants_of
+
+    tensors = [t for role in s.roles for t in constants_of(s.graph(role)).values()]
+    return {e.value for t in tensors for e in t.external_data if e.key == "location"}
+
+
+def _other_weights(s: Subject, there: set[str]) -> list[Finding]:
+    """Weights of another model beside the graphs, which transformers and others would load in their place."""
+    names = sorted(n for n in there - _data_of(s) if any(fnmatch(n, f"*{p}") for p in LOADED_ELSEWHERE))
+    what = "holds weights that are not the baseline's, and other programs load it in place of the graph; remove it"
+    same = set(s.baseline.hashes["baseline"].values()) if names else set()
+    return [
+        Finding(where=n, what=what)
+        for n in names
+        if (s.hashes.get(n) or sha256_of(s.folder / n)) not in same and not _equal_weights(s, n)
+    ]
+
+
+def _equal_weights(s: Subject, name: str) -> bool:
+    """Whether a safetensors file holds the baseline's tensors, in whatever float type is wide enough for them."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    if not name.endswith(".safetensors"):
+        return False
+    theirs = s.baseline.tensors
+    try:
+        with safe_open(s.folder / name, framework="pt") as held:
+            return all(
+                n in theirs.where and torch.equal(held.get_tensor(n).double(), theirs.read(n).double())
+                for n in held.keys()  # noqa: SIM118 - not a dict
+            )
+    except SafetensorError:
+        return False
 
 
 def manifest(s: Subject) -> Found:

@@ -12,6 +12,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.gate.found import Found, exact, first_difference
 from bench.gate.subject import Subject
 from export.manifest import GENAI_CONFIG
@@ -22,15 +24,18 @@ VOLATILE = {
     "_commit_hash",
     "_attn_implementation",
     "_attn_implementation_autoset",
-    "architectures",
     "transformers_version",
     "torch_dtype",
     "dtype",
     "use_cache",
     "llama_onnx_origin",
     "name_or_path",
+    "rope_parameters",
 }
-"""Keys of a configuration that say nothing about what the model computes."""
+"""Keys of a configuration that say nothing about what the model computes, or say it a second time."""
+RELATED = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "phi3", "falcon", "gpt_neo", "gpt2")
+"""Architectures whose configurations some loader may read out of any config.json."""
+ALWAYS_READ = {"quantization_config", "auto_map"}
 STRESS = (
     "The quick brown fox: 3.14159, 1,000,000 and 42!",
     "  leading, trailing and   many spaces \t tabs\n\nnew lines  ",
@@ -68,8 +73,16 @@ def config(s: Subject) -> Found:
     except (ValueError, OSError, KeyError, TypeError, ExportError) as e:
         return exact([Finding(where="config.json", what=str(e).splitlines()[0][:160])], "")
     theirs = s.baseline.config.to_dict()
-    findings = _differences("config.json", ours, theirs)
-    return exact(findings, "config.json describes the baseline")
+    foreign = {k for k in ours.keys() ^ theirs.keys() if k not in VOLATILE and not _read_by_some_loader(k)}
+    findings = _differences("config.json", *({k: v for k, v in c.items() if k not in foreign} for c in (ours, theirs)))
+    notes = [f"keys that no loader reads: {', '.join(sorted(foreign)[:5])}"] if foreign else []
+    return exact(findings, "config.json describes the baseline", notes)
+
+
+def _read_by_some_loader(key: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return key in ALWAYS_READ or any(key in CONFIG_MAPPING[name]().to_dict() for name in RELATED)
 
 
 def _differences(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
@@ -77,8 +90,19 @@ def _differences(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> li
     return [
         Finding(where=f"{where}, {k}", what=f"is {ours.get(k)!r}, the baseline has {theirs.get(k)!r}"[:200])
         for k in keys
-        if ours.get(k) != theirs.get(k)
+        if _effect(k, ours.get(k)) != _effect(k, theirs.get(k))
+        and (k != "architectures" or (ours.get(k) and theirs.get(k)))  # a tool may leave it out
     ]
+
+
+def _effect(key: str, value: Any) -> Any:
+    """What a setting does: numbers as fp32 has them, a list of one end token as the token, one name of a rope type."""
+    if isinstance(value, dict):
+        named = {k: v for k, v in value.items() if not (k == "type" and "rope_type" in value)}
+        return {k: _effect(k, v) for k, v in named.items()}
+    if isinstance(value, list) and key.endswith("_token_id"):
+        return value[0] if len(value) == 1 else sorted(value)
+    return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _tokenizer_json(folder: Path) -> dict[str, Any] | None:
@@ -140,28 +164,31 @@ def tokenizer(s: Subject, ours: Any, theirs: Any) -> Found:
     return exact(findings, f"every part equal, {len(chosen)} texts give the same ids and come back")
 
 
-SETTINGS = (
-    "split_special_tokens",
-    "clean_up_tokenization_spaces",
-    "padding_side",
-    "truncation_side",
-    "model_max_length",
-)
-"""What tokenizer_config.json sets on a tokenizer beside its parts."""
+SETTINGS = {
+    "split_special_tokens": "which changes how special tokens in a text are cut",
+    "clean_up_tokenization_spaces": "which changes blanks in decoded text",
+    "model_max_length": "beyond which texts are cut off",
+}
+"""What tokenizer_config.json sets on a tokenizer beside its parts, and what it does.
+
+On which side batches are padded or cut changes no text's ids, and who runs a graph pads as the graph demands.
+"""
 
 
 def _settings(ours: Any, theirs: Any, s: Subject) -> list[Finding]:
     """Settings that no text of a check need show: how special tokens are cut, what is stripped, which file is read."""
     findings = []
-    for name in SETTINGS:
+    for name, effect in SETTINGS.items():
         a, b = getattr(ours, name, None), getattr(theirs, name, None)
         if a != b:
-            findings.append(Finding(where=f"tokenizer_config.json, {name}", what=f"is {a}, the baseline has {b}"))
+            what = f"is {a}, the baseline has {b}, {effect}"
+            findings.append(Finding(where=f"tokenizer_config.json, {name}", what=what))
     a, b = ({i: repr(t) for i, t in getattr(x, "added_tokens_decoder", {}).items()} for x in (ours, theirs))
     wrong = sorted(i for i in a.keys() | b.keys() if a.get(i) != b.get(i))
     if wrong:
         what = f"is {a.get(wrong[0])}, the baseline has {b.get(wrong[0])}"
         findings.append(Finding(where=f"tokenizer_config.json, added token {wrong[0]}", what=what))
+    findings += _written_ids(s.folder, ours)
     # The first names another tokenizer.json for transformers to read, the second a Python class.
     configs = [_json(f / "tokenizer_config.json") or {} for f in (s.folder, s.baseline.checkpoint)]
     for key in ("fast_tokenizer_files", "auto_map"):
@@ -169,6 +196,26 @@ def _settings(ours: Any, theirs: Any, s: Subject) -> list[Finding]:
         if a != b:
             findings.append(Finding(where=f"tokenizer_config.json, {key}", what=f"is {a}, the baseline has {b}"))
     return findings
+
+
+def _written_ids(folder: Path, ours: Any) -> list[Finding]:
+    """Ids that files give to added tokens and that the tokenizer does not use.
+
+    transformers takes no notice of them where the vocabulary or the order says otherwise; other readers do.
+    """
+    added = (_json(folder / "tokenizer.json") or {}).get("added_tokens") or []
+    decoder = (_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder") or {}
+    written = {
+        "tokenizer.json": [(t.get("content"), t.get("id")) for t in added],
+        "tokenizer_config.json": [(t.get("content"), int(i)) for i, t in decoder.items()],
+        "added_tokens.json": list((_json(folder / "added_tokens.json") or {}).items()),
+    }
+    return [
+        Finding(where=f"{name}, {token!r}", what=f"has the id {i}, the tokenizer gives {known}")
+        for name, pairs in written.items()
+        for token, i in pairs
+        if (known := ours.convert_tokens_to_ids(token)) != i
+    ]
 
 
 def _parts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
@@ -268,8 +315,8 @@ def special_ids(s: Subject, ours: Any, theirs: Any) -> Found:
     if ours.get_added_vocab() != theirs.get_added_vocab():
         differ = sorted(set(ours.get_added_vocab().items()) ^ set(theirs.get_added_vocab().items()))
         findings.append(Finding(where="tokenizer, added tokens", what=f"differ, such as {differ[0]}"))
-    wanted = s.baseline.eos
-    if tuple(s.manifest.eos_token_ids) != wanted:
+    wanted, notes = s.baseline.eos, []
+    if set(s.manifest.eos_token_ids) != set(wanted):
         what = f"generation ends at {list(s.manifest.eos_token_ids)}, not {list(wanted)}"
         findings.append(Finding(where="eos_token_ids", what=what))
     genai = s.folder / GENAI_CONFIG
@@ -277,15 +324,17 @@ def special_ids(s: Subject, ours: Any, theirs: Any) -> Found:
         model = json.loads(genai.read_text(encoding="utf-8")).get("model", {})
         value = model.get("eos_token_id")
         have = tuple(value) if isinstance(value, list) else () if value is None else (value,)
-        if have != wanted:
-            findings.append(
-                Finding(where="genai_config.json, eos_token_id", what=f"is {list(have)}, not {list(wanted)}")
-            )
+        if not wanted and have in ((), (0,)):
+            notes = ["the model has no end token; onnxruntime-genai, which has to have one, ends at token 0"]
+        elif set(have) != set(wanted):
+            what = f"is {list(have)}, not {list(wanted)}"
+            findings.append(Finding(where="genai_config.json, eos_token_id", what=what))
         context = model.get("context_length")
         if context not in (None, s.baseline.config.max_position_embeddings):
             findings.append(Finding(where="genai_config.json, context_length", what=f"is {context}"))
         findings += _genai(s, genai)
-    return exact(findings, f"bos, eos {list(wanted)}, pad, unk and {len(theirs.get_added_vocab())} added tokens equal")
+    equal = f"bos, eos {list(wanted)}, pad, unk and {len(theirs.get_added_vocab())} added tokens equal"
+    return exact(findings, equal, notes)
 
 
 def _genai(s: Subject, path: Path) -> list[Finding]:
@@ -330,6 +379,8 @@ def generation_config(s: Subject) -> Found:
     ours, theirs = (_generation(f / "generation_config.json") for f in (s.folder, s.baseline.checkpoint))
     if ours is None and theirs is None:
         return Found("REPORTED", "neither side has a generation_config.json")
+    if ours is None and not s.sealed and (s.folder / GENAI_CONFIG).is_file():
+        return Found("REPORTED", "onnxruntime-genai's layout has its settings in genai_config.json")
     if ours is None:
         return exact([Finding(where="generation_config.json", what="is missing")], "")
     return exact(_differences("generation_config.json", ours, theirs or {}), "generation settings equal")

@@ -194,6 +194,18 @@ def test_one_chunk_of_text_decides_nothing() -> None:
         assert judge_tokens(name, [chunk] * 2, [chunk], lambda _k: chunk.kld, terms).status == "PASS"
 
 
+def test_quick_reports_what_its_few_chunks_leave_open() -> None:
+    """A right fp16 export may lose 1.6e-4 nats over six short chunks and 5e-5 over thirty."""
+    rng = np.random.default_rng(1)
+    rows = [np.abs(rng.normal(0, 1e-4, 100)) * rng.exponential() for _ in range(6)]
+    chunks = [TokenScores(np.full(100, 2.0), np.full(100, 2.0), kld, np.ones(100, bool)) for kld in rows]
+    modes = {name: Terms("fp16", "fp16", "fp16", MODES[name]) for name in ("quick", "standard")}
+    judged = {n: judge_tokens("mean_kld", chunks, chunks[:1], lambda k: rows[k], t).status for n, t in modes.items()}
+    assert judged == {"quick": "REPORTED", "standard": "INCONCLUSIVE"}
+    worse = [TokenScores(c.nll_candidate, c.nll_baseline, c.kld * 100, c.same_top1) for c in chunks]
+    assert judge_tokens("mean_kld", worse, chunks[:1], lambda k: rows[k], modes["quick"]).status == "FAIL"
+
+
 def test_a_folder_that_cannot_be_read_fails_whatever_was_asked(
     exports: Exports, checkpoints: Exports, tiny_dataset: Any, tmp_path: Path
 ) -> None:
