@@ -14,11 +14,13 @@ import onnx
 import pytest
 
 from bench.defects.workshop import Workshop
+from bench.deployment import Deployment
 from bench.gate.checks import numeric
 from bench.gate.found import Found
 from bench.gate.localize import localize
+from bench.gate.modes import MODES
 from bench.gate.registry import BY_NAME, CHECKS
-from bench.gate.validate import Gate, chosen_checks, validate
+from bench.gate.validate import Gate, chosen_checks, make_subject, validate
 from runtime.errors import ProviderUnavailableError
 
 Exports = Callable[..., Path]
@@ -293,6 +295,24 @@ def test_a_place_counts_where_pytorch_itself_is_not_as_far_off(
     monkeypatch.setattr(baseline, "null_score", lambda kind, ids: score(ids) * (1 + noise))
     place = localize(subject)
     assert (place and (place.layer, place.operator)) == (None if noise else (0, "o_proj"))
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_rounding_that_a_softmax_makes_grow_is_no_place(
+    exports: Exports, checkpoints: Exports, tiny_dataset: Any, tmp_path: Path, seed: int
+) -> None:
+    """A head size of 80 and sharp attention: by an absolute floor the first layer was named, whatever was wrong."""
+    shape = {"hidden_size": 320, "intermediate_size": 640, "num_hidden_layers": 4, "seed": seed}
+    good, checkpoint = exports(**shape), checkpoints(**shape)
+    shop = Workshop(good, tmp_path / "changed", checkpoint)
+    with shop.weight("model.layers.1.self_attn.o_proj.weight") as weight:
+        weight *= 1.001
+    shop.reseal()
+    for folder, wanted in ((good, None), (shop.folder, (1, "o_proj"))):
+        subject = make_subject(folder, str(checkpoint), MODES["quick"], tiny_dataset, Deployment(threads=1))
+        place = localize(subject)
+        subject.close()
+        assert (place and (place.layer, place.operator)) == wanted
 
 
 def test_a_row_that_sees_another_rows_length_is_named(
