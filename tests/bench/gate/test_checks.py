@@ -331,6 +331,64 @@ def test_a_row_that_sees_another_rows_length_is_named(
     assert "row" in result.findings[0].where
 
 
+def _at_multiples(subject: Any) -> None:
+    """The newest token is lost whenever the text has a multiple of 64 tokens."""
+    candidate, seen = subject.candidate, [0]
+    prefill, step = candidate.prefill, candidate.step
+
+    def start(ids: Any, reserve: int = 1) -> Any:
+        seen[0] = len(ids[0])
+        return prefill(ids, reserve)
+
+    def go_on(ids: Any) -> Any:
+        seen[0] += 1
+        return step([0] * len(ids) if seen[0] % 64 == 0 else ids)
+
+    candidate.prefill, candidate.step = start, go_on
+
+
+def _long_prompts(subject: Any) -> None:
+    """A prompt of over 128 tokens loses its first."""
+    candidate = subject.candidate
+    prefill = candidate.prefill
+    candidate.prefill = lambda ids, reserve=1: prefill([row[1:] if len(row) > 128 else row for row in ids], reserve)
+
+
+def _rows_above_eight(subject: Any) -> None:
+    """Rows from the ninth on lose their last token."""
+    candidate = subject.candidate
+    prefill = candidate.prefill
+    cut = lambda ids: [row[:-1] if k >= 8 and len(row) > 1 else row for k, row in enumerate(ids)]  # noqa: E731
+    candidate.prefill = lambda ids, reserve=1: prefill(cut(ids), reserve + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "defect"),
+    [("decode_steps", _at_multiples), ("prefill_logits", _long_prompts), ("batch_rows", _rows_above_eight)],
+)
+def test_what_goes_wrong_beyond_a_power_of_two_is_visited(
+    exports: Exports, subjects: Callable[..., Any], name: str, defect: Callable[[Any], None]
+) -> None:
+    good, bad = (subjects(exports()) for _ in range(2))
+    assert found(name, good).status == "PASS"
+    defect(bad)
+    assert found(name, bad).status == "FAIL"
+
+
+def test_places_of_the_default_modes(exports: Exports, checkpoints: Exports) -> None:
+    """Powers of two and their neighbours up to 1,025 tokens, decode across them, batches up to 17."""
+    big = {"max_position_embeddings": 4096}
+    for mode, longest in (("standard", 1024), ("full", 2048)):
+        subject = make_subject(exports(**big), str(checkpoints(**big)), MODES[mode])
+        text = list(range(7)) * 400
+        subject.windows = [text]
+        assert {longest - 1, longest, longest + 1, 511, 512, 513} <= set(numeric._prompts(subject))
+        assert (longest - 4, 8) in numeric._starts(subject)
+        assert (252, 8) in numeric._starts(subject)
+        assert {len(rows) for rows in numeric._orders(subject).values()} == {2, 4, 5, 8, 9, 16, 17}
+        assert numeric._cuts(subject)[1][1:3] == [longest - 3, longest + 2]
+
+
 def test_a_runtime_that_is_not_deterministic_fails(
     exports: Exports, subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
