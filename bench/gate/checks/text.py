@@ -188,7 +188,7 @@ def _settings(ours: Any, theirs: Any, s: Subject) -> list[Finding]:
     if wrong:
         what = f"is {a.get(wrong[0])}, the baseline has {b.get(wrong[0])}"
         findings.append(Finding(where=f"tokenizer_config.json, added token {wrong[0]}", what=what))
-    findings += _written_ids(s.folder, ours)
+    findings += _written_ids(s, ours)
     # The first names another tokenizer.json for transformers to read, the second a Python class.
     configs = [_json(f / "tokenizer_config.json") or {} for f in (s.folder, s.baseline.checkpoint)]
     for key in ("fast_tokenizer_files", "auto_map"):
@@ -198,24 +198,26 @@ def _settings(ours: Any, theirs: Any, s: Subject) -> list[Finding]:
     return findings
 
 
-def _written_ids(folder: Path, ours: Any) -> list[Finding]:
-    """Ids that files give to added tokens and that the tokenizer does not use.
+def _written_ids(s: Subject, ours: Any) -> list[Finding]:
+    """Ids that files give to added tokens, but for the baseline's own, and that the tokenizer does not use.
 
     transformers takes no notice of them where the vocabulary or the order says otherwise; other readers do.
     """
-    added = (_json(folder / "tokenizer.json") or {}).get("added_tokens") or []
-    decoder = (_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder") or {}
-    written = {
-        "tokenizer.json": [(t.get("content"), t.get("id")) for t in added],
-        "tokenizer_config.json": [(t.get("content"), int(i)) for i, t in decoder.items()],
-        "added_tokens.json": list((_json(folder / "added_tokens.json") or {}).items()),
-    }
+    strange = _ids_in(s.folder) - _ids_in(s.baseline.checkpoint)
     return [
         Finding(where=f"{name}, {token!r}", what=f"has the id {i}, the tokenizer gives {known}")
-        for name, pairs in written.items()
-        for token, i in pairs
+        for name, token, i in sorted(strange, key=str)
         if (known := ours.convert_tokens_to_ids(token)) != i
     ]
+
+
+def _ids_in(folder: Path) -> set[tuple[str, str, Any]]:
+    """(file, token, id) of every added token that some file of a folder lists."""
+    files = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    raw, config, added = (_json(folder / name) or {} for name in files)
+    listed = [(files[0], t.get("content"), t.get("id")) for t in raw.get("added_tokens") or []]
+    listed += [(files[1], t.get("content"), int(i)) for i, t in (config.get("added_tokens_decoder") or {}).items()]
+    return {*listed, *((files[2], token, i) for token, i in added.items())}
 
 
 def _parts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
