@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reports.errors import RecordError
+
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+"""A measured number: not ``true``, not ``"0.02"``, not infinity, all of which would else become times."""
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
@@ -71,7 +75,8 @@ def parse(text: str, where: object) -> Any:
 
 def first_problem(e: ValidationError) -> str:
     """Place and words of the first thing that a schema refuses."""
-    return f"{'.'.join(str(p) for p in e.errors()[0]['loc'])}: {e.errors()[0]['msg']}"
+    first = e.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, "))))
 
 
 def validate(raw: object, model: type[Model], where: object) -> Model:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reports.base import first_document, kind_of, parse, read_text, validate
+from pydantic import ConfigDict
+
+from reports.base import Frozen, first_document, kind_of, parse, read_text, validate
 from reports.comparison import CASE_SCHEMA_VERSION, CaseRecord, Comparison, SideName
 from reports.errors import RecordError, ReportError
 from reports.record import RunRecord
@@ -77,13 +79,32 @@ def read_records(path: Path) -> list[CaseRecord]:
     return [_line(path, k, line) for k, line in lines if line.strip()]
 
 
-def read_any(path: Path, side: SideName) -> list[CaseRecord]:
-    """Records of one side from any file that holds some: JSON Lines of cases, ``record.json``, ``comparison.json``,
+def read_any(*paths: Path, side: SideName) -> list[CaseRecord]:
+    """Records of one side from files that hold some: JSON Lines of cases, ``record.json``, ``comparison.json``,
     pytest-benchmark's JSON.
 
     Raises:
-        RecordError: none of them, or a broken one.
+        RecordError: none of them, a broken one, records of the other side alone, or one record twice.
     """
+    found: dict[tuple[Any, ...] | str, str] = {}
+    records = []
+    for path in paths:
+        for number, record in enumerate(_own(path, side), 1):
+            where = f"{path}, record {number}"
+            key = record.model_dump_json() if record.pair is None else record.place
+            if key in found:
+                what = "the same record as" if record.pair is None else "of the same case, pair and attempt as"
+                raise RecordError(
+                    f"{where} ({record.case}) is {what} {found[key]}, and a process counts once; take one out, or give "
+                    "each process a `pair` of its own"
+                )
+            found[key] = where
+            records.append(record)
+    return records
+
+
+def _own(path: Path, side: SideName) -> list[CaseRecord]:
+    """The records of a file that are of this side, or do not say of which they are."""
     document = first_document(path)
     kind = kind_of(document)
     if kind == "pytest-benchmark":
@@ -98,8 +119,11 @@ def read_any(path: Path, side: SideName) -> list[CaseRecord]:
         raise RecordError(f"{path} is of kind {kind!r}, which holds no latencies; pass a record.json or a cases.jsonl")
     if not records:
         raise RecordError(f"{path} holds no record")
-    own = [r for r in records if r.side in (None, side)] or records
-    return [r.model_copy(update={"side": side}) for r in own]
+    own = [r for r in records if r.side in (None, side)]
+    if not own:
+        other = records[0].side
+        raise RecordError(f"{path} holds records of the {other} alone and is passed as the {side}; exchange the files")
+    return own
 
 
 def from_run_record(record: RunRecord) -> list[CaseRecord]:
@@ -127,33 +151,82 @@ def from_run_record(record: RunRecord) -> list[CaseRecord]:
     return made
 
 
-def from_pytest_benchmark(raw: dict[str, Any], path: Path) -> list[CaseRecord]:
+class _Foreign(Frozen):
+    """A part of another tool's document, of which only some fields are read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Cpu(_Foreign):
+    brand_raw: str | None = None
+
+
+class _Ours(_Foreign):
+    fingerprint: str | None = None
+
+
+class _MachineInfo(_Foreign):
+    node: str | None = None
+    cpu: _Cpu | str | None = None
+    system: str | None = None
+    llama_onnx: _Ours | None = None
+
+    @property
+    def identity(self) -> str | None:
+        """What tells this machine from another; None where nothing is said."""
+        if self.llama_onnx and self.llama_onnx.fingerprint:
+            return self.llama_onnx.fingerprint
+        cpu = self.cpu.brand_raw if isinstance(self.cpu, _Cpu) else self.cpu
+        return "|".join(filter(None, (self.node, cpu, self.system))) or None
+
+
+class _Stats(_Foreign):
+    data: list[Any] | None = None
+    median: Any = None
+
+
+class _Benchmark(_Foreign):
+    name: str | None = None
+    fullname: str | None = None
+    params: dict[str, Any] | None = None
+    stats: _Stats | None = None
+
+
+class _PytestBenchmark(_Foreign):
+    machine_info: _MachineInfo | None = None
+    benchmarks: list[_Benchmark]
+
+
+def from_pytest_benchmark(raw: object, path: Path) -> list[CaseRecord]:
     """pytest-benchmark's ``--benchmark-json`` (any project's): one record a benchmark, metric ``time`` in seconds.
 
     Its raw rounds are there unless it was told ``--benchmark-compare`` style saving without data; then the median
-    alone is used.
+    alone is used. A file is one process.
 
     Raises:
-        RecordError: a benchmark without name or times.
+        RecordError: not of this form, a benchmark without name or times, or one name twice.
     """
-    machine = raw.get("machine_info") or {}
-    cpu = machine.get("cpu") or {}
-    ours = (machine.get("llama_onnx") or {}).get("fingerprint")
-    identity = ours or "|".join(str(x) for x in (machine.get("node"), cpu.get("brand_raw"), machine.get("system")))
-    made = []
-    for k, one in enumerate(raw["benchmarks"]):
-        stats = one.get("stats") or {}
-        values = stats.get("data") or ([stats["median"]] if "median" in stats else [])
-        name = one.get("fullname") or one.get("name")
+    document = validate(raw, _PytestBenchmark, path)
+    identity = document.machine_info and document.machine_info.identity
+    made: dict[str, CaseRecord] = {}
+    for k, one in enumerate(document.benchmarks):
+        stats = one.stats or _Stats()
+        values = stats.data or ([] if stats.median is None else [stats.median])
+        name = one.fullname or one.name
         if not name or not values:
             raise RecordError(f"{path}: benchmark {k} has no name or no times; is this --benchmark-json output?")
+        if name in made:
+            raise RecordError(
+                f"{path} holds {name} twice, and a file is one process; give each process's file by itself, several a "
+                "side with --base-files and --candidate-files"
+            )
         record = {
             "schema_version": 1,
-            "case": str(name),
+            "case": name,
             "metrics": {"time": values},
             "units": {"time": "s"},
-            "parameters": {p: v for p, v in (one.get("params") or {}).items() if isinstance(v, str | int | float)},
+            "parameters": {p: v for p, v in (one.params or {}).items() if isinstance(v, str | int | float)},
             "fingerprint": identity,
         }
-        made.append(validate(record, CaseRecord, f"{path}: benchmark {name}"))
-    return made
+        made[name] = validate(record, CaseRecord, f"{path}: benchmark {name}")
+    return list(made.values())

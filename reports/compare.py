@@ -19,11 +19,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from reports.base import grouped
-from reports.comparison import METRICS, CaseRecord, ChangeStatus, Family, PairResult, Result, Scalar, Verdict
+from reports.comparison import CaseRecord, ChangeStatus, Family, PairResult, Result, Scalar, Verdict, in_kept_unit
+from reports.errors import RecordError
 from reports.paired import LEAST_PAIRS, Prior, Tested, assess, decide, pairs_needed, trimmed
 from reports.validation import Status, Validation, overall
 
 MARGIN = 0.03
+DECIDING = ("ttft", "tpot")
 FAILED = {"oom": "ran out of memory", "crash": "crashed", "timeout": "ran past its limit"}
 
 
@@ -36,11 +38,19 @@ class Rules:
     alpha: float = 0.05
     margin: float = MARGIN
     margins: Mapping[str, float] = field(default_factory=dict)
-    gating: tuple[str, ...] = ("ttft", "tpot")
+    gating: tuple[str, ...] | None = None
+    """The metrics that decide; None: ``DECIDING``, or every metric where the records hold neither of these."""
 
     def margin_of(self, metric: str) -> float:
         """The metric's relative margin."""
         return self.margins.get(metric, self.margin)
+
+    def gating_of(self, records: Iterable[CaseRecord]) -> tuple[str, ...]:
+        """The metrics that decide for these records: other tools' metrics have other names than ours."""
+        if self.gating is not None:
+            return self.gating
+        known = dict.fromkeys(m for r in records for m in r.metrics)
+        return DECIDING if not known or set(known) & set(DECIDING) else tuple(sorted(known))
 
     @property
     def extension(self) -> str:
@@ -92,9 +102,20 @@ def _attempts(records: Iterable[CaseRecord]) -> Cases:
     return found
 
 
-def units_of(records: Iterable[CaseRecord]) -> dict[str, str]:
-    """Units by metric, as they are known and as the records have them."""
-    return {name: m.unit for name, m in METRICS.items()} | {m: u for r in records for m, u in r.units.items()}
+def unit_of(metric: str, records: Iterable[CaseRecord]) -> str:
+    """The unit of a metric in the records of one case.
+
+    Raises:
+        RecordError: they have several, of which none can be turned into another.
+    """
+    found = {in_kept_unit(metric, r.units.get(metric))[0]: r.case for r in records if metric in r.metrics}
+    if len(found) > 1:
+        first, second = (repr(unit) if unit else "no unit" for unit in list(found)[:2])
+        raise RecordError(
+            f"{metric} of {next(iter(found.values()))} has {first} in one record and {second} in another, which do not "
+            "compare; write the same in `units` of each"
+        )
+    return next(iter(found), in_kept_unit(metric, None)[0])
 
 
 def pair_problem(sides: Mapping[str, CaseRecord]) -> str:
@@ -167,19 +188,19 @@ def _lost(records: Sequence[CaseRecord], metric: str) -> tuple[ChangeStatus, str
 
 
 def _rows(records: Sequence[CaseRecord], rules: Rules) -> list[_Row]:
-    attempts, units = _attempts(records), units_of(records)
+    attempts, gating = _attempts(records), rules.gating_of(records)
     return [
         _Row(
             case,
             metric,
-            units.get(metric, ""),
+            unit_of(metric, own),
             own[0].parameters,
             pairs_of(attempts[case], metric),
             _lost(own, metric),
-            metric in rules.gating,
+            metric in gating,
         )
         for case, own in grouped(records, lambda r: r.case).items()
-        for metric in dict.fromkeys(m for r in own for m in r.metrics) or rules.gating
+        for metric in dict.fromkeys(m for r in own for m in r.metrics) or gating
     ]
 
 
@@ -283,7 +304,7 @@ def judge(records: Sequence[CaseRecord], rules: Rules | None = None) -> Judged:
         size=size,
         alpha=rules.alpha,
         margins={m: rules.margin_of(m) for m in dict.fromkeys(row.metric for row in rows)},
-        gating_metrics=list(rules.gating),
+        gating_metrics=list(rules.gating_of(records)),
         planned_pairs=rules.planned,
         most_pairs=rules.most,
         method="moderated paired t on the pairs' trimmed log ratios (Yuen; Smyth), Holm over the family, two looks",

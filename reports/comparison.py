@@ -8,17 +8,17 @@ judge made of them, with the raw records inside, so that a page needs no other f
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+import math
+from typing import Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from reports.base import Document, Frozen, Machine, write_schema
+from reports.base import Document, Frozen, Machine, Positive, write_schema
 from reports.validation import EXIT_CODES, Validation
 from reports.validation import Verdict as Word
 
 CASE_SCHEMA_VERSION = 1
 Scalar = str | int | float | bool
-Positive = Annotated[float, Field(gt=0)]
 SideName = Literal["base", "candidate"]
 ChangeStatus = Literal["REGRESSION", "IMPROVED", "EQUIVALENT", "INCONCLUSIVE", "INVALID", "NEW", "MISSING"]
 CaseOutcome = Literal["ok", "oom", "crash", "timeout", "invalid"]
@@ -40,6 +40,33 @@ METRICS = {
     "peak_memory": KnownMetric("peak memory", "Peak memory", "B"),
 }
 """What this tool measures, in the order of a page; other tools' metrics keep their own names."""
+
+UNITS = {
+    **dict.fromkeys(("s", "sec", "second", "seconds"), ("s", 1.0)),
+    **dict.fromkeys(("ms", "msec", "millisecond", "milliseconds"), ("s", 0.001)),
+    **dict.fromkeys(("us", "\u00b5s", "\u03bcs", "usec", "microsecond", "microseconds"), ("s", 1e-06)),
+    **dict.fromkeys(("ns", "nsec", "nanosecond", "nanoseconds"), ("s", 1e-09)),
+    **dict.fromkeys(("min", "minute", "minutes"), ("s", 60.0)),
+    **dict.fromkeys(("B", "byte", "bytes"), ("B", 1.0)),
+    **{f"{letter}B": ("B", 1e3 ** (k + 1)) for k, letter in enumerate("kMGT")},
+    **{f"{letter}iB": ("B", 1024.0 ** (k + 1)) for k, letter in enumerate("KMGT")},
+}
+"""Unit -> the one in which it is kept, and how many of that it is; a unit that is not here is kept as it stands."""
+
+
+def in_kept_unit(metric: str, unit: str | None) -> tuple[str, float]:
+    """The unit in which a metric is kept, and the factor into it; ``""`` where nobody said one.
+
+    Raises:
+        ValueError: a rate, or a unit that is not one of a known metric.
+    """
+    known = METRICS[metric].unit if metric in METRICS else None
+    kept, factor = UNITS.get(unit, (unit, 1.0)) if unit is not None else (known or "", 1.0)
+    if known and kept != known:
+        raise ValueError(f"{metric} cannot be in {unit!r}; give it in {known}")
+    if "/" in kept:
+        raise ValueError(f"{metric} is a rate ({unit}), of which more is better; give the time or the size instead")
+    return kept, factor
 
 
 class GpuState(Frozen):
@@ -76,9 +103,10 @@ class CaseRecord(Frozen):
     kind: Literal["case"] = "case"
     case: str
     metrics: dict[str, list[Positive]]
-    """Metric -> raw samples, one a round, warm-up left out: ``ttft``, ``tpot``, ``total``, ``load`` in seconds,
-    ``peak_memory`` in bytes; others as they are named by ``units``."""
+    """Metric -> raw samples, one a round, warm-up left out: ``ttft``, ``tpot``, ``total``, ``load`` in seconds and
+    ``peak_memory`` in bytes where ``units`` says nothing else. More is worse: a rate is refused."""
     units: dict[str, str] = Field(default_factory=dict)
+    """Metric -> unit. Times are kept in ``s`` and sizes in ``B``, whatever they were written in (``ms``, ``MiB``)."""
     parameters: dict[str, Scalar] = Field(default_factory=dict)
     side: SideName | None = None
     run: str | None = None
@@ -109,6 +137,23 @@ class CaseRecord(Frozen):
     fingerprint: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     details: dict[str, Scalar] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _keep_one_unit(self) -> Self:
+        for metric, values in self.metrics.items():
+            kept, factor = in_kept_unit(metric, self.units.get(metric))
+            if factor != 1:
+                values[:] = [v * factor for v in values]
+            if not all(0 < v < math.inf for v in values):
+                raise ValueError(f"{metric} is out of range in {kept}")
+            if metric in self.units:
+                self.units[metric] = kept
+        return self
+
+    @property
+    def place(self) -> tuple[str, str, str, int | None, int, str]:
+        """What this record is of, by its own account: only one record of a side can be there."""
+        return self.run or "", self.fingerprint or "", self.case, self.pair, self.attempt, self.side or ""
 
     @property
     def disturbed(self) -> bool:

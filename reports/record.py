@@ -6,14 +6,12 @@ The JSON Schema beside this file (``record.schema.json``) is written from these 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from reports.base import Document, Frozen, Machine, write_schema
+from reports.base import Document, Frozen, Machine, Positive, Seconds, write_schema
 from reports.validation import Validation
-
-Seconds = Annotated[float, Field(ge=0)]
 
 
 class ModelFacts(Frozen):
@@ -131,7 +129,7 @@ class Floor(Frozen):
     """
 
     method: str
-    bandwidth_samples: list[float] = Field(min_length=1)
+    bandwidth_samples: list[Positive] = Field(min_length=1)
     weight_bytes: int
     kv_bytes_per_token: int
 

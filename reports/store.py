@@ -23,7 +23,7 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from reports.comparison import CaseRecord, History, HistoryPoint, HistoryStep
+from reports.comparison import CaseRecord, History, HistoryPoint, HistoryStep, in_kept_unit
 from reports.errors import ReportError
 
 STORE_ENV = "LLAMA_ONNX_HISTORY"
@@ -90,6 +90,14 @@ def points_of(records: Iterable[CaseRecord], at_utc: str, run: str, label: str =
     ]
 
 
+def _kept(point: Point) -> Point:
+    try:
+        unit, factor = in_kept_unit(point.metric, point.unit or None)
+    except ValueError as e:
+        raise StoreError(f"the point of {point.case_name} at {point.at_utc}: {e}") from None
+    return point._replace(unit=unit, value=point.value * factor)
+
+
 class Store:
     """One open history; a context manager.
 
@@ -122,10 +130,14 @@ class Store:
         self._db.close()
 
     def add(self, points: Iterable[Point]) -> int:
-        """Add points; those already there (same machine, model, case, metric, run) are left. How many were new."""
+        """Add points; those already there (same machine, model, case, metric, run) are left. How many were new.
+
+        Values are kept in seconds and bytes, so that a metric's past is of one unit.
+        """
         before = self._db.total_changes
+        kept = [_kept(p) for p in points]
         with self._db:
-            self._db.executemany(f"INSERT OR IGNORE INTO points VALUES ({', '.join('?' * len(Point._fields))})", points)
+            self._db.executemany(f"INSERT OR IGNORE INTO points VALUES ({', '.join('?' * len(Point._fields))})", kept)
         return self._db.total_changes - before
 
     def points(self, fingerprint: str | None = None) -> list[Point]:
@@ -183,6 +195,8 @@ class Store:
             )
         if not own:
             return None
+        if len(units := {p.unit for p in own}) > 1:
+            raise StoreError(f"the past of {metric} of {case} has several units: {', '.join(map(repr, sorted(units)))}")
         points = [HistoryPoint(at_utc=p.at_utc, value=p.value, label=p.label, run=p.run) for p in own]
         steps = find_steps([p.value for p in own])
         return History(case=case, metric=metric, unit=own[0].unit, fingerprint=fingerprint, points=points, steps=steps)

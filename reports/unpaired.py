@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr
 
 from reports.base import grouped
-from reports.compare import Rules, judge, units_of, verdict_of
+from reports.compare import Rules, judge, unit_of, verdict_of
 from reports.comparison import CaseRecord, ChangeStatus, ComparedSide, Comparison, Family, Result, SideName, Verdict
 from reports.paired import LEAST_PAIRS, RESOLUTION, decide, holm, tested
 
@@ -31,9 +31,14 @@ MACHINES = "the two sides come from different machines"
 
 
 def in_pairs(base: Sequence[CaseRecord], candidate: Sequence[CaseRecord]) -> bool:
-    """Whether both files come from one run that interleaved them."""
-    runs = {r.run for r in (*base, *candidate)}
-    return len(runs) == 1 and None not in runs and all(r.pair is not None for r in (*base, *candidate))
+    """Whether both files come from one run that interleaved them: a record of such a run names its side itself.
+
+    The records of two sweeps have run and pair as well, and were measured on another day.
+    """
+    records = (*base, *candidate)
+    runs = {r.run for r in records}
+    one = len(runs) == 1 and None not in runs and _machines(base, candidate) <= 1
+    return one and all(r.pair is not None and r.side is not None for r in records)
 
 
 def _processes(records: Sequence[CaseRecord], metric: str) -> list[list[float]]:
@@ -83,9 +88,8 @@ class _Row:
 def judge_unpaired(
     base: Sequence[CaseRecord], candidate: Sequence[CaseRecord], rules: Rules
 ) -> tuple[list[Result], Family]:
-    """One result a case and metric. Without any of ``rules.gating`` (other projects' names) every metric gates."""
-    all_metrics = {m for r in (*base, *candidate) for m in r.metrics}
-    gating = tuple(m for m in rules.gating if m in all_metrics) or tuple(sorted(all_metrics))
+    """One result a case and metric."""
+    gating = rules.gating_of((*base, *candidate))
     elsewhere = MACHINES if _machines(base, candidate) > 1 else ""
     rows = []
     for case, own in _by_case(base, candidate).items():
@@ -153,23 +157,23 @@ def _row(
     a, b = (_values(records, metric) for records in own)
     least = min(len(_processes(records, metric)) for records in own)
     few = f"{least} process{'es' * (least > 1)} on a side: {FEW}" if least < LEAST_PAIRS else ""
-    both = bool(a.size and b.size)
-    status: ChangeStatus = "INVALID" if both or not (a.size or b.size) else "NEW" if b.size else "MISSING"
-    reason = {
-        "NEW": "not measured for base",
-        "MISSING": "not measured for the candidate",
-        "INVALID": "fewer than two samples on a side" if both else "neither side has a sample",
-    }[status]
+    known: dict[tuple[bool, bool], tuple[ChangeStatus, str]] = {
+        (True, True): ("INCONCLUSIVE", elsewhere or few),  # of two samples on each side or more the test decides
+        (True, False): ("MISSING", "not measured for the candidate"),
+        (False, True): ("NEW", "not measured for base"),
+        (False, False): ("INVALID", "neither side has a sample"),
+    }
+    status, reason = known[bool(a.size), bool(b.size)]
     result = Result(
         case=case,
         metric=metric,
-        unit=units_of(chain(*own)).get(metric, ""),
+        unit=unit_of(metric, chain(*own)),
         gating=gating,
         status=status,
         reason=reason,
         margin=margin,
         parameters=next(chain(*own)).parameters,
-        ratio=math.exp(float(np.median(b) - np.median(a))) if both else None,
+        ratio=math.exp(float(np.median(b) - np.median(a))) if a.size and b.size else None,
         base_median=math.exp(float(np.median(a))) if a.size else None,
         candidate_median=math.exp(float(np.median(b))) if b.size else None,
     )
@@ -181,6 +185,10 @@ def _side(name: SideName, label: str, records: Sequence[CaseRecord]) -> Compared
     keys = ("model", "precision", "weights_sha256", "spec_digest")
     known: dict[str, Any] = {key: str(facts.pop(key)) for key in keys if key in facts}
     return ComparedSide(name=name, label=label, text=label, versions=records[0].versions, details=facts, **known)
+
+
+def _named(records: Sequence[CaseRecord], side: SideName) -> list[CaseRecord]:
+    return [r.model_copy(update={"side": side}) for r in records]
 
 
 def compare_files(
@@ -196,13 +204,14 @@ def compare_files(
     """Judge two lists of records. Advisory unless measured in pairs, or by enough processes of one machine.
 
     Args:
-        base, candidate: records with their ``side`` set (:func:`reports.case_files.read_any`).
+        base, candidate: records of each side (:func:`reports.case_files.read_any`).
         rules: margins, alpha and gating metrics; None for the defaults.
         labels: names of the sides; ``command``, ``versions``, ``started`` (unix seconds) go into the result.
     """
     rules = rules or Rules()
-    records = [*base, *candidate]
     paired = in_pairs(base, candidate)
+    base, candidate = _named(base, "base"), _named(candidate, "candidate")
+    records = [*base, *candidate]
     machines = _machines(base, candidate)
     warnings = [f"records come from {machines} different machines"] if machines > 1 else []
     advisory = ""

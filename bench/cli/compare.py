@@ -36,7 +36,7 @@ DEFAULT_CASES = "b1-p128-n32,b4-p128-n32"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     add = parser.add_argument
-    side = "FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE][,venv=PATH][,rev=GITREV]"
+    form = "FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE][,venv=PATH][,rev=GITREV]"
     add(
         "files",
         nargs="*",
@@ -44,7 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="BASE CANDIDATE: two files instead of measuring (JSON Lines of cases, comparison.json, record.json, or "
         "pytest-benchmark's JSON)",
     )
-    add("--base", metavar="SIDE", help=f"the reference: {side}")
+    for side in ("base", "candidate"):
+        add(
+            f"--{side}-files",
+            nargs="+",
+            type=Path,
+            default=[],
+            metavar="FILE",
+            help=f"the same, several of the {side}: a file of pytest-benchmark is one process, and 5 a side decide",
+        )
+    add("--base", metavar="SIDE", help=f"the reference: {form}")
     add("--candidate", metavar="SIDE", help="the side under test, in the same form")
     add(
         "--pairs",
@@ -69,9 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--gate",
-        default="ttft,tpot",
         metavar="METRICS",
-        help="metrics that decide the verdict (default ttft,tpot); total, load and peak_memory are reported",
+        help="metrics that decide the verdict (default ttft,tpot, or all of files that hold neither); total, load and "
+        "peak_memory are reported",
     )
     add(
         "--model",
@@ -132,7 +141,7 @@ def rules_of(args: argparse.Namespace) -> Rules:
     if args.pairs < 5:
         raise BenchError(f"--pairs {args.pairs} decides nothing; take 5 or more (10 finds 5 % at 1.5 % noise)")
     margin, margins = parse_margins(args.margin)
-    gating = tuple(g.strip() for g in args.gate.split(",") if g.strip())
+    gating = None if args.gate is None else tuple(g.strip() for g in args.gate.split(",") if g.strip())
     return Rules(planned=args.pairs, most=args.pairs + args.pairs // 2, margin=margin, margins=margins, gating=gating)
 
 
@@ -264,17 +273,39 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     return found
 
 
-def _from_files(args: argparse.Namespace, started: float) -> Comparison:
+def files_of(args: argparse.Namespace) -> tuple[list[Path], list[Path]] | None:
+    """The files of base and candidate; None where both sides are measured.
+
+    Raises:
+        BenchError: neither, or some of both.
+    """
+    named = args.base_files, args.candidate_files
+    if args.base and args.candidate and not (args.files or any(named)):
+        return None
+    if not (args.base or args.candidate):
+        if len(args.files) == 2 and not any(named):
+            return args.files[:1], args.files[1:]
+        if all(named) and not args.files:
+            return named
+    raise BenchError(
+        "give either --base SIDE --candidate SIDE, or two files (BASE.jsonl CANDIDATE.jsonl), or several a side with "
+        "--base-files and --candidate-files"
+    )
+
+
+def _from_files(args: argparse.Namespace, sides: tuple[list[Path], list[Path]], started: float) -> Comparison:
     from bench.machine.environment import versions
     from reports.case_files import read_any
     from reports.unpaired import compare_files
 
-    base, candidate = args.files
-    same = base.name == candidate.name
-    names = [f"{p.absolute().parent.name}/{p.name}" if same else p.name for p in (base, candidate)]
+    base, candidate = sides
+    names = [p.name for p in (base[0], candidate[0])]
+    if names[0] == names[1]:
+        names = [f"{p.absolute().parent.name}/{p.name}" for p in (base[0], candidate[0])]
+    names = [f"{n} and {len(s) - 1} more" if len(s) > 1 else n for n, s in zip(names, sides, strict=True)]
     return compare_files(
-        read_any(base, "base"),
-        read_any(candidate, "candidate"),
+        read_any(*base, side="base"),
+        read_any(*candidate, side="candidate"),
         rules_of(args),
         labels=(names[0], names[1]),
         command=command_of(args),
@@ -289,14 +320,10 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.time()
     args.seed = SEED if args.seed is None else args.seed
-    if args.expect and (args.files or not args.model):
+    sides = files_of(args)
+    if args.expect and (sides or not args.model):
         raise BenchError("--expect is a demand on parity, which is looked at with --base, --candidate and --model only")
-    if len(args.files) == 2 and not (args.base or args.candidate):
-        made = _from_files(args, started)
-    elif args.base and args.candidate and not args.files:
-        made = _measured(args, started)
-    else:
-        raise BenchError("give either --base SIDE --candidate SIDE, or two files: BASE.jsonl CANDIDATE.jsonl")
+    made = _from_files(args, sides, started) if sides else _measured(args, started)
     from reports.publish import write_report
     from reports.render.comparison_terminal import print_comparison
 

@@ -58,7 +58,7 @@ def _add(args: argparse.Namespace, store: Any) -> int:
     from reports.case_files import read_any
     from reports.store import points_of
 
-    records, document = read_any(args.file, "candidate"), first_document(args.file)
+    records, document = read_any(args.file, side="candidate"), first_document(args.file)
     ours = kind_of(document) in ("record", "comparison")
     changed = datetime.datetime.fromtimestamp(args.file.stat().st_mtime, datetime.UTC)
     at = document["created_utc"] if ours else changed.isoformat(timespec="seconds")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports.comparison import METRICS, ChangeStatus, Comparison, History, HistoryStep, Result
+from reports.comparison import METRICS, UNITS, ChangeStatus, Comparison, History, HistoryStep, Result
 from reports.comparison_summary import Digest, MetricGroup
 from reports.render import parity, words
 from reports.render.words import NULL_CONTROL, Term
@@ -62,7 +62,6 @@ GLOSSARY = (
 )
 
 _PERCENT = "\u00a0%"
-_UNITS_OF_TIME = ("s", "seconds", "ms", "us", "ns")
 _NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
 
 
@@ -85,10 +84,11 @@ def value(number: float | None, unit: str) -> str:
     """A median with its unit: seconds as milliseconds, bytes in decimal units, others as they come."""
     if number is None:
         return words.DASH
-    if unit in ("s", "seconds"):
-        return words.ms(number)
-    if unit in ("B", "bytes"):
-        return words.size(number)
+    kept, factor = UNITS.get(unit, (unit, 1.0))
+    if kept == "s":
+        return words.ms(number * factor)
+    if kept == "B":
+        return words.size(number * factor)
     return f"{words.fixed(number)} {words.shorten(unit, 20)}".strip()
 
 
@@ -137,22 +137,18 @@ def p_text(p: float | None) -> str:
 
 def direction(ratio: float, unit: str) -> str:
     """``slower`` or ``faster``, ``larger`` or ``smaller``."""
-    worse, better = (
-        ("slower", "faster")
-        if unit in _UNITS_OF_TIME
-        else ("larger", "smaller")
-        if unit in ("B", "bytes")
-        else ("higher", "lower")
-    )
+    known = {"s": ("slower", "faster"), "B": ("larger", "smaller")}
+    worse, better = known.get(UNITS.get(unit, (unit,))[0], ("higher", "lower"))
     return worse if ratio > 1 else better
 
 
 def change(ratio: float, unit: str) -> str:
     """A change in words: ``4.1 % slower``, ``2.6 times as fast``; percentages are of the base's time or size."""
-    if unit in _UNITS_OF_TIME and ratio <= 0.5:
+    timed = UNITS.get(unit, (unit,))[0] == "s"
+    if timed and ratio <= 0.5:
         return f"{words.fixed(1 / ratio)} times as fast"
     if ratio >= 2:
-        return f"{words.fixed(ratio)} times as {'slow' if unit in _UNITS_OF_TIME else 'large'}"
+        return f"{words.fixed(ratio)} times as {'slow' if timed else 'large'}"
     return f"{percent(ratio - 1)} {direction(ratio, unit)}"
 
 

@@ -38,7 +38,8 @@ def render(
 ) -> str:
     """A page; ``context`` and ``filters`` are its own, beside what all pages share.
 
-    Everything is escaped; only the plots of this package pass through ``svg`` as markup.
+    Everything is escaped, and control characters are replaced; only the plots of this package pass through ``svg`` as
+    markup.
     """
     env = Environment(
         loader=PackageLoader("reports.render", "templates"),
@@ -64,4 +65,4 @@ def render(
         machine_line=words.machine_line(subject.machine),
         command=shlex.join(subject.command),
     )
-    return env.get_template(template).render(context)
+    return words.clean(env.get_template(template).render(context))

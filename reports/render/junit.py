@@ -8,7 +8,6 @@ print(j.render_junit(r.RunRecord.read(pathlib.Path('reports/out/record.json'))))
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from xml.etree import ElementTree as ET
@@ -17,9 +16,6 @@ from reports.record import Outcome, RunRecord
 from reports.render import words
 from reports.validation import CheckResult, Status, TaskMetric, Validation
 from reports.verdict import other_outcomes
-
-# Characters that XML 1.0 cannot hold even as entities.
-_FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 _COUNTED = (("failures", "failure"), ("errors", "error"), ("skipped", "skipped"))
 
@@ -40,12 +36,12 @@ def document(name: str, suites: Mapping[str, list[ET.Element] | None], created_u
                 {"tests": len(cases)} | {s: sum(c.find(t) is not None for c in cases) for s, t in _COUNTED}
             )
             took = f"{sum(float(c.get('time', '0')) for c in cases):.3f}"
-            told = {**{k: str(v) for k, v in counts.items()}, "time": took, "timestamp": clean(created_utc)}
+            told = {**{k: str(v) for k, v in counts.items()}, "time": took, "timestamp": created_utc}
             ET.SubElement(root, "testsuite", {"name": title, **told}).extend(cases)
             total += counts
     root.attrib |= {k: str(total[k]) for k in ("tests", *dict(_COUNTED))} | {"time": f"{seconds:.3f}"}
     ET.indent(root)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + words.clean(ET.tostring(root, encoding="unicode")) + "\n"
 
 
 def parity_cases(validation: Validation | None) -> list[ET.Element] | None:
@@ -53,20 +49,15 @@ def parity_cases(validation: Validation | None) -> list[ET.Element] | None:
     return [*map(_check, validation.results), *map(_task, validation.tasks)] if validation else None
 
 
-def clean(text: str) -> str:
-    """Text without the characters that XML cannot hold; each becomes U+FFFD."""
-    return _FORBIDDEN.sub("\ufffd", text)
-
-
 def case_of(classname: str, name: str, seconds: float = 0.0) -> ET.Element:
     """One test case; a name is never empty."""
-    return ET.Element("testcase", classname=clean(classname), name=clean(name) or "unnamed", time=f"{seconds:.3f}")
+    return ET.Element("testcase", classname=classname, name=name or "unnamed", time=f"{seconds:.3f}")
 
 
 def add(case: ET.Element, tag: str, kind: str, message: str) -> None:
     """Put a failure, an error or a skip with its message into a test case."""
-    child = ET.SubElement(case, tag, message=clean(message.partition("\n")[0]), type=kind)
-    child.text = clean(message)
+    child = ET.SubElement(case, tag, message=message.partition("\n")[0], type=kind)
+    child.text = message
 
 
 def told(case: ET.Element, failure: str, message: str) -> ET.Element:
@@ -74,7 +65,7 @@ def told(case: ET.Element, failure: str, message: str) -> ET.Element:
     if failure:
         add(case, "failure", failure, message)
     else:
-        ET.SubElement(case, "system-out").text = clean(message)
+        ET.SubElement(case, "system-out").text = message
     return case
 
 

@@ -41,6 +41,7 @@ def escape(text: str, limit: int = 200) -> str:
 
 def fenced(text: str) -> str:
     """Text in a code fence longer than any run of backticks in it."""
+    text = words.clean(text)
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

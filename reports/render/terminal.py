@@ -32,7 +32,7 @@ def style(word: str) -> str:
 
 def print_end(word: str, headline: str, console: Console) -> None:
     """The verdict, the last line of a run or a comparison."""
-    console.print(Text.assemble((word, f"bold {style(word)}"), f": {headline}"))
+    console.print(Text.assemble((word, f"bold {style(word)}"), f": {words.clean(headline)}"))
 
 
 def print_summary(record: RunRecord, console: Console) -> None:
@@ -125,7 +125,7 @@ def print_parity(validation: Validation | None, console: Console) -> None:
     if validation is None:
         console.print("Parity: not examined.")
         return
-    title = f"Parity, tolerance tier {words.shorten(validation.tier, 30)}, mode {validation.mode}"
+    title = f"Parity, tolerance tier {words.shorten(validation.tier, 30)}, mode {words.shorten(validation.mode, 30)}"
     table = plain_table(title, "Check", "bound", "limit", "status")
     for r in validation.results:
         m = r.measurements[0] if r.measurements else None

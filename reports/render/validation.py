@@ -24,30 +24,30 @@ _NAME = 18
 
 def print_check(result: CheckResult, console: Console) -> None:
     """Name, status, summary and seconds; up to three findings below a failed one."""
-    line = Text(f"{result.name:<{_NAME}} ")
+    line = Text(f"{words.clean(result.name):<{_NAME}} ")
     line.append(f"{result.status:<12} ", style=style(result.status))
     line.append(f"{result.seconds:6.1f} s  ", style="dim")
-    line.append(result.summary)
+    line.append(words.clean(result.summary))
     console.print(line, soft_wrap=True)
     for finding in result.findings[1:4]:
-        console.print(Text(f"{'':<{_NAME}} also {words.finding(finding)}", style="dim"), soft_wrap=True)
+        console.print(Text(words.clean(f"{'':<{_NAME}} also {words.finding(finding)}"), style="dim"), soft_wrap=True)
 
 
 def print_verdict(found: Validation, console: Console) -> None:
     """The verdict, the place, and the reasons."""
     head = Text(f"\n{found.verdict}", style=style(found.verdict))
-    head.append(
+    told = (
         f"  {found.folder} against {found.baseline}, tolerance tier {found.tier}, mode {found.mode}, "
-        f"{found.seconds:.0f} s",
-        style="",
+        f"{found.seconds:.0f} s"
     )
+    head.append(words.clean(told), style="")
     console.print(head, soft_wrap=True)
     for reason in found.reasons:
-        console.print(Text(f"  {reason}"), soft_wrap=True)
+        console.print(Text(f"  {words.clean(reason)}"), soft_wrap=True)
     if found.place:
-        console.print(Text(f"  leaves the baseline at {found.place.detail}"), soft_wrap=True)
+        console.print(Text(f"  leaves the baseline at {words.clean(found.place.detail)}"), soft_wrap=True)
     for note in found.notes:
-        console.print(Text(f"  note: {note}", style="dim"), soft_wrap=True)
+        console.print(Text(f"  note: {words.clean(note)}", style="dim"), soft_wrap=True)
 
 
 def print_validation(found: Validation, console: Console) -> None:

@@ -21,6 +21,8 @@ from reports.targets import Target
 from reports.validation import Finding
 
 DASH = "–"
+# C0 and C1 but tab and line ends, marks that turn the direction of text, and what XML 1.0 cannot hold as an entity.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 RATIO_NOTE = (
     "× means times as fast as the baseline: its time divided by this side's time, the median over "
@@ -213,8 +215,14 @@ def _decimals(value: float) -> int:
     return max(-exponent, 0) if isinstance(exponent, int) else 2
 
 
+def clean(text: str) -> str:
+    """Text without control characters, which no page shows and a terminal obeys; each becomes U+FFFD."""
+    return _CONTROL.sub("\ufffd", text)
+
+
 def shorten(text: str, limit: int) -> str:
-    """At most ``limit`` characters, with an ellipsis where something was cut."""
+    """At most ``limit`` characters, none of them a control character, with an ellipsis where something was cut."""
+    text = clean(text)
     return text if len(text) <= limit else text[: max(limit - 1, 0)].rstrip() + "…"
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from reports.case_files import from_pytest_benchmark, from_run_record, read_any, read_records
@@ -15,9 +18,18 @@ from reports.compare import Rules
 from reports.comparison import CaseRecord, Comparison
 from reports.errors import RecordError
 from reports.render.comparison_html import render_comparison
+from reports.render.comparison_junit import render_comparison_junit
 from reports.render.comparison_markdown import render_comparison_markdown
+from reports.render.comparison_terminal import print_comparison
+from reports.render.validation import (
+    print_validation,
+    render_validation,
+    render_validation_junit,
+    render_validation_markdown,
+)
 from reports.unpaired import compare_files, judge_unpaired, welch
 from tests.reports.comparison_examples import example_comparison
+from tests.reports.validation_examples import example_validation
 
 
 def lines(path: Path, records: list[CaseRecord]) -> Path:
@@ -29,6 +41,25 @@ def foreign(name: str, values: list[float], **more: Any) -> CaseRecord:
     return CaseRecord(schema_version=1, case=name, metrics={"time": values}, units={"time": "s"}, **more)
 
 
+def in_pairs(metric: str = "tpot", base: float = 0.02, ratio: float = 1.0, pairs: int = 10) -> list[CaseRecord]:
+    """An interleaved run of one case."""
+    rng = np.random.default_rng(1)
+    sides = (("base", base), ("candidate", base * ratio))
+    return [
+        CaseRecord(
+            schema_version=1,
+            case="c",
+            run="r",
+            pair=k,
+            side=side,  # type: ignore[arg-type]
+            metrics={metric: [level * math.exp(rng.normal(0, 0.004))]},
+            units={metric: "s"},
+        )
+        for k in range(pairs)
+        for side, level in sides
+    ]
+
+
 def noisy(name: str, level: float, processes: int = 8, seed: int = 0) -> list[CaseRecord]:
     rng = np.random.default_rng(seed)
     return [foreign(name, (level * np.exp(rng.normal(0, 0.005, 5))).tolist()) for _ in range(processes)]
@@ -36,7 +67,7 @@ def noisy(name: str, level: float, processes: int = 8, seed: int = 0) -> list[Ca
 
 def judged(tmp_path: Path, base: list[CaseRecord], candidate: list[CaseRecord]) -> Comparison:
     files = lines(tmp_path / "a.jsonl", base), lines(tmp_path / "b.jsonl", candidate)
-    return compare_files(read_any(files[0], "base"), read_any(files[1], "candidate"))
+    return compare_files(read_any(files[0], side="base"), read_any(files[1], side="candidate"))
 
 
 def test_enough_processes_made_elsewhere_fail_a_pipeline(tmp_path: Path):
@@ -130,14 +161,124 @@ def test_files_of_one_interleaved_run_are_judged_in_pairs(tmp_path: Path):
     records = [r for r in example_comparison().records if r.case == "b1-p128-n32"]
     base = lines(tmp_path / "a.jsonl", [r for r in records if r.side == "base"])
     candidate = lines(tmp_path / "b.jsonl", [r for r in records if r.side == "candidate"])
-    made = compare_files(read_any(base, "base"), read_any(candidate, "candidate"))
+    made = compare_files(read_any(base, side="base"), read_any(candidate, side="candidate"))
     assert made.paired
     assert not made.advisory
     assert {r.metric: len(r.pairs) for r in made.results} == {"ttft": 10, "tpot": 10, "total": 10}
     # A whole run's file as either side gives that side.
     both = lines(tmp_path / "both.jsonl", records)
-    assert {r.side for r in read_any(both, "base")} == {"base"}
-    assert len(read_any(both, "base")) == 10
+    assert {r.side for r in read_any(both, side="base")} == {"base"}
+    assert len(read_any(both, side="base")) == 10
+
+
+def test_times_in_other_units_are_kept_in_seconds(tmp_path: Path):
+    """A base of 20 ms against a candidate of 0.02 s is no change, and not 99.9 % faster."""
+    slow = [r.model_dump() | {"units": {"time": "ms"}} for r in noisy("parse", 20.0)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in slow))
+    base = read_any(tmp_path / "a.jsonl", side="base")
+    assert base[0].metrics["time"][0] == pytest.approx(slow[0]["metrics"]["time"][0] / 1000)
+    made = compare_files(base, noisy("parse", 0.02, seed=1))
+    assert [(r.status, r.unit) for r in made.results] == [("EQUIVALENT", "s")]
+    assert made.results[0].ratio == pytest.approx(1, abs=0.01)
+    size = CaseRecord(schema_version=1, case="c", metrics={"peak_memory": [2]}, units={"peak_memory": "MiB"})
+    assert (size.metrics["peak_memory"], size.units) == ([2 * 2**20], {"peak_memory": "B"})
+
+
+@pytest.mark.parametrize(
+    ("metric", "unit", "words"),
+    [("ttft", "B", "ttft cannot be in 'B'; give it in s"), ("speed", "tokens/s", "speed is a rate")],
+)
+def test_a_unit_that_cannot_be_compared_is_refused(metric: str, unit: str, words: str, tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"schema_version": 1, "case": "c", "metrics": {metric: [1]}, "units": {metric: unit}}))
+    with pytest.raises(RecordError, match=f"line 1: {words}"):
+        read_records(path)
+
+
+def test_two_units_of_one_metric_are_refused():
+    bare = [r.model_copy(update={"units": {}}) for r in noisy("parse", 1.0)]
+    with pytest.raises(RecordError, match="time of parse has 's' in one record and no unit in another"):
+        compare_files(noisy("parse", 1.0), bare)
+    mixed = in_pairs("ticks")
+    with pytest.raises(RecordError, match="ticks of c has 's'"):
+        compare_files(
+            [r for r in mixed if r.side == "base"],
+            [r.model_copy(update={"units": {"ticks": "beats"}}) for r in mixed if r.side == "candidate"],
+        )
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, True, "0.02", 0, -1, None])
+def test_only_a_positive_number_is_a_time(value: object, make_record: Any, tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"schema_version": 1, "case": "x", "metrics": {"t": [value]}}))
+    with pytest.raises(RecordError, match=r"line 1: metrics\.t\.0: Input should be"):
+        read_any(path, side="base")
+    with pytest.raises(RecordError, match=r"metrics\.time\.0: Input should be"):
+        from_pytest_benchmark(benchmark_json(stats={"data": [value]}), path)
+    if value != 0:
+        raw = json.loads(make_record().to_json())
+        raw["series"][0]["rounds"][0]["at_s"][0] = value
+        path.write_text(json.dumps(raw))
+        with pytest.raises(RecordError, match=r"at_s\.0: Input should be"):
+            read_any(path, side="base")
+
+
+def test_one_process_counts_once(tmp_path: Path):
+    """A file three times over is no more processes, and the later of two records of a place is not dropped."""
+    one = noisy("parse", 1.0, processes=2)
+    path = lines(tmp_path / "a.jsonl", one * 3)
+    with pytest.raises(RecordError, match=r"a.jsonl, record 3 \(parse\) is the same record as .*a.jsonl, record 1, "):
+        read_any(path, side="base")
+    path = lines(tmp_path / "b.jsonl", one)
+    with pytest.raises(RecordError, match=r"b.jsonl, record 1 \(parse\) is the same record as"):
+        read_any(path, path, side="base")
+    base = [r for r in in_pairs() if r.side == "base"]
+    slow = base[0].model_copy(update={"metrics": {"tpot": [9.0]}})
+    with pytest.raises(RecordError, match=r"record 2 .* is of the same case, pair and attempt as .*record 1"):
+        read_any(lines(tmp_path / "c.jsonl", [slow, *base]), side="base")
+    again = slow.model_copy(update={"attempt": 1})
+    assert len(read_any(lines(tmp_path / "d.jsonl", [again, *base]), side="base")) == 11
+
+
+def test_records_of_the_other_side_are_refused(tmp_path: Path):
+    path = lines(tmp_path / "a.jsonl", [r for r in in_pairs() if r.side == "candidate"])
+    with pytest.raises(RecordError, match="holds records of the candidate alone and is passed as the base"):
+        read_any(path, side="base")
+
+
+def test_two_sweeps_of_one_file_were_not_interleaved(tmp_path: Path):
+    """A sweep's run is the digest of its file: another day's has the same run and the same pairs."""
+    sweep = [r.model_copy(update={"side": None}) for r in in_pairs() if r.side == "base"]
+    assert not compare_files(sweep, sweep).paired
+    elsewhere = [r.model_copy(update={"fingerprint": str(r.side)}) for r in in_pairs()]
+    assert not compare_files(elsewhere[::2], elsewhere[1::2]).paired
+
+
+@pytest.mark.parametrize("metric", ["parse_time", "total"])
+def test_a_metric_of_another_name_gates_in_pairs_as_well(metric: str):
+    records = in_pairs(metric, ratio=1.2)
+    made = compare_files(records[::2], records[1::2])
+    assert made.paired
+    assert [(r.status, r.gating) for r in made.results] == [("REGRESSION", True)]
+    assert (made.verdict.exit_code, made.family.gating_metrics) == (1, [metric])
+    unpaired = compare_files(records[::2], records[1::2], Rules(gating=("ttft",)))
+    assert unpaired.verdict.reasons == ["no gating metric was compared"]
+
+
+def test_control_characters_of_names_reach_no_page():
+    name = "a\x1b[31mb\x07\x00c\x9b\u202ed"
+    made = example_comparison(hostile=name)
+    console = Console(width=200, file=io.StringIO(), force_terminal=False)
+    print_comparison(made, console)
+    print_validation(example_validation(hostile=name), console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    renderers = (render_comparison, render_comparison_markdown, render_comparison_junit)
+    validation = example_validation(hostile=name)
+    pages = [render(made) for render in renderers]
+    pages += [r(validation) for r in (render_validation, render_validation_markdown, render_validation_junit)]
+    for page in (*pages, printed):
+        assert "\ufffd" in page
+        assert not set(name) & set(page) & set("\x1b\x07\x00\x9b\u202e")
 
 
 def test_welch_is_scipys():
@@ -153,7 +294,7 @@ def test_own_record_json_is_read(make_record, tmp_path: Path):
     record = make_record()
     path = tmp_path / "record.json"
     path.write_text(record.to_json())
-    found = read_any(path, "candidate")
+    found = read_any(path, side="candidate")
     assert len(found) == len(record.cases())
     first = record.series[0]
     mine = next(r for r in found if r.parameters == first.case.model_dump())
@@ -173,7 +314,7 @@ def benchmark_json(**more: Any) -> dict[str, Any]:
 def test_pytest_benchmarks_json_is_read(tmp_path: Path):
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(benchmark_json()))
-    (one,) = read_any(path, "base")
+    (one,) = read_any(path, side="base")
     assert (one.case, one.metrics, one.parameters) == (
         "tests/test_x.py::test_x",
         {"time": [0.1, 0.11, 0.12]},
@@ -184,6 +325,52 @@ def test_pytest_benchmarks_json_is_read(tmp_path: Path):
     assert bare[0].metrics == {"time": [0.2]}
     with pytest.raises(RecordError, match="no name or no times"):
         from_pytest_benchmark(benchmark_json(stats={}), path)
+    twice = benchmark_json()
+    twice["benchmarks"] *= 6
+    with pytest.raises(RecordError, match=r"holds tests/test_x.py::test_x twice, and a file is one process"):
+        from_pytest_benchmark(twice, path)
+
+
+@pytest.mark.parametrize(
+    ("machine_info", "identity"),
+    [
+        ({"node": "host", "cpu": "EPYC", "system": "Linux"}, "host|EPYC|Linux"),
+        ({"llama_onnx": {"fingerprint": "ab"}, "node": "host"}, "ab"),
+        ({"cpu": None}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_a_machine_is_what_the_file_says_of_it(machine_info: object, identity: str | None, tmp_path: Path):
+    raw = benchmark_json() | {"machine_info": machine_info}
+    (one,) = from_pytest_benchmark(raw, tmp_path)
+    assert one.fingerprint == identity
+
+
+def test_a_file_that_names_no_machine_is_not_of_another_one(tmp_path: Path):
+    raw = benchmark_json()
+    del raw["machine_info"]
+    made = compare_files(from_pytest_benchmark(benchmark_json(), tmp_path), from_pytest_benchmark(raw, tmp_path))
+    assert made.warnings == ["records that do not say which machine they are of"]
+    assert "machine" not in made.advisory_reason
+
+
+@pytest.mark.parametrize(
+    "broken", [{"machine_info": [1]}, {"benchmarks": [1]}, {"benchmarks": [{"name": "x", "stats": [1]}]}]
+)
+def test_a_broken_pytest_benchmark_file_is_named(broken: dict[str, Any], tmp_path: Path):
+    with pytest.raises(RecordError, match=f"{tmp_path}: (machine_info|benchmarks)"):
+        from_pytest_benchmark(benchmark_json() | broken, tmp_path)
+
+
+def test_medians_without_rounds_are_too_few_and_not_disturbed(tmp_path: Path):
+    def side(level: float) -> list[CaseRecord]:
+        return from_pytest_benchmark(benchmark_json(stats={"median": level}), tmp_path)
+
+    made = compare_files(side(0.2), side(0.3))
+    assert [r.status for r in made.results] == ["INCONCLUSIVE"]
+    assert made.results[0].reason.startswith("1 process on a side: ")
+    assert "disturbed" not in render_comparison_markdown(made)
 
 
 def test_real_pytest_benchmark_output_is_read(tmp_path: Path):
@@ -195,7 +382,7 @@ def test_real_pytest_benchmark_output_is_read(tmp_path: Path):
     command = [sys.executable, "-m", "pytest", "-q", "test_it.py", f"--benchmark-json={out}", "-p", "no:cacheprovider"]
     command += ["--benchmark-max-time=0.05", "--benchmark-min-rounds=5"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    (one,) = read_any(out, "base")
+    (one,) = read_any(out, side="base")
     assert one.case == "test_it.py::test_it"
     assert len(one.metrics["time"]) >= 5
 
@@ -219,6 +406,6 @@ def test_a_broken_line_is_named(text: str, words: str, tmp_path: Path):
 def test_an_empty_or_missing_file_is_refused(tmp_path: Path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(RecordError, match="holds no record"):
-        read_any(tmp_path / "empty.jsonl", "base")
+        read_any(tmp_path / "empty.jsonl", side="base")
     with pytest.raises(RecordError, match="cannot read"):
-        read_any(tmp_path / "none.jsonl", "base")
+        read_any(tmp_path / "none.jsonl", side="base")

@@ -26,14 +26,14 @@ def test_the_field_decides(make_record: Any, tmp_path: Path) -> None:
     path = tmp_path / "comparison.json"
     path.write_text(make_record().to_json(), encoding="utf-8")
     assert isinstance(publish.read_any(path), RunRecord)
-    assert {r.side for r in case_files.read_any(path, "base")} == {"base"}
+    assert {r.side for r in case_files.read_any(path, side="base")} == {None}
     made = example_comparison()
     raw = json.loads(made.to_json())
     text = json.dumps({**{k: v for k, v in raw.items() if k != "kind"}, "kind": raw["kind"]})  # at its very end
     path = tmp_path / "record.json"
     path.write_text(text, encoding="utf-8")
     assert publish.read_any(path) == made
-    assert case_files.read_any(path, "candidate") == [r for r in made.records if r.side == "candidate"]
+    assert case_files.read_any(path, side="candidate") == [r for r in made.records if r.side == "candidate"]
     lines = tmp_path / "lines"
     lines.write_text("".join(r.model_dump_json() + "\n" for r in made.records), encoding="utf-8")
     assert kind_of(first_document(lines)) == "case"
@@ -60,4 +60,4 @@ def test_a_validation_holds_no_latencies(tmp_path: Path) -> None:
     path = tmp_path / "cases.jsonl"
     path.write_text('{"schema_version": 1, "kind": "validation"}', encoding="utf-8")
     with pytest.raises(RecordError, match="is of kind 'validation', which holds no latencies"):
-        case_files.read_any(path, "base")
+        case_files.read_any(path, side="base")

@@ -74,7 +74,7 @@ def test_points_are_medians_of_undisturbed_records(tmp_path: Path):
     made = example_comparison()
     path = tmp_path / "comparison.json"
     path.write_text(made.to_json())
-    records, at, run = read_any(path, "candidate"), made.created_utc, "run"
+    records, at, run = read_any(path, side="candidate"), made.created_utc, "run"
     assert {r.side for r in records} == {"candidate"}
     found = points_of(records, at, run, "label")
     assert ("b1-p128-n32", "tpot") in {(p.case_name, p.metric) for p in found}
@@ -114,3 +114,13 @@ def test_labels_are_data(tmp_path: Path):
         hostile = point(1)._replace(label="'); DROP TABLE points; --")
         store.add([hostile])
         assert store.points() == [hostile]
+
+
+def test_a_past_is_of_one_unit(tmp_path: Path):
+    with Store(tmp_path / "h.sqlite") as store:
+        one = point(1)
+        store.add([one, point(2)._replace(value=1e3 * one.value, unit="ms")])
+        assert [(p.value, p.unit) for p in store.points()] == [(pytest.approx(one.value), "s")] * 2
+        store.add([point(k)._replace(metric="ticks", unit=unit) for k, unit in enumerate(("beats", "steps"))])
+        with pytest.raises(StoreError, match="several units: 'beats', 'steps'"):
+            store.history(one.case_name, "ticks", one.fingerprint)

@@ -1,8 +1,9 @@
-"""``llama-onnx compare --model``: what the gate's process ended with, and what it is asked."""
+"""``llama-onnx compare``: what the gate's process ended with and what it is asked, and several files a side."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.cli.main import main
 from bench.errors import BenchError
 from bench.latency.sides import SideSpec
 from reports.validation import Validation
+from tests.reports.test_case_files import benchmark_json
 from tests.reports.validation_examples import example_validation
 
 Ended = Callable[[int, str, Validation | None], list[list[str]]]
@@ -87,3 +89,24 @@ def test_what_the_candidate_has_to_be_is_passed_on(
     assert main([*sides, "--expect", "precision=int4"]) == 2
     assert "--model" in capsys.readouterr().err
     assert not (asked.out / "out").exists()
+
+
+def test_several_files_a_side_are_several_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    files: dict[str, list[str]] = {}
+    for side, level in (("base", 0.1), ("candidate", 0.15)):
+        for k in range(5):
+            path = tmp_path / f"{side}{k}.json"
+            path.write_text(json.dumps(benchmark_json(stats={"data": [level + k / 10_000, level]})))
+            files.setdefault(side, []).append(str(path))
+    out = ["--out", str(tmp_path / "out")]
+    command = ["compare", "--base-files", *files["base"], "--candidate-files", *files["candidate"]]
+    assert main([*command, *out]) == 1
+    assert "base0.json and 4 more" in (tmp_path / "out" / "report.md").read_text().replace("\\", "")
+    capsys.readouterr()
+    assert main(["compare", files["base"][0], files["candidate"][0], *out]) == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert "5 or more processes a side decide" in said
+    one = files["base"][0]
+    for wrong in (["compare", one, *command[1:]], [*command, "--base", "x"], command[:3], ["compare", one]):
+        assert main(wrong) == 2
+        assert "--base-files" in capsys.readouterr().err
