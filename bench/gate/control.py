@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,24 @@ def unexplained(model: Any, config: Any) -> list[Finding]:
         from onnx import inliner
 
         model = inliner.inline_local_functions(model)
-    return list(_Reading(model, config).findings())
+    try:
+        return list(_Reading(_in_order(model), config).findings())
+    except CycleError:
+        return [Finding(where="graph", what="has nodes that wait for one another")]
+
+
+def _in_order(model: Any) -> Any:
+    """The model with each node after those that it reads: ONNX Runtime takes any order, a walk would miss values."""
+    nodes = list(model.graph.node)
+    made = {name: k for k, node in enumerate(nodes) for name in node.output if name}
+    before = {k: {made[n] for n in node.input if n in made} for k, node in enumerate(nodes)}
+    if all(max(b, default=-1) < k for k, b in before.items()):
+        return model
+    ordered = type(model)()
+    ordered.CopyFrom(model)
+    del ordered.graph.node[:]
+    ordered.graph.node.extend(nodes[k] for k in TopologicalSorter(before).static_order())
+    return ordered
 
 
 class _Reading:

@@ -112,19 +112,15 @@ def by_length(threshold: int, op: str) -> Change:
 
 
 def lost_cache(model: Any) -> None:
-    """Keys before the last 100 are cut off where the cache is read."""
+    """Keys before the last 100 are cut off where the cache is read, by nodes that stand behind their readers."""
     cache, nodes = "past_key_values.1.key", len(model.graph.node)
     two = constant(model, "two", np.int64([2]))
     length = add(model, "Gather", [add(model, "Shape", [cache], "sizes"), two], "length")
     over = add(model, "Sub", [length, constant(model, "most", np.int64([100]))], "over")
     start = add(model, "Max", [over, constant(model, "nil", np.int64([0]))], "start")
     cut = add(model, "Slice", [cache, start, constant(model, "end", np.int64([2**62])), two], "cut")
-    first = list(model.graph.node)[nodes:]
-    rest = list(model.graph.node)[:nodes]
-    for node in rest:
+    for node in list(model.graph.node)[:nodes]:
         node.input[:] = [cut if name == cache else name for name in node.input]
-    del model.graph.node[:]
-    model.graph.node.extend([*first, *rest])
 
 
 def added_by_length(model: Any) -> None:
