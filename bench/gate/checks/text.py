@@ -117,6 +117,9 @@ def _tokenizer_json(folder: Path) -> dict[str, Any] | None:
 
 def _plain(made: Any) -> dict[str, Any]:
     raw: dict[str, Any] = json.loads(made.to_str())
+    after = raw.get("post_processor") or {}
+    if after.get("type") == "TemplateProcessing" and not after.get("special_tokens"):
+        raw["post_processor"] = None  # transformers 5 writes it out; it adds nothing to the ids
     return {k: v for k, v in raw.items() if k != "version"}
 
 

@@ -84,6 +84,20 @@ def test_the_side_of_padding_changes_no_text(folder: Path, look: Look) -> None:
     assert look("tokenizer", folder).status == "PASS"
 
 
+def test_a_template_that_adds_no_token_changes_no_ids(folder: Path, look: Look) -> None:
+    """As transformers 5 saves a tokenizer that had none."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    text, pair = ({"Sequence": {"id": name, "type_id": k}} for k, name in enumerate("AB"))
+    template = {"type": "TemplateProcessing", "single": [text], "pair": [text, pair], "special_tokens": {}}
+    (folder / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": template}))
+    assert look("tokenizer", folder).status == "PASS"
+    start = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    template |= {"single": [start, text], "special_tokens": special}
+    (folder / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": template}))
+    assert look("tokenizer", folder).status == "FAIL"
+
+
 def test_a_setting_that_changes_text_is_named_with_its_effect(folder: Path, look: Look) -> None:
     changed(folder / "tokenizer_config.json", clean_up_tokenization_spaces=True)
     found = look("tokenizer", folder)
