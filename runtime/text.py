@@ -50,21 +50,25 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     Raises:
         SessionError: a chat was asked for and the tokenizer has no template, or one that raises.
     """
+    ids: list[int]
     if not chat:
-        ids: list[int] = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
         return ids
-    if not tokenizer.chat_template:
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
         raise SessionError("the model has no chat template; leave out --chat")
+    if isinstance(template, dict) and "default" not in template:
+        raise SessionError(
+            f"the model has chat templates for {', '.join(template)} only and no default one; leave out --chat"
+        )
     message = [{"role": "user", "content": prompt}]
-    import jinja2
-
     try:
-        templated: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-    except jinja2.TemplateError as e:
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    except Exception as e:  # a template is a program of the model's maker: it raises what it likes
         raise SessionError(
             f"the model's chat template refuses this prompt ({first_line(e)}); leave out --chat"
         ) from None
-    return templated
+    return ids
 
 
 class StreamDecoder:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from bench.cli.numbers import at_least
 from bench.cli.output import add_out, show, status
 from bench.errors import BenchError
 from bench.progress import progress
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pairs of each case (default 10); half as many more if undecided",
     )
     add("--cases", default=DEFAULT_CASES, help=f"batch size, prompt length, new tokens (default {DEFAULT_CASES})")
-    add("--rounds", type=int, default=10, metavar="N", help="generations measured in each process (default 10)")
+    add("--rounds", type=at_least(1), default=10, metavar="N", help="generations measured in each process (default 10)")
     add(
         "--turns",
         choices=("auto", "rounds", "processes"),
@@ -94,16 +95,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dataset", help="with --model: a JSONL file, hf:NAME, or own+FILE (default: the project's)")
     add("--seed", type=int, metavar="N", help="of the order and the prompts")
-    add("--limit", type=float, default=600.0, metavar="S", help="stop a process after so many seconds (default 600)")
+    add("--limit", type=at_least(1.0), default=600.0, metavar="S", help="stop a process after S seconds (default 600)")
     add(
         "--max-steal",
-        type=float,
+        type=at_least(0.0),
         default=0.02,
         metavar="SHARE",
         help="repeat a pair if the hypervisor took more of the CPU time (default 0.02)",
     )
-    add("--max-others", type=float, default=0.10, metavar="SHARE", help="the same for other processes (default 0.10)")
-    add("--wait", type=float, default=0.0, metavar="S", help="seconds to wait while something else measures here")
+    add("--max-others", type=at_least(0.0), default=0.10, metavar="SHARE", help="by other processes (default 0.10)")
+    add("--wait", type=at_least(0.0), default=0, metavar="S", help="seconds to wait while something else measures here")
     add("--resume", action="store_true", help="continue the run in --out")
     add_out(parser, "folder of records and page", "reports/out/compare")
 

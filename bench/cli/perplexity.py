@@ -8,6 +8,7 @@ Try: ``llama-onnx perplexity FOLDER --dataset hf:wikitext --baseline demo``.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import deployment
+from bench.cli.numbers import at_least
 from bench.cli.output import show, status
 from bench.progress import progress
 
@@ -37,10 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="also that of this model on PyTorch: 'demo', a checkpoint folder, a .gguf file or a hub id",
     )
-    add("--window", type=int, metavar="N", help="tokens scored at once (default: the context, at most 2048)")
-    add("--limit", type=int, metavar="N", help="only the first N documents")
+    add("--window", type=at_least(1), metavar="N", help="tokens scored at once (default: the context, at most 2048)")
+    add("--limit", type=at_least(1), metavar="N", help="only the first N documents")
     deployment.add_options(add)
-    add("--workers", type=int, default=1, metavar="N", help="processes that share the work, through Ray (default 1)")
+    add(
+        "--workers",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="processes that share the work, through Ray (default 1)",
+    )
 
 
 def scored(
@@ -116,12 +124,14 @@ def run(args: argparse.Namespace) -> int:
     gpus = 0 if where.device == "cpu" else 1
     # A third-party export's manifest has no hashes.
     files = sorted((name, entry.sha256 or sha256_of(folder / name)) for name, entry in manifest.files.items())
+    scores: dict[str, WordPerplexity] = {}
     found: dict[str, Any] = {"dataset": dataset.name, "dataset_sha256": dataset.sha256, "workers": args.workers}
 
     def score(side: str, opener: Callable[[], Session], *key: Any) -> None:
         with progress(side, len(windows)) as bar:
             nats = scored(opener, windows, [side, *key], args.workers, status, bar.tick, gpus)
-        found[side] = metrics(assemble(dataset, windows, nats))
+        scores[side] = assemble(dataset, windows, nats)
+        found[side] = metrics(scores[side])
 
     opened: list[OrtSession] = []
 
@@ -140,9 +150,13 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = resolve(args.baseline, status=status).folder
         torch_side = partial(TorchSession, checkpoint, "fp32", where.device, threads=where.threads)
         score("baseline", torch_side, baseline_key(checkpoint, where.device, where.threads))
-        found["ratio"] = found["candidate"]["word_perplexity"] / found["baseline"]["word_perplexity"]
+        found["ratio"] = scores["candidate"].ratio(scores["baseline"])
     show(args, found, "\n".join(lines(found)))
     return 0
+
+
+def _shown(word_perplexity: float) -> str:
+    return f"{word_perplexity:.6f}" if math.isfinite(word_perplexity) else "infinite (few blanks: read the bytes')"
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -150,7 +164,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     from runtime.session import NOT_AS_ASKED
 
     rows = [
-        f"{side}: word perplexity {found[side]['word_perplexity']:.6f}, byte perplexity "
+        f"{side}: word perplexity {_shown(found[side]['word_perplexity'])}, byte perplexity "
         f"{found[side]['byte_perplexity']:.6f}, {found[side]['bits_per_byte']:.6f} bits a byte"
         for side in ("candidate", "baseline")
         if side in found

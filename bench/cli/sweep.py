@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from bench.cli.numbers import at_least
 from bench.cli.output import add_out, show, status
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "folder of cases.jsonl", "reports/out/sweep")
     add("--resume", action="store_true", help="continue the sweep in --out")
     add("--ray", action="store_true", help="on every machine of the Ray cluster (RAY_ADDRESS) at once")
-    add("--wait", type=float, default=0.0, metavar="S", help="seconds to wait while something else measures here")
+    add("--wait", type=at_least(0.0), default=0, metavar="S", help="seconds to wait while something else measures here")
     add("--merge", type=Path, nargs="+", default=[], metavar="JSONL", help="add the records of other machines")
 
 

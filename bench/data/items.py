@@ -9,6 +9,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.errors import SessionError
+from runtime.text import encode
+
 FIELDS: dict[str, tuple[str, ...]] = {
     "qa": ("context", "question"),
     "summarization": ("text",),
@@ -112,14 +115,14 @@ def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
 
     Questions are completed as plain text behind one worked example, as evaluation harnesses do: small chat models
     answer in whole sentences otherwise, and exact match says nothing. The other tasks go through the chat template
-    where there is one.
+    where there is one that takes a single message of the user's.
     """
-    if item.task != "qa" and getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": item.instruction}]
-        ids: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-    else:
-        ids = tokenizer(item.instruction + ("" if item.task == "qa" else "\n\nAnswer:"))["input_ids"]
-    return ids
+    if item.task == "qa":
+        return encode(tokenizer, item.instruction, chat=False)
+    try:
+        return encode(tokenizer, item.instruction, chat=True)
+    except SessionError:
+        return encode(tokenizer, f"{item.instruction}\n\nAnswer:", chat=False)
 
 
 def chunked(ids: Sequence[int], window: int, least: int = 32) -> list[list[int]]:

@@ -25,6 +25,11 @@ def _item(path: Path, number: int, raw: Any) -> Item:
 
     if not isinstance(raw, dict):
         raise fail("not a JSON object")
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = ascii(e.object[e.start])[1:-1]
+        raise fail(f"holds half of a character ({half} alone); write the whole character") from None
     task = raw.get("task")
     if task not in FIELDS:
         raise fail(f"task {task!r} must be one of {', '.join(FIELDS)}")

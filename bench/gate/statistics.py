@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta as beta_distribution
 from scipy.stats import binom
 
+from bench.gate.word_perplexity import exp
 from reports.validation import Measurement, Status
 
 Array = NDArray[np.float64]
@@ -254,8 +255,8 @@ def perplexity_ratio(scores: Sequence[TokenScores], null: Sequence[TokenScores],
         seed: of the bootstrap.
     """
     ours, theirs = ([s.nll_candidate - s.nll_baseline for s in side] for side in (scores, null))
-    found = _mean("perplexity_ratio", "Perplexity ratio", ours, theirs, tier.ppl_ratio, seed, math.exp)
-    ppl = math.exp(float(np.mean(np.concatenate([s.nll_baseline for s in scores]))))
+    found = _mean("perplexity_ratio", "Perplexity ratio", ours, theirs, tier.ppl_ratio, seed, exp)
+    ppl = exp(float(np.mean(np.concatenate([s.nll_baseline for s in scores]))))
     return found.model_copy(update={"detail": f"baseline perplexity {ppl:.4f} over {found.detail}"})
 
 

@@ -44,18 +44,30 @@ class WordPerplexity:
 
     @property
     def word_perplexity(self) -> float:
-        """exp(nats / words)."""
-        return math.exp(math.fsum(self.nats) / sum(self.words))
+        """exp(nats / words); infinite for a text in a language without blanks, whose documents are one word each."""
+        return exp(math.fsum(self.nats) / sum(self.words))
 
     @property
     def byte_perplexity(self) -> float:
         """exp(nats / UTF-8 bytes of the original)."""
-        return math.exp(math.fsum(self.nats) / sum(self.bytes))
+        return exp(math.fsum(self.nats) / sum(self.bytes))
 
     @property
     def bits_per_byte(self) -> float:
         """Bits that the model needs for one byte of the original."""
         return math.fsum(self.nats) / sum(self.bytes) / math.log(2)
+
+    def ratio(self, baseline: WordPerplexity) -> float:
+        """This word perplexity over a baseline's of the same documents, also where both are infinite."""
+        return exp(math.fsum([*self.nats, *(-n for n in baseline.nats)]) / sum(self.words))
+
+
+def exp(x: float) -> float:
+    """exp(x), infinite where a float cannot hold it."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def rolling_windows(ids: Sequence[int], prefix: int, length: int, document: int = 0) -> list[Window]:
@@ -109,7 +121,7 @@ def document_windows(dataset: Dataset, tokenizer: Any, context: int, window: int
     Raises:
         DatasetError: the dataset has no such document, or a window beyond the context.
     """
-    length = window or min(context, LARGEST_WINDOW)
+    length = min(context, LARGEST_WINDOW) if window is None else window
     if not 1 <= length <= context:
         raise DatasetError(f"a window of {length} tokens does not fit the context of {context}; give 1 to {context}")
     texts = dataset.prose()

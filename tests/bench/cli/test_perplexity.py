@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench.cli.main import main
+from bench.gate import word_perplexity
 from export.manifest import MANIFEST_NAME
 
 Score = Callable[..., dict[str, Any]]
@@ -41,6 +43,32 @@ def test_third_party_folders_of_equal_names_share_nothing(
     one, other = (score(f)["candidate"]["word_perplexity"] for f in folders)
     assert one == score(exports(seed=0))["candidate"]["word_perplexity"]
     assert one != other
+
+
+@pytest.mark.parametrize("option", ["--window=0", "--limit=-1", "--limit=0", "--workers=0", "--window=x"])
+def test_numbers_that_make_no_sense(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["perplexity", str(tmp_path), option])
+    assert ended.value.code == 2
+    assert "is not a whole number of 1 or more" in capsys.readouterr().err
+
+
+def test_a_language_without_blanks(
+    exports: Callable[..., Path],
+    score: Score,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A whole document is one word: its perplexity is beyond a float, that of the bytes is not."""
+    monkeypatch.setattr(word_perplexity, "window_nats", lambda *_: 800.0)
+    path = tmp_path / "zh.jsonl"
+    path.write_text(json.dumps({"task": "perplexity", "text": 155 * "\u732b"}))
+    found = score(exports(), "--dataset", str(path))["candidate"]
+    assert (found["words"], found["word_perplexity"]) == (1, math.inf)
+    assert found["byte_perplexity"] == pytest.approx(2 ** found["bits_per_byte"])
+    assert main(["perplexity", str(exports()), "--dataset", str(path)]) == 0
+    assert "word perplexity infinite" in capsys.readouterr().out
 
 
 def test_a_provider_that_falls_back(exports: Callable[..., Path], score: Score) -> None:

@@ -64,6 +64,7 @@ def test_own_file_with_and_without_header(tmp_path: Path) -> None:
         ([{k: v for k, v in GOOD.items() if k != "question"}], "line 1: 'question' is missing"),
         ([GOOD | {"references": []}], "line 1: 'references'"),
         ([GOOD | {"context": 3}], "line 1: 'context'"),
+        ([GOOD, GOOD | {"context": "half \ud83d"}], r"line 2: holds half of a character \(\\ud83d alone\)"),
         ([], "is empty"),
         ([{"dataset": "only a header"}], "is empty"),
     ],
@@ -107,3 +108,12 @@ def test_prompts_use_the_chat_template_where_there_is_one() -> None:
     assert question.instruction.count("Question:") == 2
     assert question.instruction.endswith("\nAnswer:")
     assert prompt_ids(item, Plain()) == [len(item.instruction + "\n\nAnswer:")]
+
+    class Named(Chat):  # for tools alone
+        def __init__(self) -> None:
+            self.chat_template = {"tool_use": "x"}
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return Plain()(text)
+
+    assert prompt_ids(item, Named()) == prompt_ids(item, Plain())

@@ -17,6 +17,7 @@ from bench.data.loading import load_dataset
 from bench.errors import DatasetError
 from bench.gate.metrics import rouge_mlperf, score_task
 from bench.gate.word_perplexity import (
+    WordPerplexity,
     assemble,
     document_windows,
     rolling_windows,
@@ -69,6 +70,13 @@ def test_wikitext_pages_and_detokenisation(wikitext: Path) -> None:
     assert "town's council paid 1,200 coins; it is 3.5 m wide." in first
     assert 'said "no" and left.' in second
     assert dataset.items[0].fields["original"].startswith(" = The Stone Bridge = ")
+
+
+def test_infinite_word_perplexities_have_a_ratio() -> None:
+    ours, theirs = (WordPerplexity((n, n), (1, 1), (900, 900), 600, "") for n in (2001.0, 2000.0))
+    assert ours.word_perplexity == theirs.word_perplexity == math.inf
+    assert ours.ratio(theirs) == pytest.approx(math.e)
+    assert ours.byte_perplexity == pytest.approx(math.exp(2001 / 900))
 
 
 def test_word_perplexity_counts_words_of_the_original(wikitext: Path) -> None:
