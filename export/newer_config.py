@@ -17,6 +17,7 @@ from export.errors import BrokenCheckpointError, UnsupportedModelError
 from export.manifest import SIDE_FILES, files_of
 
 _TOKENIZER = "tokenizer_config.json"
+_WEIGHTS = "model.safetensors"
 _NEW_CLASS = "TokenizersBackend"
 
 
@@ -48,7 +49,8 @@ def older(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def readable(folder: Path) -> Path:
-    """The folder itself, or one in the cache that links to its files and has the older spelling.
+    """The folder itself, or one in the cache that links to its files, has the older spelling, and the weights under the
+    one name by which transformers finds them.
 
     Raises:
         BrokenCheckpointError: as :func:`older`, or a configuration that is not JSON.
@@ -65,22 +67,32 @@ def readable(folder: Path) -> Path:
             raise BrokenCheckpointError(f"{path} is not valid JSON ({e}); copy or download it again") from None
         if isinstance(raw, dict) and (changed := change(raw)) != raw:
             texts[name] = json.dumps(changed, indent=2) + "\n"
-    if not texts:
+    renamed = _weights_as_transformers_names_them(folder)
+    if not texts and not renamed:
         return folder
     files = {p.name for p in folder.iterdir() if p.is_file()} | set(files_of(folder, SIDE_FILES))
     names = sorted(files - texts.keys())
-    facts = [str(folder.resolve()), *texts.values()]
+    facts = [str(folder.resolve()), *texts.values(), *renamed]
     facts += [f"{n}:{(status := (folder / n).stat()).st_size}:{status.st_mtime_ns}" for n in names]
     digest = hashlib.sha256("|".join(facts).encode()).hexdigest()[:16]
     target = cache_dir() / "readable" / digest / folder.resolve().name
     if not (target / "config.json").is_file():
         with publish(target, shared=True) as work:
             for name in names:
-                (work / name).parent.mkdir(exist_ok=True)
-                (work / name).symlink_to((folder / name).resolve())
+                link = work / renamed.get(name, name)
+                link.parent.mkdir(exist_ok=True)
+                link.symlink_to((folder / name).resolve())
             for name, text in texts.items():
                 (work / name).write_text(text, encoding="utf-8")
     return target
+
+
+def _weights_as_transformers_names_them(folder: Path) -> dict[str, str]:
+    """The name that a single file of weights has to have; empty where it has it, or an index names the files."""
+    files = [p.name for p in folder.glob("*.safetensors")]
+    if len(files) != 1 or files[0] == _WEIGHTS or (folder / f"{_WEIGHTS}.index.json").is_file():
+        return {}
+    return {files[0]: _WEIGHTS}
 
 
 def _known_class(raw: dict[str, Any]) -> dict[str, Any]:

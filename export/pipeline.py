@@ -120,6 +120,12 @@ def _check_numbers(config: PretrainedConfig, where: str) -> None:
     scaling = getattr(config, "rope_scaling", None) or {}
     if any(not isinstance(v, int | float | list | None) for k, v in scaling.items() if k not in ("type", "rope_type")):
         raise refuse("rope_scaling", "numbers by name")
+    pad, vocab = config.pad_token_id, config.vocab_size
+    if pad is not None and (type(pad) is not int or not -vocab <= pad < vocab):
+        raise BrokenCheckpointError(
+            f"{where}: pad_token_id is {str(pad)[:40]}, which no row of the embedding has (vocab_size {vocab}), so "
+            "transformers cannot load the model; set it to null or to the end token's id"
+        )
     if config.num_attention_heads % config.num_key_value_heads:
         raise refuse("num_key_value_heads", f"a divisor of {config.num_attention_heads} heads")
     if getattr(config, "partial_rotary_factor", None) not in (None, 1, 1.0):

@@ -42,24 +42,31 @@ def run(args: argparse.Namespace) -> int:
     """Measure what is missing, merge, print a table; 0, or 1 when a process failed."""
     from bench.latency.case_log import RECORDS, CaseLog
     from bench.latency.sweep import merge, parse_sweep
-    from bench.latency.sweep_measure import measure_here, measure_on_machines
+    from bench.latency.sweep_measure import measure_here, measure_on_machines, own_precision
     from bench.machine.lock import machine_lock
     from reports.base import read_text
     from reports.case_files import read_records
     from reports.publish import write_atomically
 
     sweep = parse_sweep(read_text(args.file), str(args.file))
+    for model in sweep.models:
+        if (own := own_precision(model)) and sweep.precisions != (own,):
+            status(f"{model} is exported in {own} and is measured in that alone")
+    others = [read_records(p) for p in args.merge]
     log = CaseLog(args.out, args.resume)
-    if args.ray:
-        measure_on_machines(sweep, log, args.wait, status)
-    else:
-        with machine_lock("llama-onnx sweep", args.wait, status):
-            measure_here(sweep, log, status)
-    records = merge([log.records, *(read_records(p) for p in args.merge)])
-    if args.merge:
-        write_atomically(args.out / "merged.jsonl", "".join(r.model_dump_json() + "\n" for r in records))
-    file = args.out / ("merged.jsonl" if args.merge else RECORDS)
-    show(args, [r.model_dump() for r in records], _table(records), f"records: {file.resolve()}")
+    try:
+        if args.ray:
+            measure_on_machines(sweep, log, args.wait, status)
+        else:
+            with machine_lock("llama-onnx sweep", args.wait, status):
+                measure_here(sweep, log, status)
+    finally:  # what was measured is shown, whatever ended it
+        records = merge([log.records, *others])
+        if args.merge:
+            write_atomically(args.out / "merged.jsonl", "".join(r.model_dump_json() + "\n" for r in records))
+        file = args.out / ("merged.jsonl" if args.merge else RECORDS)
+        if records:
+            show(args, [r.model_dump() for r in records], _table(records), f"records: {file.resolve()}")
     return 1 if any(r.outcome not in ("ok", "invalid") for r in records) else 0
 
 

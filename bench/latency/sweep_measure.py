@@ -23,6 +23,7 @@ from bench.latency.sweep import Sweep, SweepError
 from bench.machine.environment import machine
 from bench.machine.state import Limits, Watch
 from bench.process.child import run_child
+from export.manifest import MANIFEST_NAME
 from reports.comparison import CaseRecord
 from reports.record import Case
 
@@ -53,10 +54,16 @@ class Process:
 
 
 def processes(sweep: Sweep) -> Iterator[Process]:
-    """In the order of measuring: those of one point are spread over the sweep, so that a drift meets all points."""
-    names = _names(sweep.models)
+    """In the order of measuring: those of one point are spread over the sweep, so that a drift meets all points.
+
+    An exported folder has the one precision that its manifest says, whatever the sweep asks of the others.
+    """
+    names, own = _names(sweep.models), {m: own_precision(m) for m in sweep.models}
     for number, point in itertools.product(range(sweep.processes), sweep.points()):
         model, precision, provider, batch, prompt = point
+        if own[model] and precision != sweep.precisions[0]:
+            continue
+        precision = own[model] or precision
         case = Case(batch=batch, prompt=prompt, new_tokens=sweep.new_tokens)
         yield Process(model, precision, provider, case, number, str(_folder(model) or model), names[model])
 
@@ -76,14 +83,26 @@ def _folder(model: str) -> Path | None:
     return folder.absolute() if folder.is_dir() else None
 
 
+def own_precision(model: str) -> str | None:
+    """The precision of a model that is an exported folder already, ours or a third party's; None of any other.
+
+    Raises:
+        ManifestError, SessionError: an exported folder that cannot be read.
+    """
+    from runtime.loading import read_folder
+
+    folder = Path(model).expanduser()
+    third_party = any(folder.glob("*.onnx")) and not any(folder.glob("*.safetensors"))
+    return read_folder(folder, verify=False).precision if (folder / MANIFEST_NAME).is_file() or third_party else None
+
+
 def _exported(process: Process) -> Path:
     """The model's export, made once and kept in the cache; an exported folder is taken as it is."""
     from bench.exported import exported_folder
     from export.source import resolve
 
-    folder = Path(process.source)
-    if (folder / "manifest.json").is_file():
-        return folder
+    if own_precision(process.source):
+        return Path(process.source)
     device = "cpu" if process.provider == "cpu" else "cuda"
     return exported_folder(resolve(process.source), process.source, process.precision, device)
 
@@ -117,21 +136,29 @@ def measure_here(sweep: Sweep, log: CaseLog, say: Say) -> None:
     """What this machine has not measured yet, one process after another."""
     here, run = machine().fingerprint, run_id(sweep)
     done = {(r.run, r.fingerprint, r.case, r.pair) for r in log.records}
-    for process in processes(sweep):
-        if (run, here, process.label, process.number) not in done:
-            record = measure_process(sweep, process)
-            log.append([record])
-            say(f"{process} of {sweep.processes}" + (f": {record.reason}" if record.reason else ""))
+    todo = [p for p in processes(sweep) if (run, here, p.label, p.number) not in done]
+    for process in {(p.source, p.precision, p.provider): p for p in todo}.values():
+        _exported(process)  # what cannot be measured is told before the first hour of measuring
+    for process in todo:
+        record = measure_process(sweep, process)
+        log.append([record])
+        say(f"{process} of {sweep.processes}" + (f": {record.reason}" if record.reason else ""))
 
 
-def _prepare(folders: Sequence[Path]) -> str:
-    """On a machine before it measures: its fingerprint, if it has the folders that the driver has."""
+def _prepare(folders: Sequence[Path], sources: Sequence[str] = ()) -> str:
+    """On a machine before it measures: its fingerprint, if it has the folders that the driver has, and the models."""
     for folder in folders:
         if not folder.is_dir():
             raise SweepError(
                 f"there is no {folder}; a folder has to lie under the same path on every machine (a shared disk, or a "
                 "copy), or give a model's name, which each machine fetches and exports for itself"
             )
+    from export.pipeline import load_config
+    from export.source import resolve
+
+    for source in sources:
+        if not own_precision(source):
+            load_config(resolve(source))
     return machine().fingerprint
 
 
@@ -159,7 +186,9 @@ def measure_on_machines(sweep: Sweep, log: CaseLog, wait_s: float, say: Say) -> 
             what="llama-onnx sweep --ray",
             group=lambda p: p.label,
             bound={r.case: r.fingerprint for r in reversed(own) if r.fingerprint},
-            prepare=partial(_prepare, [f for m in sweep.models if (f := _folder(m))]),
+            prepare=partial(
+                _prepare, [f for m in sweep.models if (f := _folder(m))], list(dict.fromkeys(p.source for p in todo))
+            ),
             done=answered,
             say=say,
             wait_s=wait_s,

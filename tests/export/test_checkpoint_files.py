@@ -277,6 +277,8 @@ def test_several_files_and_no_index(checkpoints: Checkpoints, tmp_path: Path) ->
     folder = shutil.copytree(checkpoints(), tmp_path / "c")
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     assert export_model(ExportSpec(str(folder)), tmp_path / "one")[1]  # one file of any name is the model
+    assert np.array_equal(baseline(resolve(str(folder)).folder), baseline(checkpoints()))  # for the gate as well
+    assert not (folder / "model.safetensors").exists()
     shutil.copyfile(checkpoints(seed=9) / "model.safetensors", folder / "b.safetensors")
     with pytest.raises(BrokenCheckpointError, match=r"a\.safetensors, b\.safetensors and neither .* which of them"):
         export_model(ExportSpec(str(folder)), tmp_path / "out")
@@ -386,6 +388,8 @@ def test_code_of_a_checkpoint_is_not_even_offered(
         ({"vocab_size": "331"}, "vocab_size is 331"),
         ({"max_position_embeddings": 160.0}, r"max_position_embeddings is 160\.0"),
         ({"head_dim": "16"}, "head_dim is 16"),
+        ({"pad_token_id": 331}, r"pad_token_id is 331, which no row of the embedding has \(vocab_size 331\)"),
+        ({"pad_token_id": -332}, "pad_token_id is -332, which no row"),
         ({"rms_norm_eps": None}, "rms_norm_eps is None, not a number above 0"),
         ({"rope_theta": "10000"}, "rope_theta is 10000, not a number"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "rope_scaling is"),

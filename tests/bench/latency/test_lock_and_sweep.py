@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from bench.cli.main import main
 from bench.conftest import refuse_workers
-from bench.latency.sweep import SweepError, merge, parse_sweep
+from bench.latency import sweep_measure
+from bench.latency.sweep import Sweep, SweepError, merge, parse_sweep
+from bench.latency.sweep_measure import processes
 from bench.machine.lock import BusyError, machine_lock
 from reports.comparison import CaseRecord
 from reports.store import Store
@@ -132,6 +136,60 @@ def test_sweep_measures_resumes_and_merges(exports: Paths, tmp_path: Path, capsy
     merged = [json.loads(line) for line in (out / "merged.jsonl").read_text().splitlines()]
     assert len(merged) == 4
     assert len({r["fingerprint"] for r in merged}) == 2
+
+
+SMALL = "prompt_lengths: [8]\nnew_tokens: 4\nrounds: 2\nprocesses: 1\nthreads: 1\n"
+
+
+def test_an_exported_folder_has_the_precision_of_its_manifest(
+    exports: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "s.yaml"
+    file.write_text(f"models: ['{exports()}']\nprecisions: [bf16, fp32]\n{SMALL}")
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out"), "--json"]) == 0
+    said = capsys.readouterr()
+    (record,) = json.loads(said.out)
+    assert record["parameters"]["precision"] == "fp32"
+    assert " fp32 cpu " in record["case"]
+    assert "is exported in fp32 and is measured in that alone" in said.err
+
+
+def test_a_third_party_export_is_measured_as_it_is(exports: Paths, tmp_path: Path):
+    folder = tmp_path / "bare"
+    shutil.copytree(exports("fp16"), folder)
+    (folder / "manifest.json").unlink()
+    points = [p.precision for p in processes(Sweep(models=(str(folder), "demo"), precisions=("fp32", "bf16")))]
+    assert points == 3 * ["fp16", "fp32", "bf16"]
+
+
+def test_every_model_is_looked_at_before_the_first_is_measured(
+    exports: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file, out = tmp_path / "s.yaml", tmp_path / "out"
+    file.write_text(f"models: ['{exports()}', './no-such-model']\n{SMALL}")
+    assert main(["sweep", str(file), "--out", str(out)]) == 2
+    assert "no such model" in capsys.readouterr().err
+    assert not (out / "cases.jsonl").exists()
+
+
+def test_what_was_measured_is_shown_whatever_ends_a_sweep(
+    exports: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    real, calls = sweep_measure.measure_process, []
+
+    def stopped(*what: Any) -> Any:
+        calls.append(what)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return real(*what)
+
+    monkeypatch.setattr(sweep_measure, "measure_process", stopped)
+    file = tmp_path / "s.yaml"
+    file.write_text(f"models: ['{exports()}']\nbatch_sizes: [1, 2]\n{SMALL}")
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 130
+    told = capsys.readouterr().out
+    assert "Medians over processes" in told
+    assert "1 of 1" in told
 
 
 def test_merge_keeps_machines_apart():
