@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from export.cache import cache_dir, publish
@@ -68,14 +70,31 @@ def readable(folder: Path) -> Path:
         if isinstance(raw, dict) and (changed := change(raw)) != raw:
             texts[name] = json.dumps(changed, indent=2) + "\n"
     renamed = _weights_as_transformers_names_them(folder)
-    if not texts and not renamed:
-        return folder
+    return linked(folder, "readable", texts, renamed) if texts or renamed else folder
+
+
+def linked(
+    folder: Path,
+    kind: str,
+    texts: dict[str, str],
+    renamed: Mapping[str, str] = MappingProxyType({}),
+    add: Callable[[Path], None] = lambda _work: None,
+) -> Path:
+    """A folder in the cache, one per content, with links to a checkpoint's files and files of its own.
+
+    Args:
+        folder: the checkpoint.
+        kind: of the change, a folder in the cache.
+        texts: files that are written in place of the checkpoint's.
+        renamed: other names for some of its files.
+        add: writes more files to the folder in the making.
+    """
     files = {p.name for p in folder.iterdir() if p.is_file()} | set(files_of(folder, SIDE_FILES))
     names = sorted(files - texts.keys())
     facts = [str(folder.resolve()), *texts.values(), *renamed]
     facts += [f"{n}:{(status := (folder / n).stat()).st_size}:{status.st_mtime_ns}" for n in names]
     digest = hashlib.sha256("|".join(facts).encode()).hexdigest()[:16]
-    target = cache_dir() / "readable" / digest / folder.resolve().name
+    target = cache_dir() / kind / digest / folder.resolve().name
     if not (target / "config.json").is_file():
         with publish(target, shared=True) as work:
             for name in names:
@@ -84,6 +103,7 @@ def readable(folder: Path) -> Path:
                 link.symlink_to((folder / name).resolve())
             for name, text in texts.items():
                 (work / name).write_text(text, encoding="utf-8")
+            add(work)
     return target
 
 

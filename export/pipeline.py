@@ -53,7 +53,7 @@ from export.quantize import Packed
 from export.source import Source, resolve
 from export.spec import BITS, ExportSpec
 from export.tensorrt_ops import PARSER_VERSION
-from export.weights import Checkpoint, Quantiser, match_names, write_data
+from export.weights import Checkpoint, Quantiser, check_names, write_data
 
 DATA_FILE = "model.onnx.data"
 _TOOLS = ("llama-onnx-bench", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "safetensors")
@@ -232,16 +232,14 @@ class _Export:
         spec, config = self.spec, self.config
         self.status("tracing the graph")
         conversion = convert(config, spec, DATA_FILE)
-        mapping = match_names(conversion.recipes, self.checkpoint, config.tie_word_embeddings, conversion.shapes)
+        check_names(conversion.recipes, self.checkpoint, config.tie_word_embeddings, conversion.shapes)
         require_space(self.out, conversion.data_bytes, "the export")
         counts = check_graph(conversion.decode, config, spec)
         check_graph(conversion.scoring, config, spec)
         quantiser = self._quantiser()
         self.status("writing the weights")
         with publish(self.out, replace=True) as work:
-            data_sha, identity = write_data(
-                conversion, self.checkpoint, mapping, work / DATA_FILE, self.progress, quantiser
-            )
+            data_sha, identity = write_data(conversion, self.checkpoint, work / DATA_FILE, self.progress, quantiser)
             onnx.save_model(conversion.decode, work / DECODE_GRAPH)
             onnx.save_model(conversion.scoring, work / SCORING_GRAPH)
             if spec.attention == "GroupQueryAttention":

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from export.errors import GraphCheckError, UnsupportedModelError
 from export.manifest import DECODE_GRAPH, ONNX_TYPE, KVLayout, first_line
 from export.spec import ExportSpec
-from export.weights import Checkpoint, identity_of, tensor_identity
+from export.weights import BUFFERS, Checkpoint, identity_of, tensor_identity
 
 
 def require_exportable(config: PretrainedConfig) -> None:
@@ -140,7 +140,7 @@ def weights_of(checkpoint: Checkpoint) -> tuple[str, int]:
     parameters = 0
     for name in checkpoint.where:
         tensor: Any = checkpoint.read(name)
-        if not name.endswith((".attn.masked_bias", ".attn.bias", ".attention.bias", ".attention.masked_bias")):
+        if not name.endswith(BUFFERS):
             parameters += tensor.numel()
         contents[name] = tensor_identity(name, tensor if tensor.dtype != torch.bool else tensor.to(torch.uint8))
     return identity_of(contents), parameters

@@ -11,15 +11,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from export.cache import cache_dir, publish
-from export.errors import BrokenCheckpointError, ModelNotFoundError
+from export.errors import BrokenCheckpointError, ModelNotFoundError, UnsupportedModelError
 from export.manifest import SIDE_FILES, files_of, first_line, sha256_of
 from export.newer_config import readable
+from export.tied import with_embedding
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+PICKLES = "pytorch_model*.bin"
+ADAPTER = "adapter_config.json"
 Status = Callable[[str], None]
 
 
@@ -48,12 +52,13 @@ def resolve(
 ) -> Source:
     """Find or fetch a checkpoint.
 
-    ``allow_pickle`` lets a local folder's ``pytorch_model*.bin`` be read (by PyTorch's restricted unpickler) and
-    converted once into the cache; code of the checkpoint is never run.
+    ``allow_pickle`` lets ``pytorch_model*.bin`` be read (by PyTorch's restricted unpickler) where there are no
+    safetensors, and converted once into the cache; code of the checkpoint is never run.
 
     Raises:
         ModelNotFoundError: no such folder, file or hub id; or the hub cannot be reached.
         BrokenCheckpointError: a folder without config.json or safetensors, or a GGUF that cannot be read.
+        UnsupportedModelError: quantised weights, an adapter, or a tied head that is not the embedding.
         DemoModelError: the demo model cannot be had.
     """
     if model == DEMO:
@@ -72,31 +77,54 @@ def resolve(
             f"no such model: {model!r} is neither a folder, a .gguf file nor a hub id (owner/name); "
             f"'demo' is the built-in demo model"
         )
-    return _from_hub(model, revision, status)
+    folder = _from_hub(model, revision, status, WEIGHT_FILES)
+    if allow_pickle and not any(folder.glob("*.safetensors")):
+        folder = _from_hub(model, revision, status, (PICKLES,))
+    return _local(folder, status, allow_pickle, model, f"hub {model}" + (f" at {revision}" if revision else ""))
 
 
-def _local(folder: Path, status: Status, allow_pickle: bool) -> Source:
+def _local(folder: Path, status: Status, allow_pickle: bool, name: str | None = None, origin: str = "") -> Source:
+    """A checkpoint folder on this machine; ``name`` and ``origin`` where the folder's own do not say it."""
+    if (folder / ADAPTER).is_file():
+        raise UnsupportedModelError(
+            f"{folder} holds an adapter ({ADAPTER}), which the exported weights would lack; merge it first (peft: "
+            f"model.merge_and_unload().save_pretrained(FOLDER)) and pass that folder"
+        )
     config = folder / "config.json"
     if not config.is_file():
         raise BrokenCheckpointError(f"{folder} has no config.json; pass a transformers checkpoint folder")
     try:
         raw = json.loads(config.read_text(encoding="utf-8"))
-        origin = str(raw.get("llama_onnx_origin", "local folder"))
+        origin = origin or str(raw.get("llama_onnx_origin", "local folder"))
     except (ValueError, AttributeError, RecursionError):
         raise BrokenCheckpointError(f"{config} is not a JSON object; copy or download it again") from None
-    pickles = sorted(folder.glob("pytorch_model*.bin"))
-    if pickles and not any(folder.glob("*.safetensors")):
-        if not allow_pickle:
+    if raw.get("quantization_config") is not None:
+        raise UnsupportedModelError(
+            f"{config} has a quantization_config ({_method(raw['quantization_config'])}): the stored weights are "
+            f"quantised; pass the checkpoint that they were made from (--precision int8 and int4 quantise here)"
+        )
+    name = name or folder.resolve().name
+    pickles = sorted(folder.glob(PICKLES))
+    if not any(folder.glob("*.safetensors")):
+        if not allow_pickle and (pickles or origin.startswith("hub ")):
+            seen = f"pickled weights only ({pickles[0].name})" if pickles else "no *.safetensors, pickles at most"
             raise BrokenCheckpointError(
-                f"{folder} holds pickled weights only ({pickles[0].name}), and a pickle can run code when it is read; "
+                f"{folder} holds {seen}, and a pickle can run code when it is read; "
                 f"save the model with safe_serialization=True, or pass --allow-pickle if you trust its maker"
             )
-        unpickled = unpickled_checkpoint(folder, pickles, status)
-        return Source(readable(unpickled), folder.resolve().name, f"{origin}, unpickled")
-    return Source(readable(folder), folder.resolve().name, origin)
+        if pickles:
+            folder, origin = unpickled_checkpoint(folder, pickles, status), f"{origin}, unpickled"
+    return Source(with_embedding(readable(folder)), name, origin)
 
 
-def _from_hub(model: str, revision: str | None, status: Status) -> Source:
+def _method(config: Any) -> str:
+    """What quantised a checkpoint, as its configuration calls it."""
+    said = config if isinstance(config, dict) else {}
+    old = "bitsandbytes" if said.get("load_in_8bit") or said.get("load_in_4bit") else "unknown method"
+    return str(said.get("quant_method") or old)[:40]
+
+
+def _from_hub(model: str, revision: str | None, status: Status, weights: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -112,8 +140,9 @@ def _from_hub(model: str, revision: str | None, status: Status) -> Source:
         folder = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=[*SIDE_FILES, *WEIGHT_FILES],
-            ignore_patterns=["*/*.safetensors*", "consolidated*"],  # the same weights in their maker's own form
+            allow_patterns=[*SIDE_FILES, ADAPTER, *weights],
+            # The same weights in their maker's own form.
+            ignore_patterns=["*/*.safetensors*", "*/*.bin", "consolidated*"],
         )
     except GatedRepoError:
         raise ModelNotFoundError(
@@ -130,7 +159,7 @@ def _from_hub(model: str, revision: str | None, status: Status) -> Source:
             f"the hub cannot be reached and {model!r} is not cached; pass a local checkpoint folder instead, "
             f"or 'demo' for the built-in demo model"
         ) from None
-    return Source(readable(Path(folder)), model, f"hub {model}" + (f" at {revision}" if revision else ""))
+    return Path(folder)
 
 
 def unpickled_checkpoint(folder: Path, pickles: list[Path], status: Status) -> Path:

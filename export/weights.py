@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from export.convert import EMBEDDING, TORCH_DTYPE, Conversion
+from export.convert import TORCH_DTYPE, Conversion
 from export.data_file import DataFile
-from export.errors import BrokenCheckpointError
+from export.errors import BrokenCheckpointError, UnsupportedModelError
 from export.manifest import Weight
 from export.process import torch_threads
 from export.quantize import Packed
@@ -37,6 +37,10 @@ _ALIGNED = 64
 # A buffer above this goes back to the system when half of it is no longer needed.
 _LARGE = 128 << 20
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BUFFERS = tuple(
+    f".{layer}.{name}" for layer in ("attn", "attention") for name in ("bias", "masked_bias", "causal_mask")
+)
+"""How the names of tensors end that some checkpoints hold beside the weights."""
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -78,6 +82,7 @@ class Checkpoint:
 
     Raises:
         BrokenCheckpointError: no safetensors files, a truncated one, or a shard that the index names and is not there.
+        UnsupportedModelError: a weight that is no float, so a quantiser's code.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -97,8 +102,14 @@ class Checkpoint:
                                 f"{name} is both in {self.where[name].name} and in {file.name}; "
                                 "remove the file that does not belong to the model"
                             )
+                        stored = f.get_slice(name)
+                        if (dtype := stored.get_dtype()) not in (*_STORED, "BOOL") and not name.endswith(BUFFERS):
+                            raise UnsupportedModelError(
+                                f"{file}: {name} is stored as {dtype}, a quantiser's codes and not weights; pass the "
+                                "unquantised checkpoint"
+                            )
                         self.where[name] = file
-                        self.shapes[name] = tuple(f.get_slice(name).get_shape())
+                        self.shapes[name] = tuple(stored.get_shape())
             except FileNotFoundError:
                 raise BrokenCheckpointError(
                     f"{file.name} is missing from {folder}, though the index names it; download it again"
@@ -113,6 +124,16 @@ class Checkpoint:
         with safe_open(self.where[name], framework="pt") as f:
             tensor: Tensor = f.get_tensor(name)
         return tensor
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values, compared block by block; NaN is equal to nothing."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        rows = self.shapes[one][0]
+        step = max(1, _READ // max(1, math.prod(self.shapes[one][1:])))
+        with safe_open(self.where[one], framework="pt") as f, safe_open(self.where[other], framework="pt") as g:
+            a, b = f.get_slice(one), g.get_slice(other)
+            return all(torch.equal(a[i : i + step].double(), b[i : i + step].double()) for i in range(0, rows, step))
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in its file."""
@@ -167,10 +188,10 @@ class Checkpoint:
         return entry, self._places[file][""] + entry["data_offsets"][0]
 
 
-def match_names(
+def check_names(
     recipes: Iterable[Weight], checkpoint: Checkpoint, tied: bool, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """Map each source of the recipes to a checkpoint tensor and check that nothing is missing, extra or misshapen.
+) -> None:
+    """Check that of the recipes' sources nothing is missing, extra or misshapen in the checkpoint.
 
     ``shapes`` is what the configuration demands of each source.
 
@@ -183,29 +204,34 @@ def match_names(
 
     wanted = {s for r in recipes for s in r.sources}
     known = set(checkpoint.where)
-    mapping = {s: s for s in wanted}
-    if tied and EMBEDDING not in known and "lm_head.weight" in known:
-        mapping[EMBEDDING] = "lm_head.weight"
-    missing = sorted(s for s, t in mapping.items() if t not in known)
+    missing = sorted(wanted - known)
+    prefixes = {n.removesuffix(m) for m in missing for n in known if n.endswith(m)}
+    if len(prefixes) == 1:
+        raise BrokenCheckpointError(
+            f"{checkpoint.folder}: names of tensors begin with {min(prefixes)!r}, which a wrapper around the model "
+            f"left there; save the model inside it (unwrap or merge it first, then save_pretrained)"
+        )
+    if missing and all(m.removeprefix("model.") in known for m in missing if m.startswith("model.")):
+        raise BrokenCheckpointError(
+            f"{checkpoint.folder}: names of tensors lack 'model.', so this is a model saved without its head; "
+            f"save the LlamaForCausalLM"
+        )
     if missing:
         raise BrokenCheckpointError(f"{checkpoint.folder} lacks the tensors {shown(missing)}; is the checkpoint whole?")
     ignored = ("rotary_emb.inv_freq",)
-    extra = sorted(
-        n for n in known - set(mapping.values()) if not n.endswith(ignored) and not (tied and n == "lm_head.weight")
-    )
+    extra = sorted(n for n in known - wanted if not n.endswith(ignored) and not (tied and n == "lm_head.weight"))
     if extra:
         raise BrokenCheckpointError(
             f"{checkpoint.folder} has tensors that a LLaMA of this config does not use: {shown(extra)}; "
             f"does config.json belong to these weights?"
         )
     for source in sorted(wanted):
-        have = checkpoint.shapes[mapping[source]]
+        have = checkpoint.shapes[source]
         if have != shapes[source]:
             raise BrokenCheckpointError(
                 f"{checkpoint.folder}: {source} has shape {list(have)}, config.json demands {list(shapes[source])}; "
                 f"does config.json belong to these weights?"
             )
-    return mapping
 
 
 Quantiser = Callable[[Weight, Tensor], Packed]
@@ -267,7 +293,6 @@ def make_initialiser(recipe: Weight, sources: list[Tensor]) -> Tensor:
 def write_data(
     conversion: Conversion,
     checkpoint: Checkpoint,
-    mapping: dict[str, str],
     path: Path,
     progress: Callable[[int, int], None],
     quantiser: Quantiser | None,
@@ -277,7 +302,6 @@ def write_data(
     Args:
         conversion: recipes in file order, and the rotary tables.
         checkpoint: where the tensors come from.
-        mapping: from :func:`match_names`.
         path: the external-data file, written anew.
         progress: told (bytes written, bytes in all) after each piece.
         quantiser: needed when a recipe is a part of a quantised weight.
@@ -297,7 +321,7 @@ def write_data(
     # Reading, making and hashing side by side keep the cores busy; only a quantiser has use for threads of its own.
     threads = contextlib.nullcontext() if quantiser else torch_threads(1)
     with DataFile(path, conversion.data_bytes) as file, threads:
-        for recipe, sources in _read_ahead(conversion.recipes, checkpoint, mapping, contents):
+        for recipe, sources in _read_ahead(conversion.recipes, checkpoint, contents):
             file.pad_to(recipe.offset)
             write(file, make(recipe, sources))
             sources.clear()  # the next weight is read over them
@@ -311,7 +335,7 @@ def identity_of(contents: dict[str, str]) -> str:
 
 
 def _read_ahead(
-    recipes: Iterable[Weight], checkpoint: Checkpoint, mapping: dict[str, str], contents: dict[str, str]
+    recipes: Iterable[Weight], checkpoint: Checkpoint, contents: dict[str, str]
 ) -> Iterator[tuple[Weight, list[Tensor]]]:
     """Each recipe with its sources, read by a thread while the recipe before it is at work.
 
@@ -324,11 +348,10 @@ def _read_ahead(
     def load(recipe: Weight, buffer: _Buffer) -> list[Tensor]:
         if recipe.transform in ("rope", "scales", "zero_points", "offsets"):
             return []
-        names = [mapping[source] for source in recipe.sources]
-        sizes = [-(-checkpoint.nbytes(name) // _ALIGNED) * _ALIGNED for name in names]
+        sizes = [-(-checkpoint.nbytes(name) // _ALIGNED) * _ALIGNED for name in recipe.sources]
         memory = buffer.of(sum(sizes))
         tensors = []
-        for k, name in enumerate(names):
+        for k, name in enumerate(recipe.sources):
             digest = None if name in contents else hashlib.sha256()
             tensors.append(checkpoint.load(name, memory, sum(sizes[:k]), digest.update if digest else None))
             if digest:

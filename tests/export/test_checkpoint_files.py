@@ -394,7 +394,7 @@ def test_code_of_a_checkpoint_is_not_even_offered(
         ({"rope_theta": "10000"}, "rope_theta is 10000, not a number"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "rope_scaling is"),
         ({"rope_scaling": "linear"}, "cannot be used"),
-        ({"quantization_config": "x"}, "cannot be used"),
+        ({"quantization_config": "x"}, "unknown method"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor rotates part of a head"),
         ({"eos_token_id": -1}, "eos_token_id is -1, not token ids"),
         ({"eos_token_id": [2, None]}, "not token ids"),

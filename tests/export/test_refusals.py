@@ -212,3 +212,65 @@ def test_pickled_weights(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: 
     with pytest.raises(BrokenCheckpointError, match="without running code"):
         export_model(ExportSpec(str(folder)), tmp_path / "out2", allow_pickle=True)
     assert not (tmp_path / "evil-code-ran").exists()
+
+
+def retyped(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_a_quantised_checkpoint_is_refused_by_its_method(method: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    said = {"load_in_4bit": True} if method == "bitsandbytes" else {"quant_method": method}
+    folder = changed_copy(checkpoints(), tmp_path / "q", quantization_config=said)
+    refuse(folder, tmp_path / "out", UnsupportedModelError, "quantization_config", method, "--precision int8")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "float8_e4m3fn"])
+@pytest.mark.parametrize("target", ["ort", "plain"])
+def test_codes_are_not_taken_for_weights(dtype: str, target: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    import torch
+
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[name] = (tensors[name] * 100).to(getattr(torch, dtype))
+
+    folder = retyped(changed_copy(checkpoints(), tmp_path / "codes"), change)
+    with pytest.raises(UnsupportedModelError, match="unquantised") as caught:
+        export_model(ExportSpec(str(folder), target=target), tmp_path / "out")
+    assert name in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_an_adapter_is_merged_first(merged: bool, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = changed_copy(checkpoints(), tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x/y"}')
+    if not merged:  # an adapter alone
+        (folder / "config.json").unlink()
+    refuse(folder, tmp_path / "out", UnsupportedModelError, "adapter_config.json", "merge_and_unload")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "_orig_mod.", "module."])
+def test_a_prefix_of_the_names_is_named(prefix: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    folder = retyped(changed_copy(checkpoints(), tmp_path / "wrapped"), change)
+    refuse(folder, tmp_path / "out", BrokenCheckpointError, f"begin with {prefix!r}", "unwrap")
+
+
+def test_a_model_without_its_head_is_named(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        del tensors["lm_head.weight"]
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    folder = retyped(changed_copy(checkpoints(), tmp_path / "base"), change)
+    refuse(folder, tmp_path / "out", BrokenCheckpointError, "without its head", "LlamaForCausalLM")

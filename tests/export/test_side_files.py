@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from export.errors import DestinationError
+from export.errors import BrokenCheckpointError, DestinationError, UnsupportedModelError
 from export.manifest import SIDE_FILES, TOKENIZER_FILES, files_of, read_manifest, verify_files
 from export.pipeline import export_model
 from export.source import resolve
@@ -109,6 +111,27 @@ def test_the_hub_gives_what_the_folder_has(hub: Path, llama_2: Path) -> None:
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "added_tokens.json"),
         *("chat_template.jinja", "additional_chat_templates/tool_use.jinja"),
     }
+
+
+def test_an_adapter_on_the_hub_is_refused(hub: Path, llama_2: Path) -> None:
+    (hub / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+        resolve("someone/some-llama")
+
+
+def test_pickles_are_fetched_where_they_are_allowed(hub: Path, llama_2: Path, tmp_path: Path) -> None:
+    weights = load_file(hub / "model.safetensors")
+    torch.save(weights, hub / "pytorch_model.bin")
+    assert resolve("someone/some-llama", allow_pickle=True).folder == tmp_path / "fetched"
+    assert not (tmp_path / "fetched/pytorch_model.bin").exists()  # safetensors are there
+    shutil.rmtree(tmp_path / "fetched")
+    (hub / "model.safetensors").unlink()
+    with pytest.raises(BrokenCheckpointError, match="--allow-pickle"):
+        resolve("someone/some-llama")
+    found = resolve("someone/some-llama", allow_pickle=True)
+    assert (found.name, found.origin) == ("someone/some-llama", "hub someone/some-llama, unpickled")
+    assert load_file(next(found.folder.glob("*.safetensors"))).keys() == weights.keys()
+    assert ids(found.folder) == ids(hub)
 
 
 def test_every_chat_template_reaches_the_export(llama_2: Path, tmp_path: Path) -> None:

@@ -78,12 +78,12 @@ def _new(audited: set[tuple[str, str]], role: str, expected: str, tensor: Any) -
 
 
 def _audit(s: Subject, reader: TensorReader, places: dict[str, str], tensors: dict[str, Any]) -> Iterator[Finding]:
-    from export.weights import match_names
+    from export.weights import check_names
 
     conversion, checkpoint = s.conversion, s.baseline.tensors
     with s.baseline.at_fault():
         tied = s.baseline.config.tie_word_embeddings
-        mapping = match_names(conversion.recipes, checkpoint, tied, conversion.shapes)
+        check_names(conversion.recipes, checkpoint, tied, conversion.shapes)
     recipes = {r.name: r for r in conversion.recipes}
     for expected, found in places.items():
         recipe = recipes.get(expected.partition("#")[0])
@@ -92,7 +92,7 @@ def _audit(s: Subject, reader: TensorReader, places: dict[str, str], tensors: di
         try:
             if recipe.transform in ("scales", "zero_points", "offsets"):
                 continue  # judged together with their codes
-            sources = [checkpoint.read(mapping[x]) for x in recipe.sources]
+            sources = [checkpoint.read(x) for x in recipe.sources]
             if recipe.transform == "codes":
                 wrong = _quantised(s, reader, recipe, places, tensors, sources)
             else:
