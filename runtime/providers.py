@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import io
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_inference_collection
 
 from export.manifest import ATTENTIONS, MATMULS, NORMS, Manifest, first_line
 from runtime.errors import ProviderUnavailableError, UnknownProviderError
 from runtime.provider_options import options_of
 
+_FATAL = 4  # of the severities of onnxruntime's log, the highest
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
 WORK = frozenset((*ATTENTIONS, *NORMS, *MATMULS, "Gemm", "FusedMatMul", "RotaryEmbedding", "Softmax", "QuickGelu"))
 """Operators that a GPU provider must not leave to the CPU."""
@@ -107,6 +112,8 @@ def require(name: str, manifest: Manifest | None) -> Provider:
     if name not in PROVIDERS:
         raise UnknownProviderError(f"unknown provider {name!r}; choose one of {', '.join(PROVIDERS)}")
     provider = PROVIDERS[name]
+    if provider.device != "cpu":
+        _silence()
     if provider.plugin:
         register_plugin(provider)
     elif provider.ort_name not in ort.get_available_providers():
@@ -122,6 +129,24 @@ def require(name: str, manifest: Manifest | None) -> Provider:
             + _remedy(provider, manifest)
         )
     return provider
+
+
+@cache
+def _silence() -> None:
+    """Once: what does not load is told by our errors in a line; onnxruntime says it in up to 30, on standard output as
+    well, which is for a command's result.
+    """
+    ort.set_default_logger_severity(_FATAL)
+    # All that this module prints is that a session falls back.
+    vars(onnxruntime_inference_collection)["print"] = lambda *_: None
+
+
+@cache
+def _preload() -> None:
+    """Once: load NVIDIA's libraries from their Python packages; :func:`library_trouble` tells what is missing."""
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
 
 
 def _remedy(provider: Provider, manifest: Manifest) -> str:
@@ -140,8 +165,7 @@ def provider_list(provider: Provider, options: Mapping[str, str] | None = None) 
     if provider.plugin:
         return []
     if provider.device == "cuda":
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()
+        _preload()
         mine = options_of(provider.name) if options is None else dict(options)
         if provider.name == "tensorrt":
             return [(provider.ort_name, mine), PROVIDERS["cuda"].ort_name, "CPUExecutionProvider"]

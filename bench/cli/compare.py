@@ -165,7 +165,7 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
     from bench.machine.lock import machine_lock
     from bench.machine.state import Limits
     from reports.compare import judge, verdict_of
-    from reports.comparison import Comparison
+    from reports.comparison import METRICS, Comparison
 
     if args.expect:
         from bench.gate.validate import expected  # torch
@@ -185,6 +185,8 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
     )
     if args.model and (plan.candidate.venv or plan.candidate.revision):
         raise BenchError("--model gates parity in this environment: leave it out for a candidate with venv= or rev=")
+    if unknown := [m for m in plan.rules.gating or () if m not in METRICS]:
+        raise BenchError(f"--gate {unknown[0]} is not measured here; choose from {', '.join(METRICS)}")
     here = machine()
     run = PairedRun(plan, args.out, args.resume, here.fingerprint)
     with machine_lock("llama-onnx compare", args.wait, status):

@@ -30,6 +30,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     print_warnings(comparison.warnings[:20], console)
     if comparison.advisory_reason:
         console.print(Text.assemble(("advice only: ", "yellow"), words.shorten(comparison.advisory_reason, 400)))
+    elif comparison.verdict.outcome == "INCONCLUSIVE":
+        for reason in comparison.verdict.reasons[:5]:
+            console.print(Text.assemble(("undecided: ", "yellow"), words.shorten(reason, 400)))
     counts = ", ".join(f"{n:,} {s.lower()}" for s, n in digest.counts.items() if n)
     console.print(Text(f"{counts or 'no results'}; {cw.sure_line(comparison)}"))
     print_end(WORDS[comparison.verdict.outcome], cw.headline(digest), console)

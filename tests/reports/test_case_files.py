@@ -102,6 +102,9 @@ def test_an_unpaired_change_near_the_margin_may_be_the_hours(tmp_path: Path):
     assert result.ratio > 1.03
     assert result.status == "INCONCLUSIVE"
     assert "not surely beyond the margin (p = " in result.reason
+    console = Console(width=200, file=io.StringIO())
+    print_comparison(made, console)
+    assert "undecided: time of parse: ratio 1.03" in console.file.getvalue()  # type: ignore[attr-defined]
     assert made.verdict.exit_code == 3
 
 

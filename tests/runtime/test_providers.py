@@ -13,6 +13,7 @@ from typing import Any
 
 import onnxruntime as ort
 import pytest
+from onnxruntime.capi import onnxruntime_inference_collection
 
 from bench.cli.main import main
 from export import TELEMETRY_OFF
@@ -20,7 +21,7 @@ from runtime import doctor, providers
 from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.loading import load
 from runtime.provider_options import options_of, parse_options
-from runtime.providers import PROVIDERS, Placement, placement, require_active, require_placed
+from runtime.providers import PROVIDERS, Placement, placement, require, require_active, require_placed
 
 Get = Callable[..., Path]
 
@@ -65,6 +66,27 @@ def test_options_reach_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
         "CPUExecutionProvider",
     ]
     assert trt[0][1]["trt_layer_norm_fp32_fallback"] == "1"
+
+
+def test_what_does_not_load_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """onnxruntime's own lines would stand in the JSON on standard output, and 30 of them before our one."""
+    severities: list[int] = []
+    monkeypatch.setattr(ort, "set_default_logger_severity", severities.append)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcublasLt.so.13"))
+    for once in (providers._silence, providers._preload):
+        once.cache_clear()
+    try:
+        require("cpu", None)
+        assert severities == []
+        for _ in range(2):
+            providers.provider_list(require("cuda", None))
+        assert severities == [4]
+        vars(onnxruntime_inference_collection)["print"]("*************** EP Error ***************")
+    finally:
+        for once in (providers._silence, providers._preload):
+            once.cache_clear()
+    assert capsys.readouterr() == ("", "")
 
 
 def fake_session(*names: str, nodes: dict[str, list[str]] | None = None) -> Any:

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from bench.cli.main import main
+from bench.cli.output import ERR
 
 Get = Callable[..., Path]
 
@@ -42,6 +43,16 @@ def test_greedy_sampled_stopped(capsys: pytest.CaptureFixture[str], exports: Get
         assert first["text"].startswith(cut["text"])
         assert f"{words[1]} {words[2]}" not in cut["text"]
     assert plain["session"]["attention"] == "GroupQueryAttention on CPUExecutionProvider"
+
+
+def test_the_last_line_is_one_line_in_a_pipe(
+    capsys: pytest.CaptureFixture[str], exports: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ERR, "_width", 40)  # a pipe has 80, the line with a seed more
+    code, _, err = run(capsys, exports(), "the cat sat", "--max-new-tokens", 3, "--temperature", 1)
+    assert code == 0
+    assert err.splitlines()[-1].startswith("prompt ")
+    assert ", seed " in err.splitlines()[-1]
 
 
 def test_bad_options_are_exit_code_2(capsys: pytest.CaptureFixture[str], exports: Get) -> None:

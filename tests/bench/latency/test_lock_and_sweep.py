@@ -237,6 +237,9 @@ def test_compare_refuses_half_a_question(capsys: pytest.CaptureFixture[str], tmp
     assert "5 or more" in capsys.readouterr().err
     assert main(["compare", *sides, "--margin", "tpot=3"]) == 2
     assert "is not a share" in capsys.readouterr().err
+    assert main(["compare", *sides, "--gate", "ttft,speed", "--out", str(tmp_path / "out")]) == 2
+    assert "--gate speed is not measured here; choose from tpot, ttft" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
