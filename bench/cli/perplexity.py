@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bench import deployment
 from bench.cli.output import show, status
 from bench.progress import progress
+from export.source import add_option
 
 if TYPE_CHECKING:
     from bench.gate.word_perplexity import Window, WordPerplexity
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="also that of this model on PyTorch: 'demo', a checkpoint folder, a .gguf file or a hub id",
     )
+    add_option(add)
     add("--window", type=int, metavar="N", help="tokens scored at once (default: the context, at most 2048)")
     add("--limit", type=int, metavar="N", help="only the first N documents")
     deployment.add_options(add)
@@ -137,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         from bench.gate.store import baseline_key
         from runtime.torch_session import TorchSession
 
-        checkpoint = resolve(args.baseline, status=status).folder
+        checkpoint = resolve(args.baseline, status=status, allow_pickle=args.allow_pickle).folder
         torch_side = partial(TorchSession, checkpoint, "fp32", where.device, threads=where.threads)
         score("baseline", torch_side, baseline_key(checkpoint, where.device, where.threads))
         found["ratio"] = found["candidate"]["word_perplexity"] / found["baseline"]["word_perplexity"]
