@@ -12,7 +12,7 @@ import copy
 import io
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -226,13 +226,17 @@ class _Weights:
         transform = "transpose" if len(sources) == 1 else "concat_transpose"
         return self.add(name, sources, transform, (self.shapes[sources[0]][1], rows))
 
-    def quantised(self, sources: tuple[str, ...], name: str, bits: int) -> list[str]:
-        """Codes, scales and, but for symmetric ones, zero points in MatMulNBits' layout; neighbours in the file."""
+    def quantised(self, sources: tuple[str, ...], name: str, bits: int, looked_up: bool = False) -> list[str]:
+        """Codes, scales and, but for symmetric ones, zero points; neighbours in the file.
+
+        The codes are in MatMulNBits' layout, whose last block is filled up; ``looked_up``: in GatherBlockQuantized's,
+        ``[rows, columns]``, which gives out what it holds.
+        """
         rows, columns = sum(self.shapes[s][0] for s in sources), self.shapes[sources[0]][1]
         block = self.spec.block
         blocks = -(-columns // block)
         parts: dict[str, tuple[tuple[int, ...], str | None]] = {
-            "codes": ((rows, blocks, block * bits // 8), "uint8"),
+            "codes": ((rows, columns) if looked_up else (rows, blocks, block * bits // 8), "uint8"),
             "scales": ((rows, blocks), None),
         }
         if self.spec.float_zero(bits) and columns % block == 0:
@@ -305,10 +309,7 @@ def _linear_nodes(
 
 def _embedding_node(node: onnx.NodeProto, weights: _Weights) -> tuple[onnx.NodeProto, list[str]]:
     """The embedding's Gather over 8-bit rows."""
-    used = weights.quantised((EMBEDDING,), EMBEDDING, 8)
-    # GatherBlockQuantized wants the codes as [rows, columns], the same bytes.
-    codes = weights.recipes[used[0]]
-    weights.recipes[used[0]] = replace(codes, shape=(codes.shape[0], math.prod(codes.shape[1:])))
+    used = weights.quantised((EMBEDDING,), EMBEDDING, 8, looked_up=True)
     made = helper.make_node(
         "GatherBlockQuantized",
         [used[0], node.input[1], *used[1:]],

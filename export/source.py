@@ -47,6 +47,11 @@ class Source:
         return hashlib.sha256("|".join(facts).encode()).hexdigest()
 
 
+def add_option(add: Callable[..., Any]) -> None:
+    """The option of every command that resolves a model; ``add`` is argparse's or pytest's."""
+    add("--allow-pickle", action="store_true", help="read a checkpoint's pytorch_model.bin, whose maker you trust")
+
+
 def resolve(
     model: str, revision: str | None = None, status: Status = lambda _: None, allow_pickle: bool = False
 ) -> Source:
@@ -110,7 +115,8 @@ def _local(folder: Path, status: Status, allow_pickle: bool, name: str | None = 
             seen = f"pickled weights only ({pickles[0].name})" if pickles else "no *.safetensors, pickles at most"
             raise BrokenCheckpointError(
                 f"{folder} holds {seen}, and a pickle can run code when it is read; "
-                f"save the model with safe_serialization=True, or pass --allow-pickle if you trust its maker"
+                f"save the model with safe_serialization=True, or pass --allow-pickle (to export, validate and every "
+                f"command that takes a baseline) if you trust its maker"
             )
         if pickles:
             folder, origin = unpickled_checkpoint(folder, pickles, status), f"{origin}, unpickled"

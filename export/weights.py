@@ -439,6 +439,8 @@ def _part(recipe: Weight, packed: Packed) -> Tensor:
         part = ((8 - packed.zero_points.float()) * packed.scales.float()).t()
     else:
         part = getattr(packed, recipe.transform)
+    if recipe.transform == "codes" and len(recipe.shape) == 2:
+        part = part.flatten(1)[:, : recipe.shape[1]]  # the last block as long as it is
     return part.to(TORCH_DTYPE[recipe.dtype]).reshape(recipe.shape).contiguous()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.cli.output import show
 from bench.progress import hashing
+from export.source import add_option
 
 if TYPE_CHECKING:
     from bench.data.items import Dataset
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("result", type=Path, help="validation.json, or a record or comparison that holds one")
     add("folder", type=Path, help="the exported folder that was measured")
     add("--baseline", metavar="MODEL", required=True, help="'demo', a checkpoint folder, a .gguf file or a hub id")
+    add_option(add)
     add("--dataset", help="the data that was measured on (default: the project's own)")
     add_certificate(parser, required=True)
     add("--valid-days", type=float, default=180.0, metavar="DAYS", help="days until it expires (default 180)")
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder = args.folder.expanduser()
     refuse_inside(args.certificate, folder)
-    source, dataset = resolve(args.baseline), load_dataset(args.dataset)
+    source, dataset = resolve(args.baseline, allow_pickle=args.allow_pickle), load_dataset(args.dataset)
     result = read_validation(_result(args.result))
     with hashing(folder, source.folder) as on_chunk:
         statement = make_certificate(

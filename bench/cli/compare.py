@@ -20,6 +20,7 @@ from bench.cli.numbers import at_least
 from bench.cli.output import add_out, show, status
 from bench.errors import BenchError
 from bench.progress import progress
+from export.source import add_option
 
 if TYPE_CHECKING:
     from bench.latency.paired_run import Turns
@@ -87,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         help="the candidate's checkpoint: also decide whether it is still that model ('demo', a folder, .gguf, hub id)",
     )
+    add_option(add)
     add("--mode", default="standard", help="with --model: quick, standard (default) or full")
     add(
         "--expect",
@@ -267,6 +269,7 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     command = [sys.executable, "-m", "bench.cli", "validate", candidate.folder, "--baseline", args.model]
     command += ["--mode", args.mode, "--out", str(out), *candidate.as_options()]
     command += ["--dataset", args.dataset] if args.dataset else []
+    command += ["--allow-pickle"] if args.allow_pickle else []
     command += ["--expect", args.expect] if args.expect else []
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     # Python ends with 1 after any traceback, so the code alone is no verdict.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.cli.output import show, status
 from bench.progress import progress
+from export.source import add_option
 
 HELP = "export a checkpoint to ONNX: one folder with fused attention and a KV cache"
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--provider", default="any", help="any (default), or cuda: the graph has to run on ONNX Runtime's CUDA provider"
     )
-    add("--allow-pickle", action="store_true", help="read pytorch_model.bin, whose maker you trust")
+    add_option(add)
     add("--force", action="store_true", help="replace an earlier export at OUT")
     weights = parser.add_argument_group("int8 and int4")
     weights.add_argument("--method", help="rtn, hqq, kquant or gptq (default: rtn for int8, hqq for int4)")

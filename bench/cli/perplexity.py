@@ -19,6 +19,7 @@ from bench import deployment
 from bench.cli.numbers import at_least
 from bench.cli.output import show, status
 from bench.progress import progress
+from export.source import add_option
 
 if TYPE_CHECKING:
     from bench.gate.word_perplexity import Window, WordPerplexity
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="also that of this model on PyTorch: 'demo', a checkpoint folder, a .gguf file or a hub id",
     )
+    add_option(add)
     add("--window", type=at_least(1), metavar="N", help="tokens scored at once (default: the context, at most 2048)")
     add("--limit", type=at_least(1), metavar="N", help="only the first N documents")
     deployment.add_options(add)
@@ -147,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         from bench.gate.store import baseline_key
         from runtime.torch_session import TorchSession
 
-        checkpoint = resolve(args.baseline, status=status).folder
+        checkpoint = resolve(args.baseline, status=status, allow_pickle=args.allow_pickle).folder
         torch_side = partial(TorchSession, checkpoint, "fp32", where.device, threads=where.threads)
         score("baseline", torch_side, baseline_key(checkpoint, where.device, where.threads))
         found["ratio"] = scores["candidate"].ratio(scores["baseline"])

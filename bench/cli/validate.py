@@ -16,6 +16,7 @@ from bench.cli.certify import add_certificate, refuse_inside, write_certificate
 from bench.cli.output import ERR, Output, add_out, show, status, write_json
 from bench.errors import BenchError, check_writable
 from bench.progress import progress
+from export.source import add_option
 
 HELP = "is this exported folder still the model? Runs named checks and gives a verdict"
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="what it was exported from: 'demo', a checkpoint folder, a .gguf file or a hub id",
     )
+    add_option(add)
     add("--mode", default="standard", help="quick (under a minute), standard (default) or full (every text and item)")
     add(
         "--expect",
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         keep=not args.no_cache,
         workers=args.workers,
         expect=expected(args.expect),
+        allow_pickle=args.allow_pickle,
     )
     check_writable(args.out)
     with progress("validate") as bar:

@@ -11,6 +11,7 @@ from pathlib import Path
 from bench.cli.certify import refuse_thinned
 from bench.cli.output import show, write_json
 from bench.progress import hashing
+from export.source import add_option
 
 HELP = "check offline that a certificate covers a folder: every file's hash, the signature, the verdict, the dates"
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="also hash this checkpoint's weights and tokenizer, and count the evidence that it and the data demand",
     )
+    add_option(add)
     add("--dataset", help="with --baseline: the data that was measured on (default: the project's own)")
 
 
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.baseline:
         from export.source import resolve
 
-        source = resolve(args.baseline)
+        source = resolve(args.baseline, allow_pickle=args.allow_pickle)
     baseline = source.folder if source else None
     try:
         with hashing(folder, *([baseline] if baseline else [])) as on_chunk:

@@ -314,6 +314,7 @@ def make_subject(
     keep: bool = False,
     workers: int = 1,
     expect: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
 ) -> Subject:
     """A subject from what a command line says.
 
@@ -329,6 +330,7 @@ def make_subject(
             run has ended.
         workers: processes that share windows and generations, each with the deployment's threads.
         expect: see :func:`expected`.
+        allow_pickle: see :func:`export.source.resolve`.
 
     Raises:
         ExportError: the baseline cannot be found.
@@ -337,7 +339,7 @@ def make_subject(
     folder = folder.expanduser()
     require_folder(folder)
     deployment = deployment or Deployment()
-    source = resolve(model, status=status) if isinstance(model, str) else model
+    source = resolve(model, status=status, allow_pickle=allow_pickle) if isinstance(model, str) else model
     baseline = Baseline(source, deployment.threads, memo_bytes, keep=keep, say=status, device=deployment.device)
     data = dataset or load_shipped()
     return Subject(folder, baseline, mode, data, deployment, workers=workers, say=status, expect=expect or {})

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench import deployment
 from bench.latency.workload import PROFILES
+from export.source import add_option
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -21,6 +22,7 @@ def numbers(text: str) -> tuple[int, ...]:
 def add_options(add: Callable[..., Any]) -> None:
     """Define them; ``add`` is pytest's ``addoption`` or argparse's ``add_argument``."""
     add("--model", default="demo", help="'demo', a checkpoint folder, a .gguf file or a hub id")
+    add_option(add)
     add("--exported", type=Path, help="test this exported folder against --model; other options say what it has to be")
     add("--precision", default="auto", help="fp32, fp16, bf16, int8, int4 or auto (fp32 on the CPU, fp16 on a GPU)")
     add("--target", default="auto", help="ort, tensorrt, plain or auto (ort for a LLaMA, else plain)")

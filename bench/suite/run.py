@@ -69,7 +69,7 @@ class Run:
     def source(self) -> Source:
         """The baseline's checkpoint."""
         with self.progress("model", 1) as bar:
-            return resolve(self.options.model, status=bar.say)
+            return resolve(self.options.model, status=bar.say, allow_pickle=self.options.allow_pickle)
 
     @cached_property
     def folder(self) -> Path:

@@ -14,6 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench.gate.checks.weights import weights
+from bench.gate.modes import MODES
+from bench.gate.validate import make_subject
 from export.calibrate import hessians_of
 from export.check import check_graph
 from export.convert import convert
@@ -287,6 +290,25 @@ def test_head_and_embedding_follow_their_own_policy(
     oracle = replaced(source, tmp_path / "oracle", packed, spec.block)
     with load(folder, threads=1) as ours, TorchSession(oracle, attention="eager", threads=1) as theirs:
         assert max(distances(ours, theirs)) < 1e-5
+
+
+@pytest.mark.parametrize(("precision", "block"), [("int4", 32), ("int8", 128)])
+@pytest.mark.parametrize("zeros", ["integer", "none"])
+def test_rows_that_blocks_do_not_divide_are_looked_up_as_long_as_they_are(
+    precision: str, block: int, zeros: str, checkpoints: Folders, exports: Folders, tmp_path: Path
+) -> None:
+    fields = recipe(precision, "rtn", zeros, embedding="int8", block_size=block)
+    changes = {"hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 5}
+    source, folder = checkpoints(**changes), exports(precision, spec=fields, **changes)
+    packed = packed_weights(source, ExportSpec(str(source), precision, **fields), ())
+    oracle = replaced(source, tmp_path / "oracle", packed, block)
+    with load(folder, threads=1) as ours, TorchSession(oracle, attention="eager", threads=1) as theirs:
+        assert max(distances(ours, theirs)) < 1e-5
+    # The gate finds every weight of it, with the manifest and without.
+    assert weights(make_subject(folder, str(source), MODES["quick"])).status == "PASS"
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "manifest.json").unlink()
+    assert weights(make_subject(bare, str(source), MODES["quick"])).status == "PASS"
 
 
 def float_products(folder: Path) -> set[str]:

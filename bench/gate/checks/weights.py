@@ -173,7 +173,8 @@ def _quantised(
     block, bits = s.spec.block, recipe.bits
     blocks = -(-columns // block)
     zeros, offsets = part("zero_points"), part("offsets")
-    codes = codes.reshape(rows, blocks, -1)
+    codes = codes.reshape(rows, -1)  # of an embedding, the last block is as long as it is
+    codes = torch.nn.functional.pad(codes, (0, blocks * block * bits // 8 - codes.shape[1])).view(rows, blocks, -1)
     method = "rtn" if s.spec.method == "gptq" and base.startswith("model.embed") else str(s.spec.method)
     value = dequantize(Packed(codes, scales.reshape(rows, blocks), zeros), bits, block, columns)
     if offsets is not None:  # (q - 8) s + (8 - z) s: the second part is stored on its own
