@@ -60,7 +60,7 @@ def test_every_command_is_listed() -> None:
         "__main__",
         "main",
         "output",
-        "progress",
+        "numbers",
     }
     assert {c.__name__.rpartition(".")[2] for c in COMMANDS} == modules
 
