@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from export.errors import ExportError
+from export.sizes import context_length
 
 WINDOW = 512
 SHARED_INPUT = ("k_proj", "v_proj", "up_proj")
@@ -54,7 +55,7 @@ def hessians_of(
     ids = tokenizer("\n\n".join(texts))["input_ids"]
     if not ids:
         raise ExportError("gptq needs text to calibrate on, and this is blank; choose --method hqq")
-    window = min(WINDOW, config.max_position_embeddings)
+    window = min(WINDOW, context_length(config))
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()

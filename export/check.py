@@ -11,9 +11,9 @@ from collections import Counter
 import onnx
 from transformers import PretrainedConfig
 
-from export.convert import head_dim_of
 from export.errors import GraphCheckError
 from export.manifest import ATTENTIONS, NORMS
+from export.sizes import head_dim_of
 from export.spec import ExportSpec
 from export.tensorrt_ops import check_standard
 

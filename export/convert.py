@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from export.errors import UnsupportedModelError
 from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
 from export.manifest import ONNX_TYPE, Weight
+from export.sizes import head_dim_of
 from export.spec import BITS, ExportSpec
 
 OPSET = {"GroupQueryAttention": 18, "Attention": 23}
@@ -52,11 +53,6 @@ class Conversion:
     rope: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     data_bytes: int
-
-
-def head_dim_of(config: PretrainedConfig) -> int:
-    """Size of one attention head; not always ``hidden_size / heads``."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def require_llama(config: PretrainedConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from export.convert import head_dim_of
+from export.sizes import head_dim_of
 
 
 def genai_config(config: PretrainedConfig, graph: str, eos: tuple[int, ...]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from export.cache import publish, require_space
 from export.check import check_graph
-from export.convert import EMBEDDING, OPSET, ROPE, TORCH_DTYPE, Conversion, convert, head_dim_of
+from export.convert import EMBEDDING, OPSET, ROPE, TORCH_DTYPE, Conversion, convert
 from export.errors import BrokenCheckpointError, DestinationError, UnsupportedModelError
 from export.genai import genai_config
 from export.manifest import (
@@ -50,6 +50,7 @@ from export.manifest import (
 )
 from export.plain import run_optimum, weights_of
 from export.quantize import Packed
+from export.sizes import NO_CONTEXT, context_length, head_dim_of, kv_heads_of, stated_context
 from export.source import Source, resolve
 from export.spec import BITS, ExportSpec
 from export.tensorrt_ops import PARSER_VERSION
@@ -255,6 +256,7 @@ class _Export:
         with publish(self.out, replace=True) as work:
             graph = run_optimum(self.spec, self.source.folder, self.config, work, self.status)
             identity, parameters = weights_of(self.checkpoint)
+            limit = () if stated_context(self.config) else (NO_CONTEXT,)
             facts = {
                 **graph,
                 "parameters": parameters,
@@ -264,7 +266,7 @@ class _Export:
                 "decode_graph": DECODE_GRAPH,
                 "scoring_graph": DECODE_GRAPH,
                 "weights": (),
-                "notes": ("optimum's own graph, unchanged: nothing is fused",),
+                "notes": ("optimum's own graph, unchanged: nothing is fused", *limit),
             }
             return self._sealed(work, identity, {}, facts)
 
@@ -298,7 +300,7 @@ class _Export:
             target=spec.target,
             attention=spec.attention,
             vocab_size=config.vocab_size,
-            context_length=config.max_position_embeddings,
+            context_length=context_length(config),
             eos_token_ids=eos_ids(source.folder, config),
             versions={name: _version(name) for name in _TOOLS},
             files={
@@ -415,7 +417,7 @@ def _facts(
         "outputs": tuple(o.name for o in graph.output),
         "kv": KVLayout(
             layers=config.num_hidden_layers,
-            kv_heads=config.num_key_value_heads,
+            kv_heads=kv_heads_of(config),
             head_dim=head_dim_of(config),
             dtype=spec.float_type,
             shared_buffer=gqa,

@@ -87,6 +87,7 @@ def read_graph(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
 
     Raises:
         GraphCheckError: another form.
+        UnsupportedModelError: keys and values, or layers, of several sizes.
     """
     model = onnx.load(str(folder / DECODE_GRAPH), load_external_data=False)
     graph = model.graph
@@ -109,6 +110,14 @@ def read_graph(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
     shape = [d.dim_value for d in past.shape.dim]
     if len(shape) != 4 or not shape[1] or not shape[3]:
         raise GraphCheckError(f"past_key_values.0.key has shape {shape}, not [batch, heads, tokens, head size]")
+    sizes = {
+        tuple(d.dim_value for d in t.shape.dim)[1:4:2] for n, t in inputs.items() if n.startswith("past_key_values.")
+    }
+    if len(sizes) > 1:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r}: its KV cache is of several shapes ([heads, head size] "
+            f"{', '.join(str(list(s)) for s in sorted(sizes))}), a cache here is of one"
+        )
     dtype = next(name for name, number in ONNX_TYPE.items() if number == past.elem_type)
     read: dict[str, set[str]] = {}
     for node in graph.node:

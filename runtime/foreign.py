@@ -29,6 +29,7 @@ from export.manifest import (
     Manifest,
     Quantisation,
 )
+from export.sizes import ASSUMED_CONTEXT, NO_CONTEXT, head_dim_of, stated_context
 from runtime.errors import SessionError
 from runtime.stored_weights import stored_weights
 from runtime.trust import check_graph
@@ -71,9 +72,7 @@ def describe(folder: Path) -> Manifest:
         )
     inputs = {i.name: i.type.tensor_type for i in graph.input}
     outputs = {o.name: o.type.tensor_type for o in graph.output}
-    hint = _number(_part(genai, "model", "decoder"), "head_size") or _number(config, "head_dim")
-    if not hint and _number(config, "hidden_size") and _number(config, "num_attention_heads"):
-        hint = config["hidden_size"] // config["num_attention_heads"]
+    hint = _number(_part(genai, "model", "decoder"), "head_size") or head_dim_of(config)
     kv = _kv_layout(folder / name, inputs, outputs, counts, hint)
     notes = ["no manifest: the weights' identity is not known, no hash was checked"]
     maker = "onnxruntime-genai's builder" if genai else "optimum or another tool"
@@ -82,10 +81,10 @@ def describe(folder: Path) -> Manifest:
     vocab = _dim(outputs["logits"], 2) or _number(config, "vocab_size") or _number(genai_model, "vocab_size")
     if not vocab:
         raise ForeignFolderError(f"{folder}: neither the graph nor config.json says how large the vocabulary is")
-    context = _number(config, "max_position_embeddings", "n_positions") or _number(genai_model, "context_length")
+    context = stated_context(config) or _number(genai_model, "context_length")
     if not context:
-        context = 2048
-        notes.append("no configuration names the context length: 2,048 is assumed")
+        context = ASSUMED_CONTEXT
+        notes.append(NO_CONTEXT)
     eos = _eos(folder, config, genai_model)
     if not eos:
         notes.append("no end-of-sequence token is named: generation ends at the length limit only")
@@ -201,6 +200,8 @@ def _kv_layout(
         raise ForeignFolderError(
             f"{path}: past_key_values.0.key is not [batch, heads, tokens, head size] with fixed heads and size"
         )
+    if len({(_dim(t, 1), _dim(t, 3)) for t in past.values()}) > 1:
+        raise ForeignFolderError(f"{path}: keys and values, or layers, of several sizes; this runtime drives one size")
     if first.elem_type not in _TYPES:
         raise ForeignFolderError(f"{path}: KV cache of ONNX type {first.elem_type}; fp32, fp16 and bf16 are known")
     return KVLayout(layers, heads, size, _TYPES[first.elem_type], shared_buffer=counts["GroupQueryAttention"] > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from export.sizes import context_length
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, left_pad
 from runtime.settings import usable_cores
@@ -45,13 +47,15 @@ class TorchSession(Guarded):
         started = time.perf_counter()
         self._model: Any = self._open(folder, TORCH_DTYPE[precision])
         self._model = self._model.to(device).eval()
+        # Bloom gives the logits of every position, and refuses to be asked for fewer.
+        self._selects = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.load_s = time.perf_counter() - started
         config = self._model.config
         self._info = SessionInfo(
             runtime="pytorch",
             provider=device,
             precision=precision,
-            context_length=config.max_position_embeddings,
+            context_length=context_length(config),
             vocab_size=config.vocab_size,
             details={
                 "torch": torch.__version__,
@@ -120,7 +124,7 @@ class TorchSession(Guarded):
             positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
             inputs |= {"attention_mask": self._mask, "position_ids": positions}
         # Only the last position goes through the head, as in transformers' own generate().
-        logits = self._forward(**inputs, logits_to_keep=1).logits[:, -1]
+        logits = self._forward(**inputs, **({"logits_to_keep": 1} if self._selects else {})).logits[:, -1]
         self._batch = len(ids)
         self._used, self._end = max(lengths), max(lengths) + reserve
         return _fp32(logits)
@@ -158,8 +162,9 @@ class TorchSession(Guarded):
         if places is None:
             return _fp32(self._forward(**inputs).logits[0])
         kept = torch.tensor(list(places), device=self._device)
-        logits = self._forward(**inputs, logits_to_keep=kept).logits[0]
-        return _fp32(logits if len(logits) == len(kept) else logits[kept])
+        if not self._selects:
+            return _fp32(self._forward(**inputs).logits[0][kept])
+        return _fp32(self._forward(**inputs, logits_to_keep=kept).logits[0])
 
 
 def _fp32(logits: torch.Tensor) -> Logits:

@@ -23,10 +23,11 @@ from bench.digests import DigestError, baseline_digest, hash_baseline
 from bench.errors import BaselineError
 from bench.gate.store import ResultStore, Say, baseline_key
 from export.cache import CACHE_ENV, cache_dir
-from export.convert import Conversion, convert, head_dim_of
+from export.convert import Conversion, convert
 from export.manifest import first_line
 from export.pipeline import eos_ids, load_config
 from export.process import blocks_apart
+from export.sizes import context_length, head_dim_of
 from export.source import Source
 from export.spec import ExportSpec
 from export.weights import Checkpoint
@@ -139,6 +140,11 @@ class Baseline:
         """transformers' configuration."""
         with self.at_fault():
             return load_config(self.source)
+
+    @property
+    def context(self) -> int:
+        """Tokens that it can hold."""
+        return context_length(self.config)
 
     @cached_property
     def tensors(self) -> Checkpoint:
@@ -259,7 +265,7 @@ class Baseline:
         from transformers import DynamicCache
 
         model = self.session.model
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache()  # without the configuration: whole in layers with a window too, as a graph keeps it
         with torch.inference_mode():
             model(input_ids=self._tensor(text), past_key_values=cache, use_cache=True)
         return np.stack([t.float().cpu().numpy().ravel() for layer in cache.layers for t in (layer.keys, layer.values)])
@@ -269,7 +275,7 @@ class Baseline:
         from transformers import DynamicCache
 
         model = self.session.model
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache()
         with torch.inference_mode(), blocks_apart(1 << 20):  # a layer's cache grows by a copy
             for i, (k, v) in enumerate(first):  # tiled layer by layer: the cache makes a copy of its own
                 key, value = (torch.from_numpy(tiled(x, length)).to(self.device) for x in (k, v))

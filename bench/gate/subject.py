@@ -126,7 +126,7 @@ class Subject:
     @property
     def context(self) -> int:
         """Tokens that both sides can hold; another check compares what each claims."""
-        return min(self.manifest.context_length, int(self.baseline.config.max_position_embeddings))
+        return min(self.manifest.context_length, self.baseline.context)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -188,7 +188,7 @@ class Subject:
         """Chunks of token ids, from every text in turn so that few of them still see every kind of text."""
         from bench.data.items import chunked
 
-        size = min(self.mode.window, self.baseline.config.max_position_embeddings)
+        size = min(self.mode.window, self.baseline.context)
         texts = self.dataset.prose()
         if self.mode.every_text:
             seen = (
@@ -252,7 +252,7 @@ class Subject:
 
         items = [item for members in self.dataset.groups(self.mode.items).values() for item in members]
         # The baseline's context: an item that exceeds a folder's alone is its defect.
-        context = self.baseline.config.max_position_embeddings
+        context = self.baseline.context
         batches = batches_of(items, self.tokenizer, context, self.mode.new_tokens)
         fitting = {item.id for b in batches for item in b.items}
         self.left_out = len(items) - len(fitting)

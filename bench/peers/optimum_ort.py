@@ -15,6 +15,7 @@ import numpy as np
 from bench.errors import BenchError
 from bench.process.child import output_of
 from export.cache import publish
+from export.sizes import context_length
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_step, right_pad
 from runtime.settings import usable_cores
@@ -63,7 +64,7 @@ class OptimumSession:
             runtime="optimum",
             provider="ort",
             precision="fp32",
-            context_length=config.max_position_embeddings,
+            context_length=context_length(config),
             vocab_size=config.vocab_size,
             details={"graph": "optimum's plain export", "intra_op_threads": options.intra_op_num_threads},
         )

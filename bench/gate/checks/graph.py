@@ -99,15 +99,16 @@ def _equal_weights(s: Subject, name: str) -> bool:
 
 def manifest(s: Subject) -> Found:
     """What the manifest claims against what the baseline's configuration and the request demand."""
+    from export.sizes import head_dim_of, kv_heads_of
+
     m, config = s.manifest, s.baseline.config
-    from export.convert import head_dim_of
 
     wanted: dict[str, tuple[Any, Any]] = {
-        "context_length": (m.context_length, config.max_position_embeddings),
+        "context_length": (m.context_length, s.baseline.context),
         "vocab_size": (m.vocab_size, config.vocab_size),
         "eos_token_ids": (tuple(m.eos_token_ids), s.baseline.eos),
         "kv.layers": (m.kv.layers, config.num_hidden_layers),
-        "kv.kv_heads": (m.kv.kv_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)),
+        "kv.kv_heads": (m.kv.kv_heads, kv_heads_of(config)),
         "kv.head_dim": (m.kv.head_dim, head_dim_of(config)),
         "model_type": (m.model_type, config.model_type),
     }
@@ -208,16 +209,15 @@ def attributes(s: Subject) -> Found:
 
 def _node_attributes(node: Any, s: Subject) -> tuple[list[str], int]:
     from bench.gate.canonical import attributes_of
-    from export.convert import head_dim_of
+    from export.sizes import head_dim_of, kv_heads_of
 
     config = s.baseline.config
     values = attributes_of(node)
     size = head_dim_of(config)
-    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     wanted: dict[str, Any] = {}
     if node.op_type == "GroupQueryAttention":
         values.setdefault("scale", 0.0)
-        wanted = {"num_heads": config.num_attention_heads, "kv_num_heads": kv_heads, "rotary_interleaved": 0}
+        wanted = {"num_heads": config.num_attention_heads, "kv_num_heads": kv_heads_of(config), "rotary_interleaved": 0}
         wanted |= {"local_window_size": -1, "softcap": 0.0, "smooth_softmax": -1, "causal": 1}
         if s.ours:
             wanted["do_rotary"] = 1
@@ -304,11 +304,11 @@ def rotary_tables(s: Subject) -> Found:
                         f"{wanted[row, column]:.7g} ({int((off > 0).any(axis=1).sum())} of {len(found)} rows differ)",
                     )
                 )
-            if len(found) < s.baseline.config.max_position_embeddings:
+            if len(found) < s.baseline.context:
                 findings.append(
                     Finding(
                         where=name,
-                        what=f"has {len(found)} rows, the context is {s.baseline.config.max_position_embeddings}",
+                        what=f"has {len(found)} rows, the context is {s.baseline.context}",
                     )
                 )
     if not seen and not findings:

@@ -335,7 +335,7 @@ def special_ids(s: Subject, ours: Any, theirs: Any) -> Found:
             what = f"is {list(have)}, not {list(wanted)}"
             findings.append(Finding(where="genai_config.json, eos_token_id", what=what))
         context = model.get("context_length")
-        if context not in (None, s.baseline.config.max_position_embeddings):
+        if context not in (None, s.baseline.context):
             findings.append(Finding(where="genai_config.json, context_length", what=f"is {context}"))
         findings += _genai(s, genai)
     equal = f"bos, eos {list(wanted)}, pad, unk and {len(theirs.get_added_vocab())} added tokens equal"
