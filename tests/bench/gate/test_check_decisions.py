@@ -67,7 +67,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             dataset=SimpleNamespace(items=[]),
             manifest=SimpleNamespace(eos_token_ids=[2, 5], decode_graph="model.onnx"),
             ours=False,
-            baseline=SimpleNamespace(eos=(2, 5), config=config, checkpoint=tmp_path / "checkpoint"),
+            baseline=SimpleNamespace(eos=(2, 5), config=config, context=64, checkpoint=tmp_path / "checkpoint"),
         )
 
     return make
