@@ -157,36 +157,33 @@ def exports(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 
 def other_config(name: str) -> Any:
-    from transformers import GPT2Config, GPTNeoConfig, Qwen2Config
+    import transformers as t
 
     common = {"vocab_size": 331, "bos_token_id": 1, "eos_token_id": 2}
-    if name == "gpt_neo":
-        return GPTNeoConfig(
-            **common,
-            hidden_size=64,
-            num_layers=4,
-            num_heads=4,
-            attention_types=[[["global", "local"], 2]],
-            window_size=8,
-            max_position_embeddings=160,
-            intermediate_size=96,
-        )
-    if name == "gpt2":
-        return GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=160)
-    return Qwen2Config(
-        **common,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=160,
-    )
+    sizes = common | {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 160}
+    usual = sizes | {"num_hidden_layers": 2, "num_attention_heads": 4}
+    grouped = usual | {"num_key_value_heads": 2}
+    gpt = common | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 160}
+    local = {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 8}
+    makers: dict[str, Callable[[], Any]] = {
+        "gpt_neo": lambda: t.GPTNeoConfig(**sizes, **local),
+        "gpt2": lambda: t.GPT2Config(**gpt),
+        "gptj": lambda: t.GPTJConfig(**gpt, rotary_dim=8),
+        "qwen2": lambda: t.Qwen2Config(**grouped),
+        "qwen2-windows": lambda: t.Qwen2Config(
+            **grouped, use_sliding_window=True, sliding_window=16, max_window_layers=1
+        ),
+        "gemma2": lambda: t.Gemma2Config(**grouped, head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
+        "bloom": lambda: t.BloomConfig(**common, hidden_size=64, n_layer=2, n_head=4),
+        "mpt": lambda: t.MptConfig(**common, d_model=64, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=160),
+        "falcon": lambda: t.FalconConfig(**usual, ffn_hidden_size=96),
+    }
+    return makers[name]()
 
 
 @pytest.fixture(scope="session")
 def decoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """(checkpoint, plain export) of a small random decoder that is no LLaMA: gpt_neo, gpt2 or qwen2."""
+    """(checkpoint, plain export) of a small random decoder that is no LLaMA, of :func:`other_config`."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -314,6 +314,20 @@ class Baseline:
         found: torch.Tensor = self._rotary.inv_freq.double()
         return found
 
+    @cached_property
+    def tables(self) -> list[torch.Tensor]:
+        """What the model computes from its configuration alone, each flat in fp64: rotary frequencies, sinusoids,
+        ALiBi's biases."""
+        model = self.session.model
+        kept = [value for module in model.modules() for value in vars(module).values()]  # GPT-J's is no buffer
+        found = [t for t in (*model.buffers(), *kept) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if self.config.model_type == "mpt":  # in its forward pass
+            from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+            most = self.config.attn_config.alibi_bias_max
+            found.append(build_mpt_alibi_tensor(self.config.num_attention_heads, self.context, most))
+        return [t.flatten().double().cpu() for t in found]
+
     def rope_rows(self, kind: str, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """``cos`` or ``sin`` ``[rows, head_dim / 2]`` in fp64 from transformers' frequencies, and what fp32 angles may
         be off at each place (half a unit in the last place of the angle, and of the result)."""

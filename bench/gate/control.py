@@ -19,6 +19,7 @@ import numpy as np
 
 from bench.gate.canonical import constants_of, layers_of
 from export.manifest import ATTENTIONS, standard
+from export.sizes import stated_context
 from reports.validation import Finding
 
 
@@ -38,6 +39,7 @@ SHAPING = frozenset(
     ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten", "Transpose", "Expand", "Tile", "Split", "Shape")
 )
 """They move or convert values; all inputs but the first say how."""
+RANK_KEPT = frozenset(("MatMul", "Add", "Mul", "Div", "Erf", "Tanh", "Pow", "Gelu", "LayerNormalization", "Cast"))
 COMPARISONS = frozenset(("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Sign", "Mod", "IsInf"))
 CHOICES = frozenset(("TopK", "ArgMax", "ArgMin", "NonZero", "OneHot", "Compress", "Unique", "Hardmax", "HardSigmoid"))
 BRANCHES = frozenset(("If", "Loop", "Scan"))
@@ -102,6 +104,8 @@ class _Reading:
             cache = value.name.startswith(("past_key_values", "past"))
             self.kinds[value.name] = Kind.STREAM if cache else Kind.ID if value.name == "input_ids" else Kind.PLACE
         self.known = _known(config)
+        self.hidden: set[str] = set()
+        """Values of the model that are [batch, tokens, features]."""
 
     def findings(self) -> Iterator[Finding]:
         for node, layer in zip(self.nodes, self.layers, strict=True):
@@ -123,6 +127,13 @@ class _Reading:
             kind = Kind.CONSTANT
         for name in node.output:
             self.kinds[name] = kind
+        streams = [n for n in node.input if self._kind(n) == Kind.STREAM]
+        if self._embedding(node) or (node.op_type in RANK_KEPT and streams and self.hidden.issuperset(streams)):
+            self.hidden.update(node.output)
+        elif node.op_type == "Reshape":
+            made = self.makers.get(node.input[1])
+            if len(self._numbers(node.input[1])) == 3 or (made and made.op_type == "Concat" and len(made.input) == 3):
+                self.hidden.update(node.output)
 
     def _kind(self, name: str) -> Kind:
         return self.kinds.get(name, Kind.CONSTANT)
@@ -140,7 +151,8 @@ class _Reading:
         if node.op_type not in ("Gather", "Slice"):
             return False
         source, index = self.makers.get(node.input[0]), self._numbers(node.input[1])
-        if index not in ([-1.0], [3.0]):
+        wide = source is not None and source.op_type == "Shape" and source.input[0] in self.hidden
+        if index not in ([-1.0], [2.0] if wide else [3.0]):
             return False
         if source is not None and source.op_type == "Gather":  # all sizes in another order, the last one last
             order = self._numbers(source.input[1])
@@ -297,5 +309,5 @@ def _known(config: Any) -> set[float]:
             found |= {float(v) for v in (value, -value, value - 1, 1 - value, value + 1)}
     heads, size = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
     sizes = [heads, getattr(config, "num_key_value_heads", 0), size, getattr(config, "head_dim", 0)]
-    sizes += [size // heads if heads and size else 0, getattr(config, "max_position_embeddings", 0)]
+    sizes += [size // heads if heads and size else 0, stated_context(config)]
     return found | {float(v) for v in sizes if v}

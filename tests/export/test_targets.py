@@ -176,3 +176,38 @@ def test_gpt_neo_without_plain_is_told_about_it(decoders: Callable[[str], tuple[
 def test_requests_that_make_no_sense_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ExportError):
         ExportSpec("demo", **fields)
+
+
+@pytest.mark.parametrize("nope", [8, 16])
+def test_keys_and_values_of_two_sizes_are_refused(
+    nope: int, tmp_path: Path, tokenizer_in: Callable[[Path], None]
+) -> None:
+    """DeepSeek-V3, whose keys have a rotated part beside the one that is as long as a value."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        vocab_size=331,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=160,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=nope,
+        v_head_dim=16,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    DeepseekV3ForCausalLM(config).save_pretrained(tmp_path / "deepseek")
+    tokenizer_in(tmp_path / "deepseek")
+    spec = ExportSpec(str(tmp_path / "deepseek"), target="plain")
+    if nope + 8 == 16:  # of one size
+        export_model(spec, tmp_path / "out")
+        return
+    with pytest.raises(UnsupportedModelError, match=r"'deepseek_v3': .* \[4, 16\], \[4, 24\]"):
+        export_model(spec, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
