@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -280,10 +281,10 @@ class Baseline:
             for i, (k, v) in enumerate(first):  # tiled layer by layer: the cache makes a copy of its own
                 key, value = (torch.from_numpy(tiled(x, length)).to(self.device) for x in (k, v))
                 cache.update(key, value, i)
-            positions = torch.arange(length, length + len(ids), device=self.device)[None]
-            logits = model(
-                input_ids=self._tensor(ids), position_ids=positions, past_key_values=cache, use_cache=True
-            ).logits[0]
+            inputs = {"input_ids": self._tensor(ids)}
+            if "position_ids" in signature(model.forward).parameters:  # Bloom has none
+                inputs["position_ids"] = torch.arange(length, length + len(ids), device=self.device)[None]
+            logits = model(**inputs, past_key_values=cache, use_cache=True).logits[0]
         found: Logits = logits.float().cpu().numpy()
         return found
 
