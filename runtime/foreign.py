@@ -52,6 +52,7 @@ def describe(folder: Path) -> Manifest:
         ForeignFolderError: no graph, or inputs and outputs of a form that is not known.
         UntrustedModelError: see :func:`runtime.trust.check_graph`.
     """
+    _one_folder(folder)
     genai = _json(folder / GENAI_CONFIG)
     config = _json(folder / "config.json")
     genai_model = _part(genai, "model")
@@ -132,6 +133,19 @@ def describe(folder: Path) -> Manifest:
         files=files,
         notes=tuple(notes),
     )
+
+
+def _one_folder(folder: Path) -> None:
+    """Refuse, by name, the layout in which graphs lie in ``onnx/`` below config.json and the tokenizer."""
+    inside = folder.absolute().name == "onnx"
+    above, below = (folder.absolute().parent, folder) if inside else (folder, folder / "onnx")
+    graphs = sorted(p.name for p in below.glob("*.onnx"))
+    beside = any((below / name).is_file() for name in ("config.json", GENAI_CONFIG))
+    if graphs and not beside and (above / "config.json").is_file() and not any(above.glob("*.onnx")):
+        raise ForeignFolderError(
+            f"{above} has its graphs in onnx/ ({', '.join(graphs)[:80]}) and config.json and the tokenizer above them; "
+            f"copy one graph with its data file and these into one folder, the graph as {DECODE_GRAPH}"
+        )
 
 
 def _scoring_graph(folder: Path, decode: str) -> str:

@@ -68,14 +68,20 @@ class TorchSession(Guarded):
 
     def _open(self, folder: Path, dtype: torch.dtype) -> Any:
         def load(attention: str) -> Any:
-            return AutoModelForCausalLM.from_pretrained(
+            model, loaded = AutoModelForCausalLM.from_pretrained(
                 folder,
+                output_loading_info=True,
                 dtype=dtype,
                 attn_implementation=attention,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+            if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
+                raise SessionError(
+                    f"{folder} lacks {len(missing)} of the model's tensors, the first {missing[0]}; is it whole?"
+                )
+            return model
 
         try:
             return load(self._attention)

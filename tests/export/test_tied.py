@@ -15,6 +15,7 @@ from export.errors import BrokenCheckpointError
 from export.pipeline import export_model
 from export.source import resolve
 from export.spec import ExportSpec
+from runtime.errors import SessionError
 from runtime.loading import load
 from runtime.torch_session import TorchSession
 
@@ -92,3 +93,12 @@ def test_the_names_are_the_architectures(tmp_path: Path, tokenizer_in: Callable[
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(BrokenCheckpointError, match=r"wte\.weight"):
         resolve(str(path.parent))
+
+
+def test_a_baseline_that_lacks_a_tensor_is_not_made_up(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints(), tmp_path / "part")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SessionError, match=r"lacks 1 .* model\.layers\.1\.mlp\.up_proj"):
+        TorchSession(folder, threads=1)

@@ -127,7 +127,9 @@ def test_genais_own_layout_runs_here(unsigned: Path, exports: Folders) -> None:
     assert _greedy(unsigned) == _greedy(exports())
 
 
-@pytest.mark.parametrize("what", ["no graph", "merged", "no past", "other names", "strange input", "bad config"])
+@pytest.mark.parametrize(
+    "what", ["no graph", "merged", "no past", "other names", "strange input", "two sizes", "bad config"]
+)
 def test_unknown_layouts_are_refused_by_name(what: str, unsigned: Path) -> None:
     path = unsigned / "model.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -137,6 +139,7 @@ def test_unknown_layouts_are_refused_by_name(what: str, unsigned: Path) -> None:
         "no past": "KV cache",
         "other names": "past_0",
         "strange input": "token_type_ids",
+        "two sizes": "of several sizes",
         "bad config": "config.json",
     }[what]
     if what == "no graph":
@@ -151,6 +154,9 @@ def test_unknown_layouts_are_refused_by_name(what: str, unsigned: Path) -> None:
         model.graph.input.extend(kept)
     elif what == "other names":
         next(i for i in model.graph.input if i.name == "past_key_values.0.key").name = "past_0"
+    elif what == "two sizes":
+        value = next(i for i in model.graph.input if i.name == "past_key_values.1.value")
+        value.type.tensor_type.shape.dim[3].dim_value = 24
     elif what == "strange input":
         model.graph.input.append(helper.make_tensor_value_info("token_type_ids", 7, [1, 1]))
     else:
@@ -160,6 +166,24 @@ def test_unknown_layouts_are_refused_by_name(what: str, unsigned: Path) -> None:
         onnx.save(model, path)
     with pytest.raises(SessionError, match=named):
         read_folder(unsigned)
+
+
+@pytest.mark.parametrize("passed", ["the repository", "its onnx folder"])
+@pytest.mark.parametrize("graph", ["model.onnx", "model_quantized.onnx"])
+def test_graphs_in_a_folder_below_their_configuration(passed: str, graph: str, unsigned: Path) -> None:
+    below = unsigned / "onnx"
+    below.mkdir()
+    (unsigned / "genai_config.json").unlink()
+    (unsigned / "model_scoring.onnx").unlink()
+    (unsigned / "model.onnx").rename(below / graph)
+    (unsigned / "model.onnx.data").rename(below / "model.onnx.data")
+    with pytest.raises(ForeignFolderError, match=r"graphs in onnx/ .* into one folder") as caught:
+        read_folder(unsigned if passed == "the repository" else below)
+    assert graph in str(caught.value)
+    for name in ("config.json", "generation_config.json"):  # what the message says
+        shutil.copyfile(unsigned / name, below / name)
+    (below / graph).rename(below / "model.onnx")
+    assert read_folder(below).context_length == 160
 
 
 def test_what_may_not_be_trusted_is_refused_before_it_is_opened(exports: Folders, tmp_path: Path) -> None:
