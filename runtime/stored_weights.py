@@ -2,7 +2,7 @@
 multiplies them by, whichever tool quantised them.
 
 No value is read here. The precision of a third-party export follows from it, and the weight audit reads values by it.
-Try: ``python -m pytest tests/runtime/test_stored_weights.py``.
+Try: ``python -m pytest tests/bench/gate/test_by_content.py``.
 """
 
 from __future__ import annotations

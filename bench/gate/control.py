@@ -10,6 +10,7 @@ Try: ``python -m pytest tests/bench/gate/test_control.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from graphlib import CycleError, TopologicalSorter
@@ -21,6 +22,7 @@ from bench.gate.canonical import constants_of, layers_of
 from export.manifest import ATTENTIONS, standard
 from export.sizes import stated_context
 from reports.validation import Finding
+from runtime.stored_weights import FLOATS
 
 
 class Kind(IntEnum):
@@ -54,8 +56,14 @@ FARTHEST = 12
 """Operators between a mask and the Softmax of the scores that it is put on."""
 LEAST = 8
 """Elements up to which a constant is one that something is held against."""
-LARGEST = 1e4
-"""A constant beyond this hides a place; nothing is that long."""
+LEAST_HIDDEN = 1e4
+"""What is added to hide a place is beyond this; so is a slice's open end, and beyond the context as well."""
+KEPT = SHAPING | {"Concat", "Slice", "DequantizeLinear", "Gather"}
+"""What may be done with a stored weight before it is used."""
+LARGE = 64
+"""Numbers from which on a stored matrix is a weight."""
+SMALL = 4096
+"""Numbers up to which constants are computed with."""
 
 
 def unexplained(model: Any, config: Any) -> list[Finding]:
@@ -104,6 +112,10 @@ class _Reading:
             cache = value.name.startswith(("past_key_values", "past"))
             self.kinds[value.name] = Kind.STREAM if cache else Kind.ID if value.name == "input_ids" else Kind.PLACE
         self.known = _known(config)
+        self.longest = max(LEAST_HIDDEN, float(stated_context(config)))
+        self.values = {n: _array(t) for n, t in self.constants.items() if not t.external_data and _small(t.dims)}
+        self.matrices = {n for n, t in self.constants.items() if t.data_type in FLOATS and _is_matrix(t.dims)}
+        """Stored ones, and what a graph makes of them before any input is read."""
         self.hidden: set[str] = set()
         """Values of the model that are [batch, tokens, features]."""
 
@@ -111,6 +123,7 @@ class _Reading:
         for node, layer in zip(self.nodes, self.layers, strict=True):
             kinds = [self.kinds.get(n, Kind.CONSTANT) for n in node.input if n]
             self._label(node, kinds)
+            self._compute(node)
             if why := self._wrong(node, kinds):
                 where = f"layer {layer}, " if layer is not None else ""
                 yield Finding(where=f"{where}{node.op_type} ({node.name})", what=why, layer=layer)
@@ -135,6 +148,17 @@ class _Reading:
             if len(self._numbers(node.input[1])) == 3 or (made and made.op_type == "Concat" and len(made.input) == 3):
                 self.hidden.update(node.output)
 
+    def _compute(self, node: Any) -> None:
+        """Small values that follow from constants alone: a threshold behind a Cast is one still."""
+        if all(n in self.values for n in node.input if n) and not self.values.keys() & set(node.output):
+            from onnx.reference import ReferenceEvaluator
+
+            try:
+                made = ReferenceEvaluator(node).run(None, {n: self.values[n] for n in node.input if n})
+            except Exception:  # whatever operator it does not have: then the value is not known
+                return
+            self.values |= {n: v for n, v in zip(node.output, made, strict=True) if _small(np.shape(v))}
+
     def _kind(self, name: str) -> Kind:
         return self.kinds.get(name, Kind.CONSTANT)
 
@@ -143,6 +167,7 @@ class _Reading:
         return (
             node.op_type in LOOKUPS
             and self._kind(node.input[0]) == Kind.CONSTANT
+            and self._rank(self._root(node.input[0])) > 1
             and self._kind(node.input[1]) == Kind.ID
         )
 
@@ -181,9 +206,13 @@ class _Reading:
         return False
 
     def _numbers(self, name: str) -> list[float]:
-        """The values of a small constant, none for anything else."""
-        tensor = self.constants.get(name)
-        return _values(tensor) if tensor is not None and np.prod(list(tensor.dims)) <= LEAST else []
+        """The values of a small constant in order; of a larger one the different ones if they are few, else none."""
+        value = self.values.get(name)
+        if value is None or value.dtype.kind not in "biuf":
+            return []
+        flat = value.astype(np.float64).ravel()
+        found = flat if len(flat) <= LEAST else np.unique(flat)
+        return [float(v) for v in found] if len(found) <= LEAST else []
 
     def _root(self, name: str) -> str:
         """The value that another one is a shape, a copy or a cast of."""
@@ -209,6 +238,9 @@ class _Reading:
         if op in RANDOM:
             return "draws random numbers"
         top = max(kinds, default=Kind.CONSTANT)
+        if top == Kind.CONSTANT and self.matrices & set(node.input):
+            self.matrices |= set(node.output)
+            return None if op in KEPT else "changes a stored weight before the model reads it"
         if top == Kind.ID and not (op in SHAPING or self._embedding(node)):
             return "reads token ids; a decoder only looks up their embeddings"
         if top == Kind.PLACE:
@@ -228,7 +260,7 @@ class _Reading:
         return None
 
     def _known(self, value: float) -> bool:
-        return not np.isfinite(value) or abs(value) > LARGEST or value in self.known
+        return not np.isfinite(value) or value < -LEAST_HIDDEN or value > self.longest or value in self.known
 
     def _met(self, node: Any, kinds: Sequence[Kind]) -> str | None:
         """Where the model's values meet ids or places: in rotary embedding, a table of positions, and scores."""
@@ -295,10 +327,18 @@ class _Reading:
         return False
 
 
-def _values(tensor: Any) -> list[float]:
+def _array(tensor: Any) -> Any:
     from onnx import numpy_helper
 
-    return [float(v) for v in np.atleast_1d(numpy_helper.to_array(tensor)).ravel()]
+    return numpy_helper.to_array(tensor)
+
+
+def _small(dims: Sequence[int]) -> bool:
+    return math.prod(dims) <= SMALL
+
+
+def _is_matrix(dims: Sequence[int]) -> bool:
+    return len(dims) > 1 and math.prod(dims) > LARGE
 
 
 def _known(config: Any) -> set[float]:

@@ -123,13 +123,14 @@ def judge_tokens(
         detail = f"one chunk of text has no spread to bound; {LEAST_CHUNKS} or more decide"
         found = found.model_copy(update={"status": "INCONCLUSIVE", "detail": detail})
     tails = found.status != "FAIL" and name in ("tail_kld", "top1_agreement")
+    told = found.status in ("FAIL", "INCONCLUSIVE") and (mode.judges_tails or not tails)
     if not mode.judges_tails and (found.status == "INCONCLUSIVE" or tails):
         found = found.model_copy(update={"status": "REPORTED"})
     line = f"{found.value:.6g}"
     line += f", bound {found.bound:.4g}" if found.bound is not None else ""
     line += f", limit {found.limit:g}" if found.limit is not None else ""
     line += f", null {found.null_value:.3g}" if found.null_value is not None else ""
-    if found.status in ("FAIL", "INCONCLUSIVE"):
+    if told:
         line += f" ({found.detail})"
     return Found(found.status, line, measurements=[found])
 

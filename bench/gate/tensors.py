@@ -29,6 +29,8 @@ TORCH_TYPE = {
     16: torch.bfloat16,
 }
 """ONNX element types as PyTorch's; what else there is cannot be a weight."""
+SMALLEST_SPREAD = 1e-6
+"""Of the values of a row: from about half of it on, fp16 scales of 4 bits can be 0."""
 HALF_BYTES = {21: 0, 22: 8}
 """ONNX's uint4 and int4, two to a byte, and the code from which on they are negative."""
 
@@ -130,7 +132,13 @@ class TensorReader:
         return array
 
 
-def one_valued(value: Tensor, weight: Tensor) -> int | None:
-    """The first row that is one value throughout where the weight's is not: no quantiser gives up a whole output."""
-    empty = (value == value[:, :1]).all(1) & (weight != weight[:, :1]).any(1)
+def one_valued(value: Tensor, weight: Tensor, step: Tensor | float = 0.0) -> int | None:
+    """The first row that is one value throughout where the weight's is not: no quantiser gives up a whole output.
+
+    Rows whose values lie closer together than ``step``, or than fp16 scales can tell apart, say nothing: those of
+    tokens that were never trained are as good as 0.
+    """
+    spread = weight.amax(1) - weight.amin(1)
+    floor = torch.as_tensor(step, dtype=spread.dtype).clamp(min=SMALLEST_SPREAD)
+    empty = (value == value[:, :1]).all(1) & (spread > floor)
     return int(empty.nonzero()[0]) if empty.any() else None

@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from bench.gate.found import Found, exact, undecided
 from bench.gate.subject import Subject
 from bench.gate.tensors import TensorReader, one_valued
 from export.convert import TORCH_DTYPE
+from export.weights import BUFFERS
 from reports.validation import Finding
 from runtime.stored_weights import StoredWeight, stored_weights
 
@@ -35,6 +36,7 @@ WHOLE, TOKEN_ROW = 10.0, 30.0
 """Largest squared error over that of rounding to nearest: of a whole weight by whatever method, and of one row of an
 embedding or a head. Elsewhere every token goes through every row, and a good method may sacrifice one."""
 SAMPLE = 2048
+FP16_LEAST = 2.0**-24
 _JOINED = re.compile(r"(.*)\.([qkv]_proj|gate_proj|up_proj)\.(weight|bias)$")
 _JOINS = (("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj"), ("gate_proj", "up_proj"), ("up_proj", "gate_proj"))
 Sources = tuple[str, ...]
@@ -49,9 +51,10 @@ class _Stored:
 
     @property
     def place(self) -> str:
-        t = self.tensors[self.weight.name]
-        external = sorted((e.key, e.value) for e in t.external_data)
-        return repr((replace(self.weight, name=""), external or _bytes_of(t)))
+        w = self.weight
+        stored = {kind: self.tensors[name] for kind, name in {"": w.name, **w.parts}.items()}
+        places = {k: sorted((e.key, e.value) for e in t.external_data) or _bytes_of(t) for k, t in stored.items()}
+        return repr((w.kind, w.shape, w.block, w.packed, w.middle, places))
 
 
 def by_content(s: Subject) -> Found:
@@ -65,7 +68,7 @@ class _Audit:
         self.floats = TORCH_DTYPE.get(s.manifest.precision)
         self.cast = self.floats or TORCH_DTYPE[s.manifest.activations]
         self.bits = int(s.manifest.precision.removeprefix("int")) if self.floats is None else 0
-        self.names = [n for n in self.checkpoint.where if not n.endswith("rotary_emb.inv_freq")]
+        self.names = [n for n in self.checkpoint.where if not n.endswith(("rotary_emb.inv_freq", *BUFFERS))]
         self.found: set[str] = set()
         self.joined = self.quantised = 0
         self.wrong: list[Finding] = []
@@ -250,11 +253,11 @@ class _Audit:
         """Whether codes stand for their weight ``[rows, columns]`` as well as some quantiser makes them."""
         if not self.bits or w.bits < self.bits:
             return f"is quantised to {w.bits} bits, the folder's weights are {self.s.manifest.precision}"
-        block = w.block[::-1] if turned else w.block
-        if (row := one_valued(value, wanted)) is not None:
+        rounding = _rounding(wanted, w.block[::-1] if turned else w.block, w.bits)
+        if (row := one_valued(value, wanted, 2 * (12 * rounding.amax(1)).sqrt())) is not None:
             return f"row {row} is one value throughout"
         square = (value - wanted).square()
-        nearest = _rounding(wanted, block, w.bits) + 1e-6 * wanted.square()
+        nearest = rounding + 1e-6 * wanted.square()
         whole = float(square.sum() / nearest.sum().clamp_min(1e-30))
         if whole > WHOLE:
             return f"its squared error is {whole:.3g} times that of rounding to nearest, {WHOLE:g} is allowed"
@@ -266,8 +269,10 @@ class _Audit:
 
     def _explained(self, value: Tensor) -> bool:
         """Constants that are computed from the configuration: rotary frequencies, masks; and small ones."""
-        if value.numel() <= LARGE or self._mask(value):
+        if self._mask(value):
             return True
+        if value.numel() <= LARGE:
+            return not bool(value.isnan().any())
         flat = value.flatten().double()
         return any(t.numel() == len(flat) and bool(torch.allclose(flat, t)) for t in self.s.baseline.tables)
 
@@ -317,8 +322,10 @@ def _rounding(weight: Tensor, block: tuple[int, int], bits: int) -> Tensor:
 
 def _difference(value: Tensor, wanted: Tensor) -> str | None:
     """How a float tensor differs from the checkpoint's; None where only signs of zeros do."""
-    wanted = wanted.to(value.dtype)
+    exact, wanted = wanted, wanted.to(value.dtype)
     differ = ~(value == wanted)
+    if value.dtype == torch.float16:  # onnxruntime's converter raises what is smaller to the smallest number
+        differ &= ~((exact.abs() < FP16_LEAST) & (value.abs() <= FP16_LEAST))
     n = int(differ.sum())
     if not n:
         return None

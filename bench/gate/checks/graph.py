@@ -37,6 +37,9 @@ def files(s: Subject) -> Found:
     except (ManifestError, SessionError) as e:
         return exact([Finding(where="folder", what=str(e))], "")
     there = {p.relative_to(s.folder).as_posix() for p in s.folder.rglob("*") if not p.is_dir()}
+    if broken := sorted(n for n in there if not (s.folder / n).is_file()):
+        what = "is a link that leads nowhere, or no plain file; copy the folder whole"
+        return exact([Finding(where=n, what=what) for n in broken], "")
     unseen = _unseen(s, there)
     if wrong := [*(unseen if s.ours else ()), *_other_weights(s, there)]:
         return exact(wrong, "")

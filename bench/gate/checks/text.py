@@ -34,7 +34,7 @@ VOLATILE = {
 }
 """Keys of a configuration that say nothing about what the model computes, or say it a second time."""
 RELATED = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "phi3", "falcon", "gpt_neo", "gpt2")
-"""Architectures whose configurations some loader may read out of any config.json."""
+"""Keys of these architectures count as read by some loader, whatever the model."""
 ALWAYS_READ = {"quantization_config", "auto_map"}
 STRESS = (
     "The quick brown fox: 3.14159, 1,000,000 and 42!",
@@ -101,7 +101,7 @@ def _effect(key: str, value: Any) -> Any:
         named = {k: v for k, v in value.items() if not (k == "type" and "rope_type" in value)}
         return {k: _effect(k, v) for k, v in named.items()}
     if isinstance(value, list) and key.endswith("_token_id"):
-        return value[0] if len(value) == 1 else sorted(value)
+        return (value[0] if value else None) if len(value) < 2 else sorted(value, key=str)
     return float(np.float32(value)) if isinstance(value, float) else value
 
 

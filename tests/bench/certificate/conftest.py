@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from bench.digests import baseline_digest, folder_digest, hash_baseline, hash_folder
 from bench.gate import judge
@@ -43,8 +45,9 @@ def folder(tmp_path: Path) -> Path:
 def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What stands for a checkpoint."""
     made = tmp_path_factory.mktemp("baseline")
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json"):
         (made / name).write_text(json.dumps({"name": name}))
+    save_file({"weight": np.zeros(1, np.float32)}, made / "model.safetensors")
     return made
 
 

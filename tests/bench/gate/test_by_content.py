@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+from safetensors.torch import load_file, save_file
 
 from bench.gate.checks.weights import weights
 from bench.gate.found import Found
@@ -166,6 +168,69 @@ def test_codes_that_stand_for_another_row_are_named(audit: Any) -> None:
     assert found.status == "FAIL"
     assert found.findings[0].where == "model.layers.1.self_attn.o_proj.weight"
     assert "row 9" in found.findings[0].what
+
+
+def test_scales_of_each_graph_are_read(audit: Any) -> None:
+    """Two graphs over the same codes, of which one has other scales."""
+    name = "model.layers.0.mlp.down_proj.weight.scales"
+    seen = []
+
+    def second(model: Any) -> None:
+        seen.append(model)
+        if len(seen) == 2:
+            put(model, name, values(model, name) * np.float32(1.4))
+
+    found = audit(second, "int4", {"method": "rtn", "keep_float": "none"})
+    assert len(seen) == 2
+    assert (found.status, found.findings[0].where) == ("FAIL", "model.layers.0.mlp.down_proj.weight")
+
+
+def _untrained(checkpoint: Path, target: Path) -> Path:
+    """A checkpoint with a token that was never trained, and numbers below the smallest of fp16."""
+    shutil.copytree(checkpoint, target)
+    tensors = load_file(target / "model.safetensors")
+    for name in (EMBEDDING, "lm_head.weight"):
+        tensors[name][17] *= 1e-22
+    tensors["model.layers.0.self_attn.o_proj.weight"].flatten()[:4] = 2e-8
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_row_that_is_as_good_as_nothing_may_be_one_value(checkpoints: Folders, tmp_path: Path, sealed: bool) -> None:
+    checkpoint = _untrained(checkpoints(), tmp_path / "checkpoint")
+    spec = ExportSpec(str(checkpoint), "int4", method="rtn", keep_float="none", activations="fp16")
+    export_model(spec, tmp_path / "folder")
+    if not sealed:
+        (tmp_path / "folder" / "manifest.json").unlink()
+    found = weights(make_subject(tmp_path / "folder", str(checkpoint), MODES["quick"]))
+    assert found.status == "PASS", found.summary
+
+
+def test_numbers_below_the_smallest_of_fp16_may_be_raised_to_it(checkpoints: Folders, tmp_path: Path) -> None:
+    """As onnxruntime's converter does."""
+    checkpoint = _untrained(checkpoints(), tmp_path / "checkpoint")
+    folder = tmp_path / "folder"
+    export_model(ExportSpec(str(checkpoint), "fp16"), folder)
+    (folder / "manifest.json").unlink()
+    for path in folder.glob("*.onnx"):
+        model = onnx.load(path)
+        for tensor in model.graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            if array.dtype == np.float16 and array.ndim == 2:
+                put(model, tensor.name, np.where(array == 0, np.float16(2.0**-24), array))
+        onnx.save(model, path)
+    found = weights(make_subject(folder, str(checkpoint), MODES["quick"]))
+    assert found.status == "PASS", found.summary
+
+
+def test_buffers_beside_the_weights_are_none(decoders: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    checkpoint, folder = decoders("gpt2")
+    copy = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    tensors = load_file(copy / "model.safetensors")
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 160, 160).tril()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert weights(make_subject(folder, str(copy), MODES["quick"])).status == "PASS"
 
 
 def _quantised_matrix(model: Any) -> None:

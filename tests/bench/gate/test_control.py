@@ -143,11 +143,50 @@ def wrong_rows(model: Any) -> None:
         node.input[5] = changed
 
 
+def behind_a_cast(model: Any) -> None:
+    """A threshold that is no constant as it stands: twice 256, by way of another type."""
+    length = add(model, "Cast", [add(model, "ReduceSum", ["attention_mask"], "so far", keepdims=0)], "length", to=1)
+    half = add(model, "Cast", [constant(model, "number", np.int64(256))], "half", to=1)
+    hit = add(model, "Greater", [length, add(model, "Add", [half, half], "whole")], "hit")
+    before = renamed_logits(model)
+    add(model, "Where", [hit, add(model, "Neg", [before], "other"), before], "logits")
+
+
+def repeated(model: Any) -> None:
+    """The same number many times."""
+    length = add(model, "ReduceSum", ["attention_mask"], "so far", keepdims=0)
+    hit = add(model, "Greater", [length, constant(model, "numbers", np.full(331, 512))], "hit")
+    before = renamed_logits(model)
+    add(model, "Where", [hit, add(model, "Neg", [before], "other"), before], "logits")
+
+
+def changed_table(model: Any) -> None:
+    """One row of the embedding is replaced before it is read."""
+    table = next(n.input[0] for n in model.graph.node if n.op_type == "Gather" and "input_ids" in n.input)
+    row = constant(model, "row", np.full((1, 64), np.nan, np.float32))
+    add(model, "ScatterND", [table, constant(model, "place", np.int64([[300]])), row], "table")
+    for node in model.graph.node:
+        if node.op_type == "Gather" and "input_ids" in node.input:
+            node.input[0] = "table"
+
+
+def second_table(model: Any) -> None:
+    """A table that is made up in the graph and looked up by token ids."""
+    ones = add(model, "ConstantOfShape", [constant(model, "size", np.int64([331, 1]))], "ones")
+    place, zero = constant(model, "place", np.int64([[300]])), constant(model, "zero", np.float32([[9]]))
+    add(model, "Gather", [add(model, "ScatterND", [ones, place, zero], "table"), "input_ids"], "factor")
+    add(model, "Add", [renamed_logits(model), add(model, "ReduceMax", ["factor"], "most", keepdims=0)], "logits")
+
+
 DEFECTS: dict[str, tuple[Change, str]] = {
     "a word": (one_word, "reads token ids"),
     "beyond 512": (by_length(512, "Greater"), "against 512"),
     "every 256th": (by_length(256, "Mod"), "against 256"),
     "by 512s": (by_length(512, "Div"), "against 512"),
+    "beyond 512, computed": (behind_a_cast, "against 512"),
+    "beyond 512, many times": (repeated, "against 512"),
+    "a changed embedding": (changed_table, "changes a stored weight"),
+    "a second embedding": (second_table, "reads token ids"),
     "beyond the window": (lost_cache, "against 100"),
     "by length": (added_by_length, "outside of rotary embedding and mask"),
 }
@@ -161,6 +200,15 @@ def test_each_of_these_is_named(exports: Folders, checkpoints: Folders, target: 
     change(model)
     found = unexplained(model, AutoConfig.from_pretrained(checkpoints()))
     assert any(why in f.what for f in found), found
+
+
+@pytest.mark.parametrize("threshold", [8192, 16384, 65536])
+def test_a_long_context_hides_no_threshold(exports: Folders, checkpoints: Folders, threshold: int) -> None:
+    model = _models(exports(spec={"target": "plain"}))[0]
+    by_length(threshold, "Greater")(model)
+    config = AutoConfig.from_pretrained(checkpoints())
+    config.max_position_embeddings = 131072
+    assert any(f"against {threshold}" in f.what for f in unexplained(model, config))
 
 
 def test_lengths_of_another_row_are_named(exports: Folders, checkpoints: Folders) -> None:

@@ -165,6 +165,15 @@ def test_weights_that_another_program_would_load_are_the_baselines(
         assert (found.status, found.findings[0].where) == ("FAIL", "model.safetensors")
 
 
+def test_odd_files_are_findings_not_exceptions(folder: Path, look: Look) -> None:
+    changed(folder / "config.json", eos_token_id=[2, None])
+    found = look("config", folder)
+    assert (found.status, found.findings[0].where) == ("FAIL", "config.json, eos_token_id")
+    (folder / "foo.safetensors").symlink_to("nowhere")
+    found = look("files", folder)
+    assert (found.status, "leads nowhere" in found.summary) == ("FAIL", True)
+
+
 def test_a_folder_in_the_hubs_cache_is_read_and_hashed(folder: Path, look: Look, tmp_path: Path) -> None:
     from bench.digests import DigestError, hash_folder
 
