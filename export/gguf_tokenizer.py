@@ -123,7 +123,10 @@ def gguf_tokenizer(path: Path, value: Callable[[str], Any]) -> GgufTokenizer:
         made = _byte_level(vocab, value(_KEY + "merges") or [], _RULES[name])
     else:
         add_bos = True
-        scores = dict(zip(tokens, value(_KEY + "scores"), strict=True))
+        stored = value(_KEY + "scores") or []
+        if len(stored) != len(tokens):
+            raise BrokenCheckpointError(f"{path} has {len(stored)} scores for {len(tokens)} tokens; convert it again")
+        scores = dict(zip(tokens, stored, strict=True))
         prefix = value(_KEY + "add_space_prefix") is not False
         made = _sentencepiece(vocab, scores, None if unk is None else tokens[unk], prefix)
     types = value(_KEY + "token_type") or []

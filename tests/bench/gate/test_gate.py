@@ -282,4 +282,4 @@ def test_items_longer_than_the_context_are_left_out_and_counted(
     found = validate(subject, [BY_NAME["greedy"]])
     subject.close()
     assert [o.item for o in found.evidence.outputs] == ["short"]
-    assert "left out of the data: 1 too long for the baseline's context" in found.notes
+    assert "items left out, too long for the baseline's context: 1" in found.notes
