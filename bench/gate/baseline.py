@@ -304,18 +304,6 @@ class Baseline:
         return self._residuals[key]
 
     @cached_property
-    def _rotary(self) -> Any:
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        return LlamaRotaryEmbedding(self.config)
-
-    @property
-    def frequencies(self) -> torch.Tensor:
-        """Rotary frequencies ``[head_dim / 2]``, fp64, radians a position."""
-        found: torch.Tensor = self._rotary.inv_freq.double()
-        return found
-
-    @cached_property
     def tables(self) -> list[torch.Tensor]:
         """What the model computes from its configuration alone, each flat in fp64: rotary frequencies, sinusoids,
         ALiBi's biases."""
@@ -332,8 +320,10 @@ class Baseline:
     def rope_rows(self, kind: str, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """``cos`` or ``sin`` ``[rows, head_dim / 2]`` in fp64 from transformers' frequencies, and what fp32 angles may
         be off at each place (half a unit in the last place of the angle, and of the result)."""
-        rotary = self._rotary
-        angles = np.arange(rows, dtype=np.float64)[:, None] * self.frequencies.numpy()[None]
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        rotary = LlamaRotaryEmbedding(self.config)
+        angles = np.arange(rows, dtype=np.float64)[:, None] * rotary.inv_freq.double().numpy()[None]
         function = np.cos if kind == "cos" else np.sin
         return function(angles) * float(rotary.attention_scaling), np.abs(angles) * 2.0**-23 + 2.0**-22
 

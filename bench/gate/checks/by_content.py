@@ -69,6 +69,7 @@ class _Audit:
         self.cast = self.floats or TORCH_DTYPE[s.manifest.activations]
         self.bits = int(s.manifest.precision.removeprefix("int")) if self.floats is None else 0
         self.names = [n for n in self.checkpoint.where if not n.endswith(("rotary_emb.inv_freq", *BUFFERS))]
+        self.joins = list(_joins(self.names))
         self.found: set[str] = set()
         self.joined = self.quantised = 0
         self.wrong: list[Finding] = []
@@ -126,7 +127,7 @@ class _Audit:
             if w.weight.bits:
                 continue
             value = self.reader.weight(w.weight, w.tensors)
-            shape = tuple(x for x in value.shape if x != 1) or (1,)
+            shape = _squeezed(value.shape)
             value = value.reshape(shape)
             index.setdefault((shape, value.dtype, _digest(value)), []).append(w)
             kinds.setdefault(shape, set()).add(value.dtype)
@@ -151,7 +152,7 @@ class _Audit:
         for name in self.names:
             if pair((name,)):
                 self.found.add(name)
-        for sources in self._joins():
+        for sources in self.joins:
             if not self.found.issuperset(sources) and pair(sources):
                 self.joined += len(set(sources) - self.found)
                 self.found |= set(sources)
@@ -177,19 +178,8 @@ class _Audit:
 
     # -- the checkpoint's side ---------------------------------------------------------------------------------------
 
-    def _joins(self) -> Iterator[Sources]:
-        """Tensors that exporters put together, side by side along their outputs."""
-        parts: dict[tuple[str, str], set[str]] = {}
-        for m in (_JOINED.match(n) for n in self.names):
-            if m:
-                parts.setdefault((m[1], m[3]), set()).add(m[2])
-        for (prefix, kind), there in parts.items():
-            for join in _JOINS:
-                if there.issuperset(join):
-                    yield tuple(f"{prefix}.{part}.{kind}" for part in join)
-
     def _shape(self, sources: Sources) -> tuple[int, ...]:
-        shapes = [tuple(x for x in self.checkpoint.shapes[n] if x != 1) or (1,) for n in sources]
+        shapes = [_squeezed(self.checkpoint.shapes[n]) for n in sources]
         return (sum(x[0] for x in shapes), *shapes[0][1:])
 
     def _read(self, sources: Sources) -> Tensor:
@@ -206,7 +196,7 @@ class _Audit:
         except ValueError as e:
             self.open.append(Finding(where=name, what=str(e), layer=layer_of(name)))
             return
-        value = value.reshape([x for x in value.shape if x != 1] or [1])
+        value = value.reshape(_squeezed(value.shape))
         finite = bool(value.isfinite().all())
         sources, turned = self._nearest(value, samples)
         wanted = self._read(sources).reshape(self._shape(sources)).float() if sources else None
@@ -231,7 +221,7 @@ class _Audit:
         best = math.inf
         choice: tuple[Sources, bool] = ((), False)
         ours = {turned: _sample(value.t() if turned else value) for turned in {False, value.ndim == 2}}
-        for sources in [(n,) for n in self.names] + list(self._joins()):
+        for sources in [*((n,) for n in self.names), *self.joins]:
             shape = self._shape(sources)
             for turned in ours:
                 if tuple(value.shape) != (shape[::-1] if turned else shape):
@@ -290,6 +280,22 @@ class _Audit:
         return any(bool((seen == m).all()) or bool((seen == ~m).all()) for m in masks)
 
 
+def _joins(names: Sequence[str]) -> Iterator[Sources]:
+    """Tensors that exporters put together, side by side along their outputs."""
+    parts: dict[tuple[str, str], set[str]] = {}
+    for m in map(_JOINED.match, names):
+        if m:
+            parts.setdefault((m[1], m[3]), set()).add(m[2])
+    for (prefix, kind), there in parts.items():
+        for join in _JOINS:
+            if there.issuperset(join):
+                yield tuple(f"{prefix}.{part}.{kind}" for part in join)
+
+
+def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(x for x in shape if x != 1) or (1,)
+
+
 def _bytes_of(tensor: Any) -> str:
     return hashlib.blake2b(tensor.SerializeToString()).hexdigest()
 
@@ -322,10 +328,10 @@ def _rounding(weight: Tensor, block: tuple[int, int], bits: int) -> Tensor:
 
 def _difference(value: Tensor, wanted: Tensor) -> str | None:
     """How a float tensor differs from the checkpoint's; None where only signs of zeros do."""
-    exact, wanted = wanted, wanted.to(value.dtype)
+    stored, wanted = wanted, wanted.to(value.dtype)
     differ = ~(value == wanted)
     if value.dtype == torch.float16:  # onnxruntime's converter raises what is smaller to the smallest number
-        differ &= ~((exact.abs() < FP16_LEAST) & (value.abs() <= FP16_LEAST))
+        differ &= ~((stored.abs() < FP16_LEAST) & (value.abs() <= FP16_LEAST))
     n = int(differ.sum())
     if not n:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +73,18 @@ def config(s: Subject) -> Found:
     except (ValueError, OSError, KeyError, TypeError, ExportError) as e:
         return exact([Finding(where="config.json", what=str(e).splitlines()[0][:160])], "")
     theirs = s.baseline.config.to_dict()
-    foreign = {k for k in ours.keys() ^ theirs.keys() if k not in VOLATILE and not _read_by_some_loader(k)}
+    foreign = {k for k in ours.keys() ^ theirs.keys() if k not in VOLATILE | _read_keys()}
     findings = _differences("config.json", *({k: v for k, v in c.items() if k not in foreign} for c in (ours, theirs)))
     notes = [f"keys that no loader reads: {', '.join(sorted(foreign)[:5])}"] if foreign else []
     return exact(findings, "config.json describes the baseline", notes)
 
 
-def _read_by_some_loader(key: str) -> bool:
+@cache
+def _read_keys() -> frozenset[str]:
+    """Keys of config.json that some loader reads."""
     from transformers import CONFIG_MAPPING
 
-    return key in ALWAYS_READ or any(key in CONFIG_MAPPING[name]().to_dict() for name in RELATED)
+    return frozenset(ALWAYS_READ).union(*(CONFIG_MAPPING[name]().to_dict() for name in RELATED))
 
 
 def _differences(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[Finding]:
