@@ -141,7 +141,7 @@ class Gate:
             BenchError: none of them concerns the folder.
         """
         asked = list(specs)
-        concerned = [spec for spec in asked if spec in self.specs]
+        concerned = [spec for spec in asked if not spec.target or spec in self.specs]
         if asked and not concerned:
             names = ", ".join(f"{spec.name} judges folders of --target {spec.target}" for spec in asked)
             raise BenchError(f"{names}; {self.subject.folder} is of another")
