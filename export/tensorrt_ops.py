@@ -1,8 +1,9 @@
 """What TensorRT's ONNX parser takes, as far as a LLaMA needs it: a check that runs without TensorRT.
 
-The list is the support matrix of onnx-tensorrt's parser (its documentation of 10.1), and the three operators of opset
-23 that it parses from 10.15 on: ``Attention`` with one output and no past inputs, ``RotaryEmbedding`` and
-``RMSNormalization``. It says that the parser knows the operators and types, not that an engine builds.
+The list is the support matrix of onnx-tensorrt's parser (its documentation of 10.1), and the operators of opsets 23 and
+24 that it parses from 10.15 on: ``Attention`` with one output and no past inputs, ``RotaryEmbedding``,
+``RMSNormalization`` and ``TensorScatter``. It says that the parser knows the operators and types, not that an engine
+builds.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ ALLOWED: dict[str, frozenset[int]] = {
     "Split": _ANY,
     "Squeeze": _ANY,
     "Sub": _NUMBERS,
+    "TensorScatter": FLOATS,
     "Transpose": _ANY,
     "Unsqueeze": _ANY,
     "Where": _ANY,
@@ -44,7 +46,7 @@ ALLOWED: dict[str, frozenset[int]] = {
 """Operators, each with the types that its first float, integer or boolean input may have."""
 CONSTANT_INPUTS = {"ReduceMax": (1,), "Slice": (3,), "Squeeze": (1,), "Unsqueeze": (1,), "Split": (1,)}
 """Inputs (by position) that the parser wants as initialisers: axes and split sizes."""
-OPSET = 23
+OPSET = 24
 
 
 def check_standard(model: onnx.ModelProto) -> list[str]:
