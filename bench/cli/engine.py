@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             f"{folder} computes in {UNFUSED_TYPE}, for which TensorRT has no fused attention; export it with "
             f"--precision fp16 or bf16 (int8 and int4: with --activations)"
         )
-    room = getattr(manifest, "longest_row", manifest.context_length) - args.new_tokens
+    room = manifest.longest_row - args.new_tokens
     if room < (args.prompt or 1):
         raise SessionError(
             f"--prompt {args.prompt or 1} and --new-tokens {args.new_tokens} are longer than a row of {folder}, "
