@@ -172,3 +172,15 @@ def test_a_gpu_that_the_compiler_does_not_know(
     asked = ["validate", str(exports()), "--baseline", str(checkpoints()), "--sm", "90"]
     assert main(asked) == 2
     assert "--sm '90': TensorRT-RTX compiles for 75, 80, 86, 89, 120, 121" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@compiles
+def test_the_demo_model_compiles_in_fp16(
+    demo_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "fp16"
+    assert main(["export", "demo", str(folder), "--precision", "fp16", "--target", "tensorrt"]) == 0
+    asked = ["validate", str(folder), "--baseline", "demo", "--only", NAME, "--sm", "89,120", "--mode", "quick"]
+    assert main([*asked, "--out", str(tmp_path / "page")]) in (0, 3)  # one check alone is no verdict
+    assert "60 caches updated in place, 30 attentions whole, engines for SM 89, 120" in capsys.readouterr().out
