@@ -43,7 +43,6 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ONNX_DTYPE = {**ONNX_TYPE, "uint8": int(TensorProto.UINT8)}
 ONNX_DTYPE |= {"int8": int(TensorProto.INT8), "int4": int(TensorProto.INT4)}
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "uint8": torch.uint8}
-TORCH_DTYPE |= {"int8": torch.int8, "int4": torch.uint8}  # bytes of two codes
 
 
 @dataclass(frozen=True)
@@ -214,8 +213,8 @@ class _Weights:
     ) -> str:
         if name not in self.recipes:
             dtype = dtype or self.spec.float_type
-            count = math.prod(shape)
-            nbytes = -(-count // 2) if dtype == "int4" else TORCH_DTYPE[dtype].itemsize * count
+            width = BITS[dtype] if dtype in BITS else 8 * TORCH_DTYPE[dtype].itemsize
+            nbytes = -(-math.prod(shape) * width // 8)
             offset = -(-self.end // ALIGNMENT) * ALIGNMENT
             self.recipes[name] = Weight(name, sources, transform, shape, dtype, offset, nbytes, bits)
             self.end = offset + nbytes
