@@ -76,7 +76,7 @@ class ExportSpec:
             floats = "fp16" if self.target == "tensorrt" else "fp32"
             object.__setattr__(self, "activations", floats if quantised else self.precision)
         defaults = {
-            "method": {"int8": "rtn", "int4": "kquant" if self.standard else "hqq"}.get(self.precision),
+            "method": {"int8": "rtn", "int4": "hqq"}.get(self.precision),
             # int8 in blocks of 16 with the sensitive parts in floats: see the export table for what each costs.
             "block_size": {"int8": 16, "int4": 32}.get(self.precision),
             "accuracy_level": 4 if quantised else None,

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_argument_group("int8 and int4")
     weights.add_argument(
         "--method",
-        help="rtn, hqq, kquant or gptq (default: rtn for int8, hqq for int4; kquant for int4 with --target tensorrt)",
+        help="rtn, hqq, kquant or gptq (default: rtn for int8, hqq for int4)",
     )
     weights.add_argument(
         "--block-size", type=int, metavar="N", help="weights that share a scale (default: 16 for int8, 32 for int4)"
