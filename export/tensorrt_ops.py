@@ -13,6 +13,7 @@ from onnx import TensorProto
 
 PARSER_VERSION = "10.15"
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16})
+CODES = frozenset({TensorProto.INT8, TensorProto.INT4})
 _ANY = FLOATS | {TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL}
 _NUMBERS = FLOATS | {TensorProto.INT32, TensorProto.INT64}
 ALLOWED: dict[str, frozenset[int]] = {
@@ -21,6 +22,7 @@ ALLOWED: dict[str, frozenset[int]] = {
     "Attention": FLOATS,
     "Cast": _ANY,
     "Concat": _ANY,
+    "DequantizeLinear": CODES,
     "Gather": _ANY,
     "GatherND": _ANY,
     "GreaterOrEqual": _NUMBERS,
@@ -44,8 +46,9 @@ ALLOWED: dict[str, frozenset[int]] = {
     "Where": _ANY,
 }
 """Operators, each with the types that its first float, integer or boolean input may have."""
-CONSTANT_INPUTS = {"ReduceMax": (1,), "Slice": (3,), "Squeeze": (1,), "Unsqueeze": (1,), "Split": (1,)}
-"""Inputs (by position) that the parser wants as initialisers: axes and split sizes."""
+CONSTANT_INPUTS = {"DequantizeLinear": (0, 1), "ReduceMax": (1,), "Slice": (3,), "Split": (1,)}
+CONSTANT_INPUTS |= {"Squeeze": (1,), "Unsqueeze": (1,)}
+"""Inputs (by position) that the parser wants as initialisers: axes, split sizes, codes and scales."""
 OPSET = 24
 
 
@@ -60,7 +63,7 @@ def check_standard(model: onnx.ModelProto) -> list[str]:
     types = {t.name: t.data_type for t in model.graph.initializer}
     types |= {v.name: v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.value_info]}
     for tensor in model.graph.initializer:
-        if tensor.data_type not in _ANY:
+        if tensor.data_type not in _ANY | CODES:
             wrong.append(f"{tensor.name}: type {TensorProto.DataType.Name(tensor.data_type)}")
     for node in model.graph.node:
         name = node.name or node.op_type
@@ -78,6 +81,8 @@ def check_standard(model: onnx.ModelProto) -> list[str]:
                 wrong.append(f"{name}: Attention may have one output only")
             if any(node.input[4:]):
                 wrong.append(f"{name}: Attention may not take past keys and values")
+        if node.op_type == "DequantizeLinear" and any(node.input[2:]):
+            wrong.append(f"{name}: DequantizeLinear may not have a zero point")
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
             wrong.append(f"{name}: has a subgraph")
     return wrong

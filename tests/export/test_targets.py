@@ -165,7 +165,7 @@ def test_gpt_neo_without_plain_is_told_about_it(decoders: Callable[[str], tuple[
 @pytest.mark.parametrize(
     "fields",
     [
-        {"precision": "int8", "target": "tensorrt"},
+        {"precision": "int8", "target": "plain"},
         {"precision": "fp32", "method": "hqq"},
         {"precision": "int4", "method": "awq"},
         {"precision": "int4", "block_size": 33},
