@@ -50,7 +50,10 @@ def expected_counts(config: PretrainedConfig, spec: ExportSpec) -> dict[str, int
     bits = [(spec.bits_of(name, layers), k) for name, k in linear]
     quantised = sum(b is not None for b, _ in bits)
     offsets = sum(b is not None and spec.float_zero(b) and k % spec.block == 0 for b, k in bits)
-    counts = {"MatMul": len(bits) - quantised + offsets, "MatMulNBits": quantised}
+    if spec.standard:
+        counts = {"MatMul": len(bits), "DequantizeLinear": quantised}
+    else:
+        counts = {"MatMul": len(bits) - quantised + offsets, "MatMulNBits": quantised}
     if spec.embedding != "float":
         counts["GatherBlockQuantized"] = 1
     if spec.attention == "Attention":
@@ -87,7 +90,7 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSp
     biases += 3 * config.num_hidden_layers * bool(getattr(config, "mlp_bias", False))
     per_layer, fixed = NODE_BUDGET[spec.attention]
     per_layer += 18 * (spec.zero_points == "float")
-    fixed += 4 * (spec.lm_head == "int4") + (spec.float_type == "bf16")
+    fixed += 4 * (spec.lm_head == "int4") + (spec.float_type == "bf16") + expected.get("DequantizeLinear", 0)
     budget = per_layer * config.num_hidden_layers + fixed + biases
     if len(model.graph.node) > budget:
         wrong.append(f"{len(model.graph.node)} nodes where {budget} are enough")

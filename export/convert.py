@@ -3,7 +3,8 @@
 The skeleton lives on PyTorch's ``meta`` device except for one number per parameter, so a 70B model traces in the
 memory of a small one. Marker operators become ``MatMul`` (and ``Add`` for biases); every weight becomes an
 initialiser with an external-data location that :mod:`export.weights` fills. For int8 and int4 the marker becomes
-``MatMulNBits`` over codes, scales and zero points of one weight.
+``MatMulNBits`` over codes, scales and zero points of one weight, or, with standard operators, ``DequantizeLinear`` and
+``MatMul``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ ALIGNMENT = 4096
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ONNX_DTYPE = {**ONNX_TYPE, "uint8": int(TensorProto.UINT8)}
+ONNX_DTYPE |= {"int8": int(TensorProto.INT8), "int4": int(TensorProto.INT4)}
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "uint8": torch.uint8}
 
 
@@ -235,7 +237,8 @@ class _Weights:
     ) -> str:
         if name not in self.recipes:
             dtype = dtype or self.spec.float_type
-            nbytes = TORCH_DTYPE[dtype].itemsize * math.prod(shape)
+            width = BITS[dtype] if dtype in BITS else 8 * TORCH_DTYPE[dtype].itemsize
+            nbytes = -(-math.prod(shape) * width // 8)
             offset = -(-self.end // ALIGNMENT) * ALIGNMENT
             self.recipes[name] = Weight(name, sources, transform, shape, dtype, offset, nbytes, bits)
             self.end = offset + nbytes
@@ -250,11 +253,16 @@ class _Weights:
         """Codes, scales and, but for symmetric ones, zero points; neighbours in the file.
 
         The codes are in MatMulNBits' layout, whose last block is filled up; ``looked_up``: in GatherBlockQuantized's,
-        ``[rows, columns]``, which gives out what it holds.
+        ``[rows, columns]``, which gives out what it holds; with standard operators in DequantizeLinear's.
         """
         rows, columns = sum(self.shapes[s][0] for s in sources), self.shapes[sources[0]][1]
         block = self.spec.block
         blocks = -(-columns // block)
+        if self.spec.standard:
+            return [
+                self.add(f"{name}.codes", sources, "codes_transposed", (columns, rows), f"int{bits}", bits),
+                self.add(f"{name}.scales", sources, "scales_transposed", (blocks, rows), bits=bits),
+            ]
         parts: dict[str, tuple[tuple[int, ...], str | None]] = {
             "codes": ((rows, columns) if looked_up else (rows, blocks, block * bits // 8), "uint8"),
             "scales": ((rows, blocks), None),
@@ -296,6 +304,13 @@ def _linear_nodes(
     if bits is None:
         used = [weights.linear(sources, name)]
         nodes = [node("MatMul", [x, *used], product)]
+    elif spec.standard:
+        used = weights.quantised(sources, name, bits)
+        values = f"{label}.dequantised"
+        nodes = [
+            node("DequantizeLinear", used, values, axis=0, block_size=spec.block),
+            node("MatMul", [x, values], product),
+        ]
     else:
         used = weights.quantised(sources, name, bits)
         offsets = next((n for n in used if weights.recipes[n].transform == "offsets"), None)

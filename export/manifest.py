@@ -115,7 +115,9 @@ class Weight:
     ``transform`` is ``copy``, ``transpose``, ``concat_transpose`` (rows joined, then transposed), ``concat``, ``rope``
     (computed from the configuration, no source), or ``codes``, ``scales``, ``zero_points``: the parts of a weight
     quantised to ``bits`` in MatMulNBits' layout. ``offsets`` ``[blocks, rows]`` stand for zero points that are real
-    numbers: ``(8 - zero point) x scale``.
+    numbers: ``(8 - zero point) x scale``. ``codes_transposed`` ``[columns, rows]`` and ``scales_transposed``
+    ``[blocks, rows]`` are the parts in DequantizeLinear's layout: signed codes around 0, of dtype ``int8`` or ``int4``
+    (two a byte over the whole tensor, the first in the low nibble).
     """
 
     name: str

@@ -337,6 +337,7 @@ class _Export:
                 scale_dtype=TORCH_DTYPE[spec.float_type],
                 float_zero=spec.float_zero(recipe.bits),
                 symmetric=spec.symmetric,
+                positive=spec.standard,
             )
 
         return apply

@@ -53,7 +53,7 @@ class Packed:
 
     Attributes:
         codes: uint8 [N, blocks, block * bits // 8]; with 4 bits the first of two codes is in the low nibble.
-        scales: [N, blocks] in the storage type, of either sign; 0 for a block of zeros.
+        scales: [N, blocks] in the storage type, of either sign, 0 for a block of zeros (but see ``positive``).
         zero_points: uint8 [N, ceil(blocks * bits / 8)], packed like the codes; or, real-valued, [N, blocks] in the
             type of the scales; None means ``2 ** (bits - 1)`` throughout.
     """
@@ -72,6 +72,7 @@ def quantize(
     hessian: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float32,
     float_zero: bool = False,
+    positive: bool = False,
 ) -> Packed:
     """Quantise a weight, in pieces of rows: beyond input and result 20 MB a thread are needed (gptq: and the factor).
 
@@ -90,16 +91,18 @@ def quantize(
         scale_dtype: type of the scales. They are rounded to it before codes are chosen.
         float_zero: real-valued zero points, for 4 bits (ONNX Runtime refuses them with 8). ONNX Runtime's CPU kernel
             then expands the weight at every call: exact for weights that came from a grid, but slow.
+        positive: every scale is above 0, that of a block of zeros too; for symmetric grids. TensorRT's parser refuses
+            other scales.
 
     Raises:
         BrokenCheckpointError: the weight holds NaN or infinity.
         UnsupportedModelError: a scale is too large for ``scale_dtype``.
         ValueError: a wrong argument, by name; a missing or unusable hessian.
     """
-    _check(weight, bits, block, method, symmetric, hessian, scale_dtype, float_zero)
+    _check(weight, bits, block, method, symmetric, hessian, scale_dtype, float_zero, positive)
     n, k = weight.shape
     blocks = -(-k // block)
-    grid = _Grid(2**bits - 1, symmetric, float_zero, scale_dtype)
+    grid = _Grid(2**bits - 1, symmetric, float_zero, scale_dtype, positive)
     root = _inverse_root(hessian) if hessian is not None else None
     packed_codes = torch.empty(n, blocks, block * bits // 8, dtype=torch.uint8)
     scales = torch.empty(n, blocks)
@@ -234,6 +237,7 @@ def _check(
     hessian: Tensor | None,
     scale_dtype: torch.dtype,
     float_zero: bool,
+    positive: bool,
 ) -> None:
     if weight.ndim != 2 or not weight.numel() or not weight.dtype.is_floating_point:
         raise ValueError(f"weight must be [N, K] of a float type, not {list(weight.shape)} of {weight.dtype}")
@@ -247,6 +251,8 @@ def _check(
         raise ValueError(f"scale_dtype must be float16, bfloat16 or float32, not {scale_dtype}")
     if float_zero and (symmetric or bits != 4):
         raise ValueError("float_zero goes with asymmetric 4-bit weights only: MatMulNBits takes no others")
+    if positive and not symmetric:
+        raise ValueError("positive goes with symmetric weights only: the scales of others are never negative")
     if (method == "gptq") != (hessian is not None):
         raise ValueError("method 'gptq' needs a hessian (2/n X^T X of the layer's inputs); the others take none")
     if hessian is not None and hessian.shape != (weight.shape[1], weight.shape[1]):
@@ -278,12 +284,13 @@ def _encode(values: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Grid:
-    """What may be stored: codes 0..``top``, which zero points, scales of which type."""
+    """What may be stored: codes 0..``top``, which zero points, scales of which type and sign."""
 
     top: int
     symmetric: bool
     float_zero: bool
     dtype: torch.dtype
+    positive: bool = False
 
     def store(self, scale: Tensor) -> Tensor:
         """Positive fp64 scales as the type holds them, in fp32: to nearest, upwards where clipping would follow.
@@ -309,6 +316,9 @@ class _Grid:
         low, high = values.amin(1).double(), values.amax(1).double()
         if self.symmetric:
             half = (self.top + 1) // 2
+            if self.positive:
+                scale = self.store(torch.maximum(-low / half, high / (half - 0.5)))
+                return scale.where(scale != 0, 1.0), torch.full_like(scale, half)
             # Codes reach one step further below zero than above, so the larger side goes below, by the scale's sign.
             larger, smaller = torch.maximum(high, -low), torch.minimum(high, -low)
             scale = self.store(torch.maximum(larger / half, smaller / (half - 0.5)))

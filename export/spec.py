@@ -33,14 +33,15 @@ class ExportSpec:
             (optimum's own graph, for any decoder that optimum exports with past).
         revision: branch, tag or commit when ``model`` is a hub id.
         activations: type of activations, scales and KV cache; the precision itself unless that is int8 or int4,
-            then fp32.
+            then fp32, or fp16 for target ``tensorrt``, which has no fused attention in fp32.
         provider: ``any``, or ``cuda`` for a graph that has to run on ONNX Runtime's CUDA provider: it has no
             GroupQueryAttention for fp32, so that combination gets standard operators.
         method: how weights become integers: ``rtn`` (round to nearest), ``hqq``, ``kquant`` or ``gptq`` (calibrated).
         block_size: weights that share a scale, along the input axis.
-        accuracy_level: MatMulNBits' own: 0 computes in the activations' type, 4 in int8.
+        accuracy_level: MatMulNBits' own: 0 computes in the activations' type, 4 in int8. With standard operators it
+            is ONNX Runtime's session option on the CPU; TensorRT computes in the activations' type.
         zero_points: ``integer``; ``float``: real ones fit better and cost a small product more (4 bits only); ``none``:
-            zero is the middle code of every block, which is fastest and fits worst.
+            zero is the middle code of every block, which is fastest and fits worst, and all that TensorRT takes.
         keep_float: comma-separated parts that stay in the activations' type: ``qkv``, ``o``, ``gate``, ``up``,
             ``down``, ``first:N`` and ``last:N`` layers, or ``none``.
         lm_head: ``float``, ``int8`` or ``int4``.
@@ -74,8 +75,10 @@ class ExportSpec:
         if not self.model:
             raise ExportError("no model given; pass a folder, a GGUF file, a hub id or 'demo'")
         quantised = self.precision in BITS
+        if self.activations is None:  # the other defaults depend on it
+            floats = "fp16" if self.target == "tensorrt" else "fp32"
+            object.__setattr__(self, "activations", floats if quantised else self.precision)
         defaults = {
-            "activations": "fp32" if quantised else self.precision,
             "method": {"int8": "rtn", "int4": "hqq"}.get(self.precision),
             # int8 in blocks of 16 with the sensitive parts in floats: see the export table for what each costs.
             "block_size": {"int8": 16, "int4": 32}.get(self.precision),
@@ -121,10 +124,20 @@ class ExportSpec:
                     continue
                 one_of("part in keep-float", part, KEEP[:6])
             one_of("accuracy-level", self.accuracy_level or 0, (0, 1, 2, 3, 4))
-            if self.target != "ort":
+            if self.target == "plain":
                 raise ExportError(
-                    f"{self.precision} exists for target 'ort' only (MatMulNBits); TensorRT and plain graphs take "
+                    f"{self.precision} exists for the targets 'ort' and 'tensorrt'; plain graphs take "
                     f"{', '.join(FLOATS)}"
+                )
+            if self.standard and not self.symmetric:
+                raise ExportError(
+                    f"--zero-points {self.zero_points} needs MatMulNBits; TensorRT refuses every zero point but 0. "
+                    f"Pass --zero-points none"
+                )
+            if self.standard and self.embedding != "float":
+                raise ExportError(
+                    f"--embedding {self.embedding} needs GatherBlockQuantized, which TensorRT lacks; "
+                    f"pass --embedding float"
                 )
         elif self.float_type != self.precision:
             raise ExportError(f"--activations {self.activations} belongs to int8 and int4; use --precision instead")
@@ -144,11 +157,18 @@ class ExportSpec:
         """``GroupQueryAttention``, ``Attention`` (standard, opset 24) or ``unfused``."""
         if self.target == "plain":
             return "unfused"
-        if self.target == "tensorrt" or (self.provider == "cuda" and self.float_type == "fp32"):
-            return "Attention"
-        return "GroupQueryAttention"
+        return "Attention" if self.standard else "GroupQueryAttention"
+
+    @property
+    def standard(self) -> bool:
+        """Whether the graph has ONNX's own operators only, in which int8 and int4 are ``DequantizeLinear``."""
+        return self.target == "tensorrt" or (
+            self.target == "ort" and self.provider == "cuda" and self.float_type == "fp32"
+        )
 
     def _zero_points(self) -> str:
+        if self.standard:
+            return "none"
         return "float" if self.precision == "int4" and (self.method or "hqq") in ("hqq", "kquant") else "integer"
 
     def bits_of(self, weight: str, layers: int) -> int | None:

@@ -26,7 +26,7 @@ from export.data_file import DataFile
 from export.errors import BrokenCheckpointError, UnsupportedModelError
 from export.manifest import Weight
 from export.process import torch_threads
-from export.quantize import Packed
+from export.quantize import Packed, pack, unpack
 
 # A piece of the file in the making, small enough for a cache.
 _PIECE = 1 << 21
@@ -36,6 +36,10 @@ _HEADER = 8
 _ALIGNED = 64
 # A buffer above this goes back to the system when half of it is no longer needed.
 _LARGE = 128 << 20
+# The parts of a quantised weight that are made with its codes.
+_AFTER_CODES = ("scales", "zero_points", "offsets", "scales_transposed")
+# Columns of a piece are a multiple of this, so that no 4-bit code is cut off from the one it shares a byte with.
+_EVEN = 16
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BUFFERS = tuple(
     f".{layer}.{name}" for layer in ("attn", "attention") for name in ("bias", "masked_bias", "causal_mask")
@@ -346,7 +350,7 @@ def _read_ahead(
     buffers = [_Buffer(), _Buffer()]
 
     def load(recipe: Weight, buffer: _Buffer) -> list[Tensor]:
-        if recipe.transform in ("rope", "scales", "zero_points", "offsets"):
+        if recipe.transform in ("rope", *_AFTER_CODES):
             return []
         sizes = [-(-checkpoint.nbytes(name) // _ALIGNED) * _ALIGNED for name in recipe.sources]
         memory = buffer.of(sum(sizes))
@@ -400,14 +404,15 @@ class _Maker:
         """One initialiser, in the shape and type that the graph declares."""
         if recipe.transform == "rope":
             return iter([self._rope[recipe.name].to(TORCH_DTYPE[recipe.dtype]).contiguous()])
-        if recipe.transform in ("scales", "zero_points", "offsets"):
+        if recipe.transform in _AFTER_CODES:
             assert self._packed is not None  # the codes came just before
             return iter([_part(recipe, self._packed)])
         self._packed = None  # freed before the next weight is made
-        if recipe.transform == "codes":
+        if recipe.transform in ("codes", "codes_transposed"):
             assert self._quantiser is not None
             self._packed = self._quantiser(recipe, _joined(sources))
-            return iter([_part(recipe, self._packed)])
+            turned = recipe.transform == "codes_transposed"
+            return _turned_codes(recipe, self._packed) if turned else iter([_part(recipe, self._packed)])
         return _finite(recipe, pieces(recipe, sources))
 
 
@@ -437,11 +442,27 @@ def _part(recipe: Weight, packed: Packed) -> Tensor:
     if recipe.transform == "offsets":
         assert packed.zero_points is not None
         part = ((8 - packed.zero_points.float()) * packed.scales.float()).t()
+    elif recipe.transform == "scales_transposed":
+        part = packed.scales.t()
     else:
         part = getattr(packed, recipe.transform)
     if recipe.transform == "codes" and len(recipe.shape) == 2:
         part = part.flatten(1)[:, : recipe.shape[1]]  # the last block as long as it is
     return part.to(TORCH_DTYPE[recipe.dtype]).reshape(recipe.shape).contiguous()
+
+
+def _turned_codes(recipe: Weight, packed: Packed) -> Iterator[Tensor]:
+    """Symmetric codes as DequantizeLinear reads them, signed and ``[columns, rows]``, in pieces of whole columns."""
+    columns, rows = recipe.shape
+    bits = recipe.bits
+    codes = packed.codes.view(rows, -1)
+    step = max(_EVEN, _PIECE // rows // _EVEN * _EVEN)
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        piece = unpack(codes[:, start * bits // 8 : -(-stop * bits // 8)], bits, stop - start)
+        # The middle code becomes 0: in two's complement that is the highest bit flipped.
+        signed = piece.t().contiguous() ^ (1 << (bits - 1))
+        yield pack(signed.view(1, -1), bits)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

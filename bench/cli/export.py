@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(add)
     add("--force", action="store_true", help="replace an earlier export at OUT")
     weights = parser.add_argument_group("int8 and int4")
-    weights.add_argument("--method", help="rtn, hqq, kquant or gptq (default: rtn for int8, hqq for int4)")
+    weights.add_argument(
+        "--method",
+        help="rtn, hqq, kquant or gptq (default: rtn for int8, hqq for int4)",
+    )
     weights.add_argument(
         "--block-size", type=int, metavar="N", help="weights that share a scale (default: 16 for int8, 32 for int4)"
     )
@@ -53,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--zero-points",
         metavar="KIND",
-        help="integer, float, or none: symmetric, fastest (default: float for int4 by hqq and kquant, else integer)",
+        help="integer, float, or none: symmetric, fastest, all that TensorRT takes (default: none with --target "
+        "tensorrt, float for int4 by hqq and kquant, else integer)",
     )
     weights.add_argument(
         "--keep-float",
@@ -61,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="parts that are not quantised: none, or a list of qkv, o, gate, up, down, first:N, last:N",
     )
     weights.add_argument(
-        "--activations", metavar="TYPE", help="type of activations and KV cache: fp32 (default), fp16 or bf16"
+        "--activations",
+        metavar="TYPE",
+        help="type of activations and KV cache: fp32 (default; with --target tensorrt fp16), fp16 or bf16",
     )
     weights.add_argument(
         "--lm-head", metavar="TYPE", help="float, int8 or int4 (default: int8 with --precision int4, else float)"

@@ -7,6 +7,7 @@ Try: ``python -m pytest tests/bench/defects/test_defects.py -k workshop``.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bench.gate.localize import link_or_copy
 from export.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
+from export.quantize import pack, unpack
 
-NUMPY = {"fp32": np.float32, "fp16": np.float16, "uint8": np.uint8}
+NUMPY = {"fp32": np.float32, "fp16": np.float16, "uint8": np.uint8, "int8": np.int8}
 
 
 class Workshop:
@@ -69,9 +72,17 @@ class Workshop:
 
     @contextmanager
     def weight(self, name: str) -> Iterator[NDArray[Any]]:
-        """A stored weight as a writable array, in the shape and type of the manifest."""
+        """A stored weight as a writable array, in the shape and type of the manifest; 4-bit codes as int8."""
         m = self.manifest
         found = next(w for w in m.weights if w.name == name)
+        if found.dtype == "int4":
+            data = np.memmap(self.own(m.data_file), np.uint8, "r+", offset=found.offset, shape=(1, found.nbytes))
+            signed = unpack(torch.from_numpy(data), 4, math.prod(found.shape)).to(torch.int8)
+            codes = torch.where(signed > 7, signed - 16, signed)
+            yield codes.view(found.shape).numpy()
+            data[:] = pack((codes & 15).to(torch.uint8), 4).numpy()
+            data.flush()
+            return
         array = np.memmap(self.own(m.data_file), NUMPY[found.dtype], "r+", offset=found.offset, shape=found.shape)
         yield array
         array.flush()

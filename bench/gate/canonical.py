@@ -49,6 +49,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Cast": {"saturate": 1},
     "Shape": {"start": 0},
     "MatMulNBits": {"accuracy_level": 0, "bits": 4, "weight_prepacked": 0},
+    "DequantizeLinear": {"axis": 1, "block_size": 0, "output_dtype": 0},
     "GatherBlockQuantized": {"bits": 4, "block_size": 128, "quantize_axis": 1, "gather_axis": 0},
 }
 """Values that an attribute has when it is not written, by operator (ONNX and ONNX Runtime's operator documentation)."""

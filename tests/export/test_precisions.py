@@ -94,6 +94,7 @@ def packed_weights(
                 scale_dtype=TYPES[spec.float_type],
                 float_zero=spec.zero_points == "float" and n == 4,
                 symmetric=spec.zero_points == "none",
+                positive=spec.target == "tensorrt",
             ),
         )
     return out

@@ -26,6 +26,7 @@ from export.quantize import (
 
 BLOCK = 32
 SHAPE = (48, 256)
+POSITIVE = {"symmetric": True, "positive": True}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -161,7 +162,7 @@ def test_codes_survive_packing(rows: int, count: int, bits: int, seed: int) -> N
 @given(
     st.sampled_from([4, 8]),
     st.sampled_from([16, 64]),
-    st.sampled_from([{}, {"symmetric": True}, {"float_zero": True}]),
+    st.sampled_from([{}, {"symmetric": True}, {"float_zero": True}, POSITIVE]),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     st.integers(1, 150),
     st.floats(-1, 1),
@@ -193,7 +194,9 @@ def test_bound_notices_a_changed_weight(change: str) -> None:
 
 
 @pytest.mark.parametrize("make", [gaussian, heavy_tailed])
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"float_zero": True}, {"scale_dtype": torch.float16}])
+@pytest.mark.parametrize(
+    "options", [{}, {"symmetric": True}, POSITIVE, {"float_zero": True}, {"scale_dtype": torch.float16}]
+)
 @pytest.mark.parametrize("method", ["hqq", "kquant"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_beats_rtn(bits: int, method: str, options: dict[str, Any], make: Any) -> None:
@@ -209,7 +212,7 @@ def test_beats_rtn(bits: int, method: str, options: dict[str, Any], make: Any) -
 
 
 @pytest.mark.parametrize("method", ["hqq", "kquant"])
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"float_zero": True}])
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, POSITIVE, {"float_zero": True}])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_no_block_is_worse_than_by_rtn(scale_dtype: torch.dtype, options: dict[str, Any], method: str) -> None:
     """By the method's own measure: squared error, weighted by magnitude for kquant."""
@@ -356,7 +359,10 @@ def every_method(weight: Tensor, bits: int, **options: Any) -> list[Packed]:
     return [quantize(weight, bits, BLOCK, m, hessian=hessian if m == "gptq" else None, **options) for m in METHODS]
 
 
-CASES: list[tuple[int, dict[str, Any]]] = [(4, {}), (4, {"symmetric": True}), (4, {"float_zero": True}), (8, {})]
+CASES: list[tuple[int, dict[str, Any]]] = [
+    *((4, {}), (4, {"symmetric": True}), (4, {"float_zero": True}), (8, {})),
+    *((4, POSITIVE), (8, POSITIVE)),
+]
 
 
 @pytest.mark.parametrize(("bits", "options"), CASES)
@@ -377,14 +383,29 @@ def test_zero_blocks_stay_zero(bits: int, options: dict[str, Any], scale_dtype: 
         for level in (0, 4):
             assert not run_matmul(packed, bits, BLOCK, torch.ones(1, 100), level)[0, 2]
     rtn = quantize(weight, bits, BLOCK, "rtn", scale_dtype=scale_dtype, **options)
+    if "positive" in options:  # TensorRT's parser refuses a scale of 0
+        assert bool((rtn.scales > 0).all())
+        return
     assert (rtn.scales == 0).nonzero().tolist() == [[2, 0], [2, 1], [2, 2], [2, 3], [4, 1], [5, 3]]
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq", "kquant"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("magnitude", [1, 1e-7])
+def test_positive_scales(magnitude: float, bits: int, method: str) -> None:
+    """Of blocks with their largest value on either side, in fp16, whose smallest number a scale must not fall below."""
+    packed = quantize(gaussian() * magnitude, bits, BLOCK, method, scale_dtype=torch.float16, **POSITIVE)
+    assert bool((packed.scales > 0).all())
+    assert not bool((quantize(gaussian(), bits, BLOCK, method, symmetric=True).scales > 0).all())
 
 
 @pytest.mark.parametrize(("bits", "options"), CASES)
 @pytest.mark.parametrize("value", [0.37, -1e-3])
 def test_constant_blocks(bits: int, options: dict[str, Any], value: float) -> None:
     weight = torch.full((3, 80), value)
-    for packed in every_method(weight, bits, **options)[:3]:
+    # Rounding to nearest may clip the largest value by half a step where codes end at 7 and the scale has no sign.
+    clips = "positive" in options and value > 0
+    for packed in every_method(weight, bits, **options)[1 if clips else 0 : 3]:
         assert dequantize(packed, bits, BLOCK, 80) == pytest.approx(weight, rel=1e-5)
 
 
@@ -446,7 +467,7 @@ def test_scales_out_of_the_types_range() -> None:
 
 
 @pytest.mark.parametrize("method", ["rtn", "hqq", "kquant"])
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"float_zero": True}])
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, POSITIVE, {"float_zero": True}])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_padding_takes_no_part(offset: float, options: dict[str, Any], method: str) -> None:
     """The short last block gets the grid it would get in a matrix of its own, and its padding decodes to zero."""
@@ -489,6 +510,7 @@ def test_refuses_non_finite_weights(method: str, column: int, bad: float, monkey
         ({"scale_dtype": torch.float64}, "scale_dtype"),
         ({"float_zero": True, "bits": 8}, "float_zero"),
         ({"float_zero": True, "symmetric": True}, "float_zero"),
+        ({"positive": True}, "positive goes with symmetric"),
         ({"weight": torch.ones(32)}, "weight must be"),
         ({"weight": torch.ones(2, 32, dtype=torch.int8)}, "weight must be"),
         ({"weight": torch.ones(2, 0)}, "weight must be"),

@@ -90,10 +90,10 @@ def _audit(s: Subject, reader: TensorReader, places: dict[str, str], tensors: di
         if recipe is None or recipe.transform == "rope":
             continue
         try:
-            if recipe.transform in ("scales", "zero_points", "offsets"):
+            if recipe.transform in ("scales", "zero_points", "offsets", "scales_transposed"):
                 continue  # judged together with their codes
             sources = [checkpoint.read(x) for x in recipe.sources]
-            if recipe.transform == "codes":
+            if recipe.transform in ("codes", "codes_transposed"):
                 wrong = _quantised(s, reader, recipe, places, tensors, sources)
             else:
                 wrong = _floats(reader.tensor(tensors[found]), recipe, sources)
@@ -157,7 +157,7 @@ def _quantised(
     import torch
 
     from bench.gate.tensors import one_valued
-    from export.quantize import Packed, dequantize, error_bound, quantize
+    from export.quantize import Packed, dequantize, error_bound, pack, quantize
 
     base = recipe.name.removesuffix(".codes")
 
@@ -173,6 +173,10 @@ def _quantised(
     block, bits = s.spec.block, recipe.bits
     blocks = -(-columns // block)
     zeros, offsets = part("zero_points"), part("offsets")
+    if recipe.transform == "codes_transposed":  # signed, [columns, rows]: the same codes around the middle one
+        middle = 1 << (bits - 1)
+        filled = torch.nn.functional.pad(codes.t(), (0, blocks * block - columns))
+        codes, scales = pack((filled.to(torch.int16) + middle).to(torch.uint8), bits), scales.t()
     codes = codes.reshape(rows, -1)  # of an embedding, the last block is as long as it is
     codes = torch.nn.functional.pad(codes, (0, blocks * block * bits // 8 - codes.shape[1])).view(rows, blocks, -1)
     method = "rtn" if s.spec.method == "gptq" and base.startswith("model.embed") else str(s.spec.method)
@@ -184,7 +188,14 @@ def _quantised(
     error = value.sub_(weight)
     padded = torch.nn.functional.pad(error, (0, blocks * block - columns)).view(rows, blocks, block)
     nearest = quantize(
-        weight, bits, block, "rtn", s.spec.symmetric, scale_dtype=scales.dtype, float_zero=s.spec.float_zero(bits)
+        weight,
+        bits,
+        block,
+        "rtn",
+        s.spec.symmetric,
+        scale_dtype=scales.dtype,
+        float_zero=s.spec.float_zero(bits),
+        positive=s.spec.standard,
     )
     if method == "rtn" and offsets is None:
         bound = error_bound(Packed(codes, scales.reshape(rows, blocks), zeros), bits, block, columns)
