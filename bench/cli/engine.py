@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 HELP = "compile an exported folder (--target tensorrt) into TensorRT-RTX engines; needs no GPU"
 UNTRIED = "compiled without a GPU; neither the engines nor the EPContext models were loaded on one"
-PHASES = ("prefill", "decode")
-"""The optimisation profiles of each engine, in this order. The first one holds the second one's shapes as well: ONNX
-Runtime's provider knows only that one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         metavar="N",
         help="prompt tokens at most (default 1024, or what a row has room for)",
+    )
+    add(
+        "--decode-profile",
+        action="store_true",
+        help="a second optimisation profile for single tokens; with --batch 1 every layer's weights are kept twice",
     )
     add("--new-tokens", type=at_least(1), default=256, metavar="N", help="tokens to be generated (default 256)")
 
@@ -79,10 +81,11 @@ def run(args: argparse.Namespace) -> int:
         )
     prompt = args.prompt or min(1024, room)
     shapes = Shapes((1, args.batch, args.batch), (1, prompt, prompt), args.new_tokens)
-    profiles = engine_profiles(manifest, shapes, PHASES)
+    # A decode step is inside of prefill's shapes, which begin at one token; ONNX Runtime only uses the first profile.
+    profiles = engine_profiles(manifest, shapes, ("prefill", "decode") if args.decode_profile else ("prefill",))
     graph = folder / manifest.decode_graph
     # Engines hold the weights; so much more for kernels was never needed.
-    require_space(out, len(sms) * (manifest.files[manifest.data_file].size + (64 << 20)), "the engines")
+    require_space(out, len(sms) * len(profiles) * (manifest.files[manifest.data_file].size + (64 << 20)), "the engines")
     with publish(out) as work:
         compiled = []
         peaks = []

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("tensorrt_rtx")
 def test_engines_with_their_manifest(exports: Exports, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = exports("fp16", TARGET, **HEADS), tmp_path / "engines"
     asked = ["engine", str(folder), "--out", str(out), "--new-tokens", "20", "--batch", "4"]
-    assert main([*asked, "--sm", "89,120", "--json"]) == 0
+    assert main([*asked, "--sm", "89,120", "--decode-profile", "--json"]) == 0
     assert {p.name for p in out.iterdir()} == {
         *("engine.json", "sm89.engine", "sm89.onnx", "sm120.engine", "sm120.onnx"),
     }
@@ -42,6 +42,10 @@ def test_engines_with_their_manifest(exports: Exports, tmp_path: Path, capsys: p
     assert prefill["shapes"]["input_ids"] == [[1, 1], [4, 140], [4, 140]]
     assert decode["shapes"]["input_ids"] == [[1, 1], [4, 1], [4, 1]]
     assert "neither the engines nor the EPContext models were loaded" in document["note"]
+    assert main([*asked[:3], str(tmp_path / "one"), *asked[4:]]) == 0
+    (alone,) = json.loads((tmp_path / "one/engine.json").read_text())["profiles"]
+    assert alone == prefill
+    capsys.readouterr()
     assert main(asked) == 2
     assert "is there already" in capsys.readouterr().err
 
