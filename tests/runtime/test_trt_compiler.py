@@ -75,6 +75,21 @@ def test_all_heads_and_groups(head_dim: int, group: int, precision: str, exports
     as_intended(compiled(exports(precision, TARGET, **heads)))
 
 
+QUANTISED = {**TARGET, "activations": "fp16", "keep_float": "none"}
+
+
+@pytest.mark.parametrize(("precision", "head"), [("int8", 0), ("int4", 1)])
+def test_quantised_weights_stay_quantised(precision: str, head: int, exports: Exports) -> None:
+    found = compiled(exports(precision, QUANTISED, **HEADS))
+    as_intended(found)
+    assert found.kinds()["DEQUANTIZE"] == 5 * 2 + head  # qkv, o, gate, up, down
+
+
+def test_int4_does_not_compile_for_turing(exports: Exports) -> None:
+    (engine,) = compiled(exports("int4", QUANTISED, **HEADS), (75,)).engines
+    assert [(f.where, "sm75" in f.what and "int4" in f.what) for f in engine.faults] == [("SM 75", True)]
+
+
 def test_engines_are_written_and_hashed(exports: Exports, tmp_path: Path) -> None:
     folder = exports("fp16", TARGET, **HEADS)
     found = compiled(folder, (89, 120), tmp_path)
