@@ -34,6 +34,8 @@ EXPECTED_WARNINGS = (
 _UNREAD = re.compile(r"Unused Input: (\S+)|Input Tensor (\S+) is unused")
 IGNORED_INPUTS = {"Attention": {6: "nonpad_kv_seqlen"}}
 """By operator, inputs that the parser takes and never reads, most often without a warning."""
+DECOMPOSABLE = "TRT_decomposable"
+"""An attribute of TensorRT's own, by which it may do without a fused kernel."""
 Ranges = Mapping[str, Sequence[Sequence[int]]]
 """Least, expected and greatest shape of every input: one optimisation profile."""
 
@@ -128,7 +130,7 @@ def compile_graph(
     layers: tuple[Layer, ...] = ()
     if parser.parse_from_file(str(graph)):
         layers = tuple(_layer(network.get_layer(k)) for k in range(network.num_layers))
-        faults = _ignored(graph)
+        faults = _silent(graph)
     else:
         refused = [_refusal(parser.get_error(k)) for k in range(parser.num_errors)]
         faults = refused or [Fault(graph.name, "cannot be parsed: " + log.reasons()[-1])]
@@ -205,16 +207,21 @@ def _refusal(error: Any) -> Fault:
     return Fault(error.node_name() or f"node {error.node()}", f"operator {error.node_operator()} {what}")
 
 
-def _ignored(graph: Path) -> list[Fault]:
-    """Inputs of nodes that TensorRT takes without reading them."""
+def _silent(graph: Path) -> list[Fault]:
+    """What TensorRT takes without a word: inputs of nodes that it never reads, leave to pull an attention apart."""
     import onnx
 
     found = []
     for node in onnx.load(graph, load_external_data=False).graph.node:
+        where = node.name or node.output[0]
         for k, name in IGNORED_INPUTS.get(node.op_type if not standard(node.domain) else "", {}).items():
             if len(node.input) > k and node.input[k]:
                 what = f"TensorRT ignores {name} of {node.op_type} without an error; the mask has to say it"
-                found.append(Fault(node.name or node.output[0], what))
+                found.append(Fault(where, what))
+        if any(a.name == DECOMPOSABLE and a.i for a in node.attribute):
+            found.append(
+                Fault(where, f"{DECOMPOSABLE} lets TensorRT pull {node.op_type} apart into MatMul and Softmax")
+            )
     return found
 
 

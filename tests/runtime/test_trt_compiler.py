@@ -111,6 +111,11 @@ def ignored_lengths(model: Any) -> None:
     attention.input.extend([""] * (6 - len(attention.input)) + ["write_indices"])
 
 
+def decomposable(model: Any) -> None:
+    attention = [n for n in model.graph.node if n.op_type == "Attention"][1]
+    attention.attribute.append(helper.make_attribute("TRT_decomposable", 1))
+
+
 def unknown_operator(model: Any) -> None:
     model.graph.node.append(helper.make_node("BitwiseAnd", ["input_ids"] * 2, ["bits"], name="/model/layers.1/Bits"))
     model.graph.output.append(helper.make_tensor_value_info("bits", TensorProto.INT64, None))
@@ -125,6 +130,7 @@ def cache_that_grows(model: Any) -> None:
 REFUSED: dict[Callable[[Any], None], tuple[str, str]] = {
     softcap: ("layers.1", "Setting softcap is not supported"),
     ignored_lengths: ("layers.1", "TensorRT ignores nonpad_kv_seqlen of Attention"),
+    decomposable: ("layers.1", "lets TensorRT pull Attention apart"),
     unknown_operator: ("/model/layers.1/Bits", "operator BitwiseAnd is not supported"),
     cache_that_grows: ("layers.1", "must have a static sequence length"),
 }
