@@ -2,15 +2,14 @@
 
 One EPContext node (domain com.microsoft) with the graph's inputs and outputs and the engine's file name. Its attributes
 are those that the provider's own source writes and reads (microsoft/onnxruntime, core/providers/nv_tensorrt_rtx/
-onnx_ctx_model_helper.cc; NVIDIA/TensorRT-RTX-EP-ABI, src/onnx_ctx_model_helper). It was never opened on such a GPU.
+onnx_ctx_model_helper.cc; NVIDIA/TensorRT-RTX-EP-ABI, src/onnx_ctx_model_helper). ``source`` is left out: the plugin
+skips a node whose source is not the name that it was registered under. It was never opened on such a GPU.
 Try: ``llama-onnx engine FOLDER --sm 89 --out /tmp/engines``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-
-PROVIDER = "NvTensorRTRTXExecutionProvider"
 
 
 def write_ep_context(graph: Path, engine: Path, sm: int, sdk_version: str) -> Path:
@@ -40,7 +39,6 @@ def write_ep_context(graph: Path, engine: Path, sm: int, sdk_version: str) -> Pa
         onnx_model_filename=graph.name,
         partition_name=engine.stem,
         ep_sdk_version=sdk_version,
-        source=PROVIDER,
     )
     opsets = [o for o in source.opset_import if o.domain in ("", "ai.onnx")] + [helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(

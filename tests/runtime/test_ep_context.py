@@ -29,7 +29,6 @@ def test_the_wrapper_names_engine_gpu_and_source(exports: Callable[..., Path], t
         "onnx_model_filename": DECODE_GRAPH.encode(),
         "partition_name": b"sm89",
         "ep_sdk_version": b"1.7.1.116",
-        "source": b"NvTensorRTRTXExecutionProvider",
     }
     assert list(node.input) == [v.name for v in source.graph.input]
     assert list(node.output) == [v.name for v in source.graph.output]
