@@ -57,7 +57,8 @@ def expected_counts(config: PretrainedConfig, spec: ExportSpec) -> dict[str, int
     if spec.embedding != "float":
         counts["GatherBlockQuantized"] = 1
     if spec.attention == "Attention":
-        own = {"Attention": layers, "RMSNormalization": 2 * layers + 1, "RotaryEmbedding": 2 * layers}
+        own = {"Attention": layers, "RMSNormalization": 2 * layers + 1}
+        own |= dict.fromkeys(("RotaryEmbedding", "TensorScatter"), 2 * layers)
     else:
         own = {
             "GroupQueryAttention": layers,

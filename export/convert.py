@@ -28,7 +28,7 @@ from export.manifest import ONNX_TYPE, Weight
 from export.sizes import head_dim_of
 from export.spec import BITS, ExportSpec
 
-OPSET = {"GroupQueryAttention": 18, "Attention": 23}
+OPSET = {"GroupQueryAttention": 18, "Attention": 24}
 """Opset of the graph by its attention. The TorchScript exporter ends at 18 and lets newer operators through."""
 _TRACE_OPSET = 18
 IR_VERSION = {"GroupQueryAttention": 8, "Attention": 11}
@@ -36,6 +36,8 @@ EMBEDDING = "model.embed_tokens.weight"
 ROPE = ("model.rope_cos", "model.rope_sin")
 BLOCKS = "input_blocks"
 GUARD = "left_padded_batch_refused__pad_on_the_right"
+CACHE_LENGTH = 4096
+"""Most slots of a static cache, unless asked for more: the attention of every step reads all of them."""
 ALIGNMENT = 4096
 """ONNX Runtime maps external data into memory only at page boundaries."""
 
@@ -120,6 +122,20 @@ def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in _meta_model(config, torch.float32).named_parameters()}
 
 
+def cache_length_of(config: PretrainedConfig, spec: ExportSpec) -> int:
+    """Slots of a row in the cache of the standard operators' graph.
+
+    Raises:
+        UnsupportedModelError: more than the model's context.
+    """
+    length = spec.cache_length or min(CACHE_LENGTH, config.max_position_embeddings)
+    if length > config.max_position_embeddings:
+        raise UnsupportedModelError(
+            f"--cache-length {length} exceeds the model's context of {config.max_position_embeddings} tokens"
+        )
+    return length
+
+
 def _rope_shape(config: PretrainedConfig) -> tuple[int, int]:
     return config.max_position_embeddings, head_dim_of(config) // 2
 
@@ -162,15 +178,20 @@ def _trace(config: PretrainedConfig, spec: ExportSpec, last_logits: bool) -> onn
     onnx_config.attention = attention
     onnx_config.guarded = spec.provider == "any"  # CUDA has no ArgMax over integers
     model = _skeleton(config, dtype)
-    kv = (1, config.num_key_value_heads, 1, head_dim_of(config))
-    past = [(torch.zeros(kv, dtype=dtype), torch.zeros(kv, dtype=dtype)) for _ in range(config.num_hidden_layers)]
-    inputs = {
+    standard = attention == "Attention"
+    length = cache_length_of(config, spec) if standard else 1
+    onnx_config.cache_length = length
+    kv = (1, config.num_key_value_heads, length, head_dim_of(config))
+    zero = torch.zeros(1, dtype=dtype)
+    past = [(zero.expand(kv), zero.expand(kv)) for _ in range(config.num_hidden_layers)]
+    inputs: dict[str, Any] = {
         "input_ids": torch.zeros((1, 2), dtype=torch.int64),
-        "attention_mask": torch.ones((1, 3), dtype=torch.int64),
-        "past_key_values": past,
+        "attention_mask": torch.ones((1, length if standard else 3), dtype=torch.int64),
     }
-    if attention == "Attention":
+    if standard:
         inputs["position_ids"] = torch.ones((1, 2), dtype=torch.int64)
+        inputs["write_indices"] = torch.ones(1, dtype=torch.int64)
+    inputs["past_key_values"] = past
     axes = {**onnx_config.inputs, **onnx_config.outputs}
     buffer = io.BytesIO()
     with onnx_config.patch_model_for_export(model), torch.no_grad(), warnings.catch_warnings():
@@ -189,7 +210,10 @@ def _trace(config: PretrainedConfig, spec: ExportSpec, last_logits: bool) -> onn
             custom_opsets={MARKER_DOMAIN: 1} | ({MS: 1} if attention == "GroupQueryAttention" else {}),
             dynamo=False,
         )
-    return onnx.load_model_from_string(buffer.getvalue())
+    traced = onnx.load_model_from_string(buffer.getvalue())
+    for present in traced.graph.output[1:] if standard else ():
+        present.type.tensor_type.shape.dim[2].dim_value = length
+    return traced
 
 
 class _Weights:

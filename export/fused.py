@@ -1,4 +1,4 @@
-"""LLaMA with fused operators, through optimum's own extension points: ONNX Runtime's, or opset 23's standard ones.
+"""LLaMA with fused operators, through optimum's own extension points: ONNX Runtime's, or opset 24's standard ones.
 
 A subclass of optimum's ``LlamaOnnxConfig`` brings its own model patcher. While the patcher is active, the decoder
 layers call ``torch.autograd.Function``s whose ``symbolic`` emits ONNX Runtime's fused operators directly. No graph
@@ -62,8 +62,9 @@ class _CachedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         *_, heads, kv_heads, head_dim, _scale = rest
         batch, new = qkv.shape[:2]
-        present = qkv.new_zeros((batch, kv_heads, past_key.shape[2] + new, head_dim))
-        return qkv.new_zeros((batch, new, heads * head_dim)), present, present.clone()
+        shape = (batch, kv_heads, past_key.shape[2] + new, head_dim)
+        key, value = (qkv.new_zeros(1).expand(shape) for _ in range(2))  # no memory for a long cache
+        return qkv.new_zeros((batch, new, heads * head_dim)), key, value
 
 
 def _cached(qkv: Any, past_key: Any, made: tuple[Any, Any, Any], heads: int, kv_heads: int, head_dim: int) -> Any:
@@ -95,15 +96,15 @@ class _GroupQueryAttention(_CachedAttention):
 
 
 class _StandardAttention(_CachedAttention):
-    """Opset-23 ``RotaryEmbedding`` and ``Attention``, the KV cache joined by ``Concat`` outside.
+    """``RotaryEmbedding``, ``Attention`` and opset 24's ``TensorScatter``, which writes into the KV cache in place.
 
-    Its own inputs: mask, cosine and sine tables, positions. TensorRT's parser takes an ``Attention`` of one output and
-    without ``past_key``.
+    Its own inputs: mask, write indices, cosine and sine tables, positions. TensorRT's parser takes an ``Attention`` of
+    one output and without ``past_key``; it ignores ``nonpad_kv_seqlen``, so the mask says everything.
     """
 
     @staticmethod
     def symbolic(g: Any, qkv: Any, past_key: Any, past_value: Any, *rest: Any) -> Any:
-        mask, cos, sin, position_ids, heads, kv_heads, head_dim, scale = rest
+        mask, write_indices, cos, sin, position_ids, heads, kv_heads, head_dim, scale = rest
 
         def constant(*values: int) -> Any:
             return g.op("Constant", value_t=torch.tensor(values))
@@ -115,14 +116,16 @@ class _StandardAttention(_CachedAttention):
             for part, n in zip(parts, (heads, kv_heads, kv_heads), strict=True)
         )
         q, k = (g.op("RotaryEmbedding", x, cos, sin, position_ids, interleaved_i=0) for x in (q, k))
-        key, value = (g.op("Concat", old, new, axis_i=2) for old, new in ((past_key, k), (past_value, v)))
+        key, value = (
+            g.op("TensorScatter", old, new, write_indices, axis_i=2) for old, new in ((past_key, k), (past_value, v))
+        )
         y = g.op("Attention", q, key, value, mask, scale_f=scale)
         out = g.op("Reshape", g.op("Transpose", y, perm_i=[0, 2, 1, 3]), constant(0, -1, heads * head_dim))
         return _cached(qkv, past_key, (out, key, value), heads, kv_heads, head_dim)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """``x / rms(x) * w``, the sum of squares in fp32: opset 23's operator, or ONNX Runtime's (its name for RMSNorm)."""
+    """``x / rms(x) * w``, the sum of squares in fp32: ONNX's operator, or ONNX Runtime's (its name for RMSNorm)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, standard: bool) -> Tensor:
@@ -163,7 +166,7 @@ def _attention(self: Any, x: Tensor, mask: tuple[Tensor, ...], rope: tuple[Tenso
     config = self.config
     layer = cache.layers[self.layer_idx]
     qkv = _linear(x, self.q_proj, self.k_proj, self.v_proj)
-    operator = _GroupQueryAttention if len(mask) == 2 else _StandardAttention
+    operator = _StandardAttention if len(rope) == 3 else _GroupQueryAttention
     out, layer.keys, layer.values = operator.apply(
         qkv,
         layer.keys,
@@ -195,7 +198,7 @@ def _decoder_layer(
     position_embeddings: tuple[Tensor, ...],
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    standard = len(attention_mask) == 1
+    standard = len(position_embeddings) == 3
     x, residual = _norm(self.input_layernorm, hidden_states, standard)
     x = _attention(self.self_attn, x, attention_mask, position_embeddings, past_key_values)
     x, residual = _norm(self.post_attention_layernorm, (x, residual), standard)
@@ -226,16 +229,17 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
             seen["lengths"] = lengths
             return lengths, total
 
-        def causal_mask(*, attention_mask: Tensor, input_embeds: Tensor, **_: Any) -> tuple[Tensor]:
-            total: Any = torch._shape_as_tensor(attention_mask)[1]
-            first = total - torch._shape_as_tensor(input_embeds)[1]
-            columns = torch.arange(total)
-            rows = torch.arange(first, total)
-            allowed = (columns[None] <= rows[:, None])[None, None] & attention_mask.to(torch.bool)[:, None, None]
+        slots = torch.arange(self.real_config.cache_length) if standard else torch.empty(0)
+
+        def slot_mask(*, attention_mask: Tensor, input_embeds: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+            first = seen["write_indices"]
+            new: Any = torch._shape_as_tensor(input_embeds)[1]
+            last = first[:, None] + torch.arange(new)  # the slot of each new token, [batch, new]
+            allowed = (slots <= last[:, None, :, None]) & attention_mask.to(torch.bool)[:, None, None]
             # Half of the least number: a query that may see nothing (left padding) must not become NaN.
             low = torch.full((), torch.finfo(input_embeds.dtype).min / 2, dtype=input_embeds.dtype)
-            seen["last"] = (attention_mask.index_select(1, rows) * (rows - first)).amax(dim=1)
-            return (torch.where(allowed, torch.zeros((), dtype=input_embeds.dtype), low),)
+            seen["last"] = (attention_mask * slots).amax(dim=1) - first
+            return torch.where(allowed, torch.zeros((), dtype=input_embeds.dtype), low), first
 
         def final_norm(_self: Any, hidden: tuple[Tensor, Tensor]) -> Tensor:
             out, _residual = _norm(_self, hidden, standard)
@@ -260,7 +264,26 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
         def tables(_hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
             return (model.rope_cos, model.rope_sin, *((position_ids,) if standard else ()))
 
-        patch(modeling_llama, "create_causal_mask", causal_mask if standard else mask_to_lengths)
+        patch(modeling_llama, "create_causal_mask", slot_mask if standard else mask_to_lengths)
+        if standard:
+            forward = self._model.forward
+
+            def with_write_indices(
+                input_ids: Tensor,
+                attention_mask: Tensor,
+                position_ids: Tensor,
+                write_indices: Tensor,
+                past_key_values: Any,
+            ) -> Any:
+                seen["write_indices"] = write_indices
+                return forward(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                )
+
+            patch(self._model, "forward", with_write_indices)
         patch(model.rotary_emb, "forward", tables)
         for layer in model.layers:
             patch(layer, "forward", types.MethodType(_decoder_layer, layer))
@@ -316,7 +339,9 @@ class FusedLlamaOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
     """optimum's LLaMA configuration for the fused graph.
 
     GroupQueryAttention derives positions from the mask, so there is no ``position_ids``; the standard operators take
-    it. Past and present lengths are independent axes: a preallocated buffer is longer than the tokens in it.
+    it, and ``write_indices``, the slots of the first new tokens. Past and present lengths are independent axes for
+    GroupQueryAttention (a preallocated buffer is longer than the tokens in it); the standard operators' cache, and the
+    mask over it, is ``cache_length`` slots long, as TensorRT demands.
     ``last_logits`` chooses between logits ``[batch, 1, vocab]`` of the last valid position and
     ``[batch, sequence, vocab]`` of all. ``guarded`` makes left-padded batches an error of the graph.
     """
@@ -325,27 +350,29 @@ class FusedLlamaOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
     last_logits = True
     attention = "GroupQueryAttention"
     guarded = True
+    cache_length = 0
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
         """Input names with their dynamic axes, in graph order."""
+        standard = self.attention == "Attention"
         names = {
             "input_ids": {0: "batch_size", 1: "sequence_length"},
-            "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+            "attention_mask": {0: "batch_size"} if standard else {0: "batch_size", 1: "total_sequence_length"},
         }
-        if self.attention == "Attention":
+        if standard:
             names["position_ids"] = {0: "batch_size", 1: "sequence_length"}
-        for i in range(self._normalized_config.num_layers):
-            for kind in ("key", "value"):
-                names[f"past_key_values.{i}.{kind}"] = {0: "batch_size", 2: "past_sequence_length"}
-        return names
+            names["write_indices"] = {0: "batch_size"}
+        return names | self._cache("past_key_values", "past_sequence_length")
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
         """Output names with their dynamic axes, in graph order."""
         logits = {0: "batch_size"} if self.last_logits else {0: "batch_size", 1: "sequence_length"}
-        names = {"logits": logits}
-        for i in range(self._normalized_config.num_layers):
-            for kind in ("key", "value"):
-                names[f"present.{i}.{kind}"] = {0: "batch_size", 2: "total_sequence_length"}
-        return names
+        return {"logits": logits} | self._cache("present", "total_sequence_length")
+
+    def _cache(self, prefix: str, length: str) -> dict[str, dict[int, str]]:
+        axes = {0: "batch_size"} if self.attention == "Attention" else {0: "batch_size", 2: length}
+        return {
+            f"{prefix}.{i}.{kind}": axes for i in range(self._normalized_config.num_layers) for kind in ("key", "value")
+        }

@@ -82,7 +82,8 @@ class FileEntry:
 class KVLayout:
     """Shape of the KV cache: per layer a key and a value of ``[batch, kv_heads, capacity, head_dim]``.
 
-    ``shared_buffer`` says that past and present may be bound to the same memory.
+    ``shared_buffer`` says that past and present may be bound to the same memory; ``cache_length`` is the capacity where
+    the graph fixes it.
     """
 
     layers: int
@@ -90,6 +91,7 @@ class KVLayout:
     head_dim: int
     dtype: str
     shared_buffer: bool
+    cache_length: int | None = None
 
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row occupies over all layers, key and value."""
@@ -190,6 +192,11 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, FileEntry]
     notes: tuple[str, ...] = ()
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens that a row may have, prompt and answer: the model's context, or less where the cache is shorter."""
+        return min(self.context_length, self.kv.cache_length or self.context_length)
 
     def to_json(self) -> str:
         """The manifest as indented JSON, newline at the end."""

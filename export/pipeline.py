@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from export.cache import publish, require_space
 from export.check import check_graph
-from export.convert import EMBEDDING, OPSET, ROPE, TORCH_DTYPE, Conversion, convert
+from export.convert import EMBEDDING, OPSET, ROPE, TORCH_DTYPE, Conversion, cache_length_of, convert
 from export.errors import BrokenCheckpointError, DestinationError, UnsupportedModelError
 from export.genai import genai_config
 from export.manifest import (
@@ -398,7 +398,7 @@ def _facts(
             embedding=str(spec.embedding),
         )
     if spec.target == "ort" and not gqa:
-        notes.append("CUDA has no GroupQueryAttention for fp32: standard operators of opset 23 instead")
+        notes.append("CUDA has no GroupQueryAttention for fp32: standard operators of opset 24 instead")
     if not gqa:
         notes.append(f"operators checked against the list of TensorRT's parser {PARSER_VERSION}")
     if (getattr(config, "rope_scaling", None) or {}).get("rope_type") == "dynamic":
@@ -421,7 +421,8 @@ def _facts(
             kv_heads=kv_heads_of(config),
             head_dim=head_dim_of(config),
             dtype=spec.float_type,
-            shared_buffer=gqa,
+            shared_buffer=True,
+            cache_length=None if gqa else cache_length_of(config, spec),
         ),
         "fused_ops": counts,
         "node_count": len(graph.node),

@@ -29,7 +29,7 @@ class ExportSpec:
     Args:
         model: ``demo``, a local folder, a GGUF file or a hub id.
         precision: storage type of the weights, one of :data:`PRECISIONS`.
-        target: ``ort`` (com.microsoft fused operators), ``tensorrt`` (standard operators, opset 23) or ``plain``
+        target: ``ort`` (com.microsoft fused operators), ``tensorrt`` (standard operators, opset 24) or ``plain``
             (optimum's own graph, for any decoder that optimum exports with past).
         revision: branch, tag or commit when ``model`` is a hub id.
         activations: type of activations, scales and KV cache; the precision itself unless that is int8 or int4,
@@ -46,6 +46,8 @@ class ExportSpec:
             ``down``, ``first:N`` and ``last:N`` layers, or ``none``.
         lm_head: ``float``, ``int8`` or ``int4``.
         embedding: ``float`` or ``int8``.
+        cache_length: tokens that a row of the KV cache holds, prompt and answer, where the graph fixes it (standard
+            operators); None: the smaller of the context and 4,096.
 
     Raises:
         ExportError: a value that is not known, or a combination that makes no sense.
@@ -64,6 +66,7 @@ class ExportSpec:
     keep_float: str | None = None
     lm_head: str | None = None
     embedding: str | None = None
+    cache_length: int | None = None
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, PRECISIONS)
@@ -99,6 +102,13 @@ class ExportSpec:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.cache_length is not None:
+            if self.attention != "Attention":
+                raise ExportError(
+                    "--cache-length belongs to --target tensorrt; the KV cache of other graphs is as long as is needed"
+                )
+            if self.cache_length < 2:
+                raise ExportError(f"--cache-length {self.cache_length} holds no prompt and answer; give 2 or more")
         one_of("activations", self.float_type, FLOATS)
         one_of("embedding", str(self.embedding), ("float", "int8"))
         one_of("lm-head", str(self.lm_head), ("float", *BITS))
@@ -144,7 +154,7 @@ class ExportSpec:
 
     @property
     def attention(self) -> str:
-        """``GroupQueryAttention``, ``Attention`` (standard, opset 23) or ``unfused``."""
+        """``GroupQueryAttention``, ``Attention`` (standard, opset 24) or ``unfused``."""
         if self.target == "plain":
             return "unfused"
         return "Attention" if self.standard else "GroupQueryAttention"
@@ -189,7 +199,10 @@ class ExportSpec:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the fields that decide what is written; equal digests mean equal requests."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        fields = asdict(self)
+        if self.attention != "Attention":  # which has no say
+            del fields["cache_length"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def one_of(name: str, value: object, known: tuple[object, ...]) -> None:

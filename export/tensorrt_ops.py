@@ -1,8 +1,9 @@
 """What TensorRT's ONNX parser takes, as far as a LLaMA needs it: a check that runs without TensorRT.
 
-The list is the support matrix of onnx-tensorrt's parser (its documentation of 10.1), and the three operators of opset
-23 that it parses from 10.15 on: ``Attention`` with one output and no past inputs, ``RotaryEmbedding`` and
-``RMSNormalization``. It says that the parser knows the operators and types, not that an engine builds.
+The list is the support matrix of onnx-tensorrt's parser (its documentation of 10.1), and the operators of opsets 23 and
+24 that it parses from 10.15 on: ``Attention`` with one output and no past inputs, ``RotaryEmbedding``,
+``RMSNormalization`` and ``TensorScatter``. It says that the parser knows the operators and types, not that an engine
+builds.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ ALLOWED: dict[str, frozenset[int]] = {
     "Split": _ANY,
     "Squeeze": _ANY,
     "Sub": _NUMBERS,
+    "TensorScatter": FLOATS,
     "Transpose": _ANY,
     "Unsqueeze": _ANY,
     "Where": _ANY,
@@ -47,7 +49,7 @@ ALLOWED: dict[str, frozenset[int]] = {
 CONSTANT_INPUTS = {"DequantizeLinear": (0, 1), "ReduceMax": (1,), "Slice": (3,), "Split": (1,)}
 CONSTANT_INPUTS |= {"Squeeze": (1,), "Unsqueeze": (1,)}
 """Inputs (by position) that the parser wants as initialisers: axes, split sizes, codes and scales."""
-OPSET = 23
+OPSET = 24
 
 
 def check_standard(model: onnx.ModelProto) -> list[str]:

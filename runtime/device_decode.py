@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from export.manifest import KVLayout
 from runtime.device_choice import choice_session, element_type
-from runtime.graph import positions
+from runtime.graph import placed, positions
 from runtime.kv_cache import SharedCache
 from runtime.sampling import GREEDY, Sampling
 from runtime.session import Ids, right_pad
@@ -71,17 +72,27 @@ class DeviceDecoder:
     Args:
         session: the model's ONNX Runtime session, logits of the last position only.
         inputs: names of the graph's inputs.
+        layout: of the KV cache, from the manifest.
         kv: the buffers, bound as past and present.
         device: ``cpu`` or ``cuda``.
         graph_id: under which the CUDA provider captures a decode step and replays it (its option
             ``enable_cuda_graph`` must be set); :data:`NO_GRAPH` for neither.
+        prefill: the session that runs the prompts, where it is another one (TensorRT's engine for them).
     """
 
     def __init__(
-        self, session: Any, inputs: Sequence[str], kv: SharedCache, device: str, graph_id: int = NO_GRAPH
+        self,
+        session: Any,
+        inputs: Sequence[str],
+        layout: KVLayout,
+        kv: SharedCache,
+        device: str,
+        graph_id: int = NO_GRAPH,
+        prefill: Any = None,
     ) -> None:
         self.kv, self.batch, self.graph_id = kv, kv.batch, graph_id
-        self._session, self._inputs, self._device = session, inputs, device
+        self._session, self._inputs, self._layout, self._device = session, inputs, layout, device
+        self._prefill = prefill or session
         self._logits_type = next(o.type for o in session.get_outputs() if o.name == "logits")
         self._vocab = next(o.shape[-1] for o in session.get_outputs() if o.name == "logits")
         self._ids = self._empty((self.batch, 1))
@@ -99,6 +110,9 @@ class DeviceDecoder:
         self._step.bind_ortvalue_input("attention_mask", self._mask)
         if "position_ids" in inputs:
             self._step.bind_ortvalue_input("position_ids", self._lengths)
+        if "write_indices" in inputs:  # the same numbers in the same memory
+            at = self._lengths.data_ptr()
+            self._step.bind_input("write_indices", device, 0, np.int64, [self.batch], at)
         self._step.bind_ortvalue_output("logits", self._logits)
         self._plain, self._captured = ort.RunOptions(), ort.RunOptions()
         if device == "cuda":
@@ -159,14 +173,14 @@ class DeviceDecoder:
         if sampling != self._sampling:
             self._choose_by(sampling)
         padded, mask = right_pad(ids)
-        binding = self._session.io_binding()
+        binding = self._prefill.io_binding()
         self.kv.bind(binding)
-        fed = {"input_ids": padded, "attention_mask": mask, "position_ids": positions(mask)}
+        fed = {"input_ids": padded, "position_ids": positions(mask), **placed(self._layout, mask)}
         for name, array in fed.items():
             if name in self._inputs:
                 binding.bind_ortvalue_input(name, self._put(array))
         binding.bind_output("logits", self._device)
-        self._session.run_with_iobinding(binding, self._plain)
+        self._prefill.run_with_iobinding(binding, self._plain)
         self._lengths.update_inplace(mask.sum(axis=1, keepdims=True))
         return self._tokens(self._pick_from(binding.get_outputs()[-1]), numbers)
 
@@ -188,7 +202,7 @@ class DeviceDecoder:
 
         Its steps are not captured: the graph would serve the rest of this one batch, at other addresses the next time.
         """
-        smaller = DeviceDecoder(self._session, self._inputs, kv, self._device)
+        smaller = DeviceDecoder(self._session, self._inputs, self._layout, kv, self._device)
         smaller._choose_by(self._sampling)
         for name in ("_ids", "_next_lengths", "_mask"):
             smaller.__dict__[name].update_inplace(np.ascontiguousarray(getattr(self, name).numpy()[list(rows)]))

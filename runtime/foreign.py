@@ -195,7 +195,10 @@ def _kv_layout(
     path: Path, inputs: dict[str, Any], outputs: dict[str, Any], counts: Counter[str], head_size: int
 ) -> KVLayout:
     past = {n: t for n, t in inputs.items() if _PAST.fullmatch(n)}
-    known = {"input_ids", "attention_mask", "position_ids", *past}
+    length = (
+        _dim(past["past_key_values.0.key"], 2) if counts["TensorScatter"] and "past_key_values.0.key" in past else 0
+    )
+    known = {"input_ids", "attention_mask", "position_ids", *past} | ({"write_indices"} if length else set())
     strange = sorted(set(inputs) - known)
     if strange or "input_ids" not in inputs:
         raise ForeignFolderError(
@@ -218,7 +221,8 @@ def _kv_layout(
         raise ForeignFolderError(f"{path}: keys and values, or layers, of several sizes; this runtime drives one size")
     if first.elem_type not in _TYPES:
         raise ForeignFolderError(f"{path}: KV cache of ONNX type {first.elem_type}; fp32, fp16 and bf16 are known")
-    return KVLayout(layers, heads, size, _TYPES[first.elem_type], shared_buffer=counts["GroupQueryAttention"] > 0)
+    shared = counts["GroupQueryAttention"] > 0 or length > 0
+    return KVLayout(layers, heads, size, _TYPES[first.elem_type], shared, length or None)
 
 
 def _precision(model: Any, activations: str, notes: list[str]) -> tuple[str, Quantisation | None]:

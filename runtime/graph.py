@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.manifest import Manifest
+from export.manifest import KVLayout, Manifest
 from runtime.kv_cache import BFLOAT16, to_fp32
 from runtime.session import Logits
 
@@ -72,7 +72,8 @@ class Graph:
         ``places`` are the tokens' positions, None for those that the mask says.
         """
         places = positions(mask) if places is None else places
-        binding = self.bind({"input_ids": ids, "attention_mask": mask, "position_ids": places}, bind_cache)
+        feed = {"input_ids": ids, "position_ids": places, **placed(self.manifest.kv, mask)}
+        binding = self.bind(feed, bind_cache)
         logits = self.bind_logits(binding, wanted, len(ids))
         self.run(binding)
         return logits(), binding
@@ -80,6 +81,21 @@ class Graph:
     def run(self, binding: Any) -> None:
         """Run what is bound."""
         self.session.run_with_iobinding(binding, self._run_options)
+
+
+def placed(kv: KVLayout, mask: NDArray[np.int64], start: int = 0) -> dict[str, NDArray[np.int64]]:
+    """What says where in the cache new tokens go and which slots count: ``attention_mask`` and ``write_indices``.
+
+    Args:
+        kv: layout of the cache; one of fixed length has a mask over all of its slots.
+        mask: ``[batch, tokens so far]``, the new ones included.
+        start: slot of the first new token.
+    """
+    if kv.cache_length is not None:
+        wide = np.zeros((len(mask), kv.cache_length), np.int64)
+        wide[:, : mask.shape[1]] = mask
+        mask = wide
+    return {"attention_mask": mask, "write_indices": np.full(len(mask), start, np.int64)}
 
 
 def positions(mask: NDArray[np.int64]) -> NDArray[np.int64]:

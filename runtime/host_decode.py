@@ -91,7 +91,7 @@ class HostDecoder:
 
     def _bind_steps(self) -> None:
         """Bind once what every step of this batch uses."""
-        self._mask = np.ones(self._batch * self._end, np.int64)
+        self._mask = np.ones(self._batch * (self._manifest.kv.cache_length or self._end), np.int64)
         self._binding = self._decode.bind({"input_ids": self._ids}, self._cache.bind)
         self._logits = self._decode.bind_logits(self._binding, 1, self._batch)
 
@@ -104,15 +104,18 @@ class HostDecoder:
         if not isinstance(self._cache, SharedCache):
             return self._growing_step(ids, lengths)
         self._ids[:, 0] = ids
-        total = int(lengths.max())
-        # The graph reads the mask's row sums (lengths) and its width (the longest row), nothing else.
+        # GroupQueryAttention reads the mask's row sums (lengths) and its width (the longest row), nothing else; a cache
+        # of fixed length has a mask over all of its slots.
+        total = self._manifest.kv.cache_length or int(lengths.max())
         mask = self._mask[: self._batch * total].reshape(self._batch, total)
-        if self._batch > 1:  # a single row is all ones
+        if self._batch > 1 or total > lengths[0]:  # else it is all ones
             np.less(np.arange(total), lengths[:, None], out=mask, casting="unsafe")
         self._decode.bind_input(self._binding, "attention_mask", mask)
         if "position_ids" in self._manifest.inputs:
             self._position = lengths[:, None] - 1
             self._decode.bind_input(self._binding, "position_ids", self._position)
+            if "write_indices" in self._manifest.inputs:
+                self._decode.bind_input(self._binding, "write_indices", self._position.reshape(-1))  # the same memory
         self._decode.run(self._binding)
         return fp32(self._logits()[:, 0])
 

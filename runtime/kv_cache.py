@@ -1,9 +1,8 @@
 """The KV cache of one batch.
 
 :class:`SharedCache`: a preallocated buffer per layer for keys and one for values, past and present bound to the same
-memory, so GroupQueryAttention appends in place and no token costs a copy. :class:`GrowingCache`: for graphs that join
-past and new keys by ``Concat`` (target ``tensorrt``, optimum's own graphs), the outputs of one step are the inputs of
-the next.
+memory, so GroupQueryAttention and TensorScatter append in place and no token costs a copy. :class:`GrowingCache`: for
+graphs that join past and new keys by ``Concat`` (optimum's own), the outputs of one step are the inputs of the next.
 """
 
 from __future__ import annotations
@@ -38,19 +37,21 @@ class SharedCache:
     Args:
         layout: from the manifest.
         batch: rows.
-        tokens: positions needed per row; the capacity is the next multiple of :data:`BLOCK`, at most ``limit``.
+        tokens: positions needed per row; the capacity is the next multiple of :data:`BLOCK`, at most ``limit``, or what
+            the graph fixes.
         limit: the model's context length.
         device: ``cpu`` or ``cuda``.
     """
 
     def __init__(self, layout: KVLayout, batch: int, tokens: int, limit: int, device: str) -> None:
         self.batch = self._rows = batch
-        self.capacity = min(-(-tokens // BLOCK) * BLOCK, limit)
+        self.capacity = layout.cache_length or min(-(-tokens // BLOCK) * BLOCK, limit)
+        self._fixed = layout.cache_length is not None
         shape = [batch, layout.kv_heads, self.capacity, layout.head_dim]
         self._values: dict[str, Any] = {}
         for layer in range(layout.layers):
             for kind in ("key", "value"):
-                # Zeroed once: GroupQueryAttention never reads past a row's length, but NaNs there would spread.
+                # Zeroed once: what lies past a row's length has no weight in any attention, but NaNs would spread.
                 if layout.dtype == "bf16":
                     value = ort.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, device, 0)
                 else:
@@ -59,7 +60,8 @@ class SharedCache:
 
     def holds(self, batch: int, tokens: int) -> bool:
         """Whether a batch of that size fits without wasting more than half of the buffer."""
-        return self._rows == batch and tokens <= self.capacity <= 2 * max(tokens, BLOCK)
+        fits = tokens <= self.capacity and (self._fixed or self.capacity <= 2 * max(tokens, BLOCK))
+        return self._rows == batch and fits
 
     def restore(self) -> None:
         """All rows again, after :meth:`keep`; what they hold means nothing."""

@@ -71,7 +71,9 @@ class OrtSession(PipelineMixin, Guarded):
         wants_device = on_gpu if settings.choose_on_device is None else settings.choose_on_device
         last_only = manifest.kv.shared_buffer and manifest.decode_logits == "last"
         self.choose_on_device = wants_device and last_only
-        self._cuda_graph = settings.cuda_graph and self._provider.name == "cuda" and self.choose_on_device
+        # The standard operators' graph computes its mask from shapes, on the host: nothing to capture.
+        captures = self.choose_on_device and manifest.attention == "GroupQueryAttention"
+        self._cuda_graph = settings.cuda_graph and self._provider.name == "cuda" and captures
         provider_options = dict(settings.provider_options or {})
         if self._cuda_graph:
             provider_options = {"enable_cuda_graph": "1", **provider_options}
@@ -186,6 +188,7 @@ class OrtSession(PipelineMixin, Guarded):
             provider=self._provider.name,
             precision=self.manifest.precision,
             context_length=self.manifest.context_length,
+            cache_length=self.manifest.kv.cache_length,
             vocab_size=self.manifest.vocab_size,
             details={
                 "onnxruntime": ort.__version__,
@@ -209,6 +212,7 @@ class OrtSession(PipelineMixin, Guarded):
                 **self._fallbacks,
                 "kv_cache": (
                     "preallocated, past and present share memory"
+                    + (f", {self.manifest.kv.cache_length} slots" if self.manifest.kv.cache_length else "")
                     if self.manifest.kv.shared_buffer
                     else "joined by Concat in each step"
                 ),
@@ -254,14 +258,18 @@ class OrtSession(PipelineMixin, Guarded):
         lengths = check_prompts(ids, reserve, self.info)
         self._need_decode()
         self._reset()
-        if self._shapes:
-            require_inside(self.manifest, self._shapes, "prefill", len(ids), max(lengths), 0)
+        self._require_inside("prefill", len(ids), max(lengths))
         self._cache = self._cache_for(len(ids), max(lengths) + reserve)
         host = HostDecoder(self._prefill, self._decode, self._cache, self._shapes)
         last = host.prefill(ids, lengths, reserve)
         self._host = host
         self._begun(lengths, reserve)
         return last
+
+    def _require_inside(self, phase: str, batch: int, new: int) -> None:
+        """Refuse what TensorRT built no engine for."""
+        if self._shapes:
+            require_inside(self.manifest, self._shapes, phase, batch, new, 0)
 
     def _check_step(self, ids: Sequence[int]) -> None:
         check_step(ids, self._batch, int(self._lengths.max()) if self._batch else 0, self._end)
@@ -297,12 +305,21 @@ class OrtSession(PipelineMixin, Guarded):
         _check_numbers(sampling, numbers, len(ids))
         self._need_decode()
         self._reset()
+        self._require_inside("prefill", len(ids), max(lengths))
         self._cache = cache = self._cache_for(len(ids), max(lengths) + reserve)
         assert isinstance(cache, SharedCache)
         whole = self._whole
         if whole is None:  # it went with the buffers that it was bound to; a graph is captured for the new addresses
             graph_id = self._captures.new()
-            whole = DeviceDecoder(self._decode.session, self.manifest.inputs, cache, self._provider.device, graph_id)
+            whole = DeviceDecoder(
+                self._decode.session,
+                self.manifest.inputs,
+                self.manifest.kv,
+                cache,
+                self._provider.device,
+                graph_id,
+                self._prefill.session,
+            )
         tokens = whole.prefill(ids, sampling, numbers)
         self._whole = self._device = whole
         self._sampling = sampling

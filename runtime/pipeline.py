@@ -142,7 +142,7 @@ class PipelineMixin(PreTrainedModel):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
         width = input_ids.shape[1]
-        room = self.info.context_length - max(map(len, prompts))
+        room = self.info.longest_row - max(map(len, prompts))
         # transformers' own default counts new tokens, a length that somebody chose all of them.
         default = config.max_length in (None, DEFAULT_LENGTH) and "max_length" not in options
         length = (config.max_length or DEFAULT_LENGTH) - (0 if default else width)

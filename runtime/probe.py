@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.manifest import Manifest, first_line
+from export.manifest import KVLayout, Manifest, first_line
 from runtime.errors import SessionError
+from runtime.graph import placed
 from runtime.kv_cache import NUMPY_DTYPE, SharedCache, tiled
 from runtime.ort_session import OrtSession
 from runtime.provider_options import options_of
@@ -106,16 +107,20 @@ class GraphProbe:
         kv = self._manifest.kv
         session = self._opened()
         length = past[0][0].shape[2] if past else 0
-        feeds: dict[str, Any] = dict(_new(ids, length))
-        empty = np.zeros((1, kv.kv_heads, 0, kv.head_dim), self.dtype)
+        feeds: dict[str, Any] = _new(kv, ids, length)
+        empty = np.zeros((1, kv.kv_heads, kv.cache_length or 0, kv.head_dim), self.dtype)
         for layer in range(kv.layers):
-            key, value = past[layer] if past else (empty, empty)
-            feeds[f"past_key_values.{layer}.key"] = key.astype(self.dtype, copy=False)
-            feeds[f"past_key_values.{layer}.value"] = value.astype(self.dtype, copy=False)
+            for kind, part in zip(("key", "value"), past[layer] if past else (empty, empty), strict=True):
+                whole = part.astype(self.dtype, copy=False)
+                if kv.cache_length is not None:
+                    whole = empty.copy()
+                    whole[:, :, : part.shape[2]] = part
+                feeds[f"past_key_values.{layer}.{kind}"] = whole
         inputs = {i.name for i in session.get_inputs()}
         with _said("stopped"):
             found = session.run(list(outputs), {k: v for k, v in feeds.items() if k in inputs})
-        return dict(zip(outputs, found, strict=True))
+        total = length + len(ids)  # a cache of fixed length is longer
+        return {n: v[:, :, :total] if n.startswith("present.") else v for n, v in zip(outputs, found, strict=True)}
 
     def after_past(
         self, ids: Sequence[int], first: Sequence[tuple[NDArray[Any], NDArray[Any]]], length: int
@@ -148,7 +153,7 @@ class GraphProbe:
         binding = session.io_binding()
         binding.bind_output("logits", "cpu")
         cache.bind(binding)
-        for name, array in _new(ids, length).items():
+        for name, array in _new(kv, ids, length).items():
             if name in inputs:
                 binding.bind_cpu_input(name, array)
         with _said("stopped"):
@@ -175,11 +180,11 @@ def _closed() -> Any:
     raise SessionError("the probe is closed; open a new one")
 
 
-def _new(ids: Sequence[int], length: int) -> dict[str, NDArray[np.int64]]:
+def _new(kv: KVLayout, ids: Sequence[int], length: int) -> dict[str, NDArray[np.int64]]:
     """The inputs beside the cache for ``ids`` after ``length`` tokens, one row."""
     total = length + len(ids)
     return {
         "input_ids": np.asarray([ids], np.int64),
-        "attention_mask": np.ones((1, total), np.int64),
         "position_ids": np.arange(length, total, dtype=np.int64)[None],
+        **placed(kv, np.ones((1, total), np.int64), length),
     }

@@ -30,7 +30,8 @@ class SessionInfo:
     """What runs: for tables and records.
 
     ``runtime`` is ``onnxruntime`` or ``pytorch``; ``provider`` the execution provider (or device) that really runs;
-    ``details`` holds settings worth recording (threads, attention kernel, options).
+    ``details`` holds settings worth recording (threads, attention kernel, options); ``cache_length`` is the capacity of
+    the KV cache where the graph fixes it.
     """
 
     runtime: str
@@ -39,6 +40,12 @@ class SessionInfo:
     context_length: int
     vocab_size: int
     details: dict[str, str | int | float | bool]
+    cache_length: int | None = None
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens that a row may have, prompt and answer."""
+        return min(self.context_length, self.cache_length or self.context_length)
 
     @property
     def facts(self) -> dict[str, str | int | float | bool]:
@@ -96,7 +103,7 @@ def check_prompts(ids: Ids, reserve: int, info: SessionInfo) -> list[int]:
     """Refuse what cannot run before anything runs; returns the rows' lengths.
 
     Raises:
-        ContextOverflowError: too long.
+        ContextOverflowError: too long for the context, or for a KV cache of fixed length.
         SessionError: no rows, an empty row, an id outside the vocabulary, a negative reserve.
     """
     lengths = [len(row) for row in ids]
@@ -106,10 +113,14 @@ def check_prompts(ids: Ids, reserve: int, info: SessionInfo) -> list[int]:
         raise SessionError(f"prompt {lengths.index(0)} is empty; give at least one token")
     if reserve < 0:
         raise SessionError(f"cannot reserve {reserve} new tokens; ask for 0 or more")
-    if max(lengths) + reserve > info.context_length:
+    room = info.longest_row
+    if max(lengths) + reserve > room:
+        fixed = room < info.context_length
         raise ContextOverflowError(
-            f"a prompt of {max(lengths)} tokens and {reserve} new ones exceed the context of {info.context_length}; "
-            f"shorten the prompt or ask for at most {max(0, info.context_length - max(lengths))} new tokens"
+            f"a prompt of {max(lengths)} tokens and {reserve} new ones exceed the "
+            f"{f'KV cache of {room} slots' if fixed else f'context of {room}'}; shorten the prompt or ask for at most "
+            f"{max(0, room - max(lengths))} new tokens"
+            + (f", or export with a larger --cache-length (the context is {info.context_length})" if fixed else "")
         )
     for row in ids:
         low, high = min(row), max(row)

@@ -62,17 +62,20 @@ class Shapes:
 def profile(manifest: Manifest, shapes: Shapes, phase: str) -> tuple[dict[str, list[int]], ...]:
     """Least, expected and greatest shape of every input, for one of :data:`PHASES`."""
     kv = manifest.kv
-    found = []
+    fixed, found = kv.cache_length, []
     for k in range(3):
         if phase == "decode":
             past, new = (shapes.prompt[0], shapes.prompt[1] + shapes.new_tokens // 2, shapes.total - 1)[k], 1
         else:
             past, new = 0, shapes.prompt[k] if phase == "prefill" else (1, shapes.prompt[1], shapes.total)[k]
         batch = 1 if phase == "score" else shapes.batch[k]
+        if fixed is not None:
+            past, new = fixed, min(new, fixed)
         sizes = {
             "input_ids": [batch, new],
-            "attention_mask": [batch, past + new],
+            "attention_mask": [batch, past if fixed is not None else past + new],
             "position_ids": [batch, new],
+            "write_indices": [batch],
         }
         one = {n: s for n, s in sizes.items() if n in manifest.inputs}
         for layer in range(kv.layers):
@@ -99,6 +102,7 @@ def require_inside(manifest: Manifest, shapes: Shapes, phase: str, batch: int, n
         ShapeOutsideProfileError: names the size, its range and the option that widens it.
     """
     least, _, most = profile(manifest, shapes, phase)
+    past = manifest.kv.cache_length or past
     asked = {"input_ids": [batch, new], "past_key_values.0.key": [batch, manifest.kv.kv_heads, past]}
     for name, words in (("input_ids", ("rows", "new tokens")), ("past_key_values.0.key", ("rows", "heads", "past"))):
         for low, value, high, what in zip(least[name], asked[name], most[name], words, strict=False):

@@ -136,6 +136,12 @@ def _node(op: str, x: Sequence[Any], a: dict[str, Any]) -> Any:
             return x[0].split(x[1].tolist(), a["axis"])
         case "Sub":
             return x[0] - x[1]
+        case "TensorScatter":
+            assert a["axis"] == 2
+            out = x[0].clone()
+            for row, new, at in zip(out, x[1], x[2].tolist(), strict=True):
+                row[:, at : at + new.shape[1]] = new
+            return out
         case "Transpose":
             return x[0].permute(a["perm"])
         case "Unsqueeze":
@@ -200,6 +206,9 @@ class TorchGraphSession:
 
     def _run(self, graph: TorchGraph, ids: Any, mask: Any, positions: Any) -> Any:
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        if length := self.manifest.kv.cache_length:
+            feed["attention_mask"] = np.pad(mask, ((0, 0), (0, length - mask.shape[1])))
+            feed["write_indices"] = positions[:, 0]  # padded on the right
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in feed.items() if k in self.manifest.inputs}
         self.last = graph.run(tensors | self._past)
         present = {k: v for k, v in self.last.items() if k.startswith("present")}
@@ -209,11 +218,11 @@ class TorchGraphSession:
     def _start(self, ids: Ids, reserve: int) -> tuple[Any, Any, Any]:
         padded, mask = right_pad(ids)
         kv = self.manifest.kv
-        capacity = padded.shape[1] + reserve if kv.shared_buffer else 0
+        capacity = kv.cache_length or padded.shape[1] + reserve
         kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[kv.dtype]
         empty = torch.zeros((len(ids), kv.kv_heads, capacity, kv.head_dim), dtype=kind)
         self._past = {name: empty for name in self.manifest.inputs if name.startswith("past")}
-        self._mask, self._lengths = mask, mask.sum(1)
+        self._lengths = mask.sum(1)
         return padded, mask, np.maximum(mask.cumsum(1) - 1, 0)
 
     def prefill(self, ids: Ids, reserve: int = 1) -> Any:
@@ -221,11 +230,7 @@ class TorchGraphSession:
 
     def step(self, ids: Sequence[int]) -> Any:
         self._lengths = self._lengths + 1
-        if self.manifest.kv.shared_buffer:
-            mask = (np.arange(self._lengths.max()) < self._lengths[:, None]).astype(np.int64)
-        else:
-            # New tokens follow each row's padding.
-            mask = self._mask = np.concatenate([self._mask, np.ones((len(ids), 1), np.int64)], axis=1)
+        mask = (np.arange(self._lengths.max()) < self._lengths[:, None]).astype(np.int64)
         return self._run(self._decode, np.asarray(ids)[:, None], mask, self._lengths[:, None] - 1)[:, 0]
 
     def score(self, ids: Sequence[int]) -> Any:

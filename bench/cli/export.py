@@ -26,12 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--target",
         default="ort",
-        help="ort (fused operators of ONNX Runtime; default), tensorrt (standard operators, opset 23) or plain "
+        help="ort (fused operators of ONNX Runtime; default), tensorrt (standard operators, opset 24) or plain "
         "(optimum's own graph, for any decoder)",
     )
     add("--revision", help="branch, tag or commit of a hub id")
     add(
         "--provider", default="any", help="any (default), or cuda: the graph has to run on ONNX Runtime's CUDA provider"
+    )
+    add(
+        "--cache-length",
+        type=int,
+        metavar="N",
+        help="target tensorrt: tokens that a row of the KV cache holds, prompt and answer (default: the context, at "
+        "most 4096)",
     )
     add_option(add)
     add("--force", action="store_true", help="replace an earlier export at OUT")

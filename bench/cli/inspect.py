@@ -64,7 +64,8 @@ def render(manifest: Manifest, console: Console) -> None:
         "graph": f"{manifest.node_count} nodes: " + ", ".join(f"{n} {op}" for op, n in manifest.fused_ops.items()),
         "KV cache": f"{kv.layers} layers x {kv.kv_heads} heads x {kv.head_dim}, {kv.dtype}, "
         f"{kv.bytes_per_token():,} bytes a token, "
-        + ("past and present in one buffer" if kv.shared_buffer else "joined by Concat"),
+        + ("past and present in one buffer" if kv.shared_buffer else "joined by Concat")
+        + (f" of {kv.cache_length:,} slots" if kv.cache_length else ""),
         "files": ", ".join(f"{name} ({entry.size:,})" for name, entry in manifest.files.items()),
     }
     if ours:

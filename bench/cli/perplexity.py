@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     items = tuple(i for i in dataset.items if i.task == "perplexity")
     name = f"{dataset.name}, first {args.limit}" if args.limit else dataset.name
     dataset = replace(dataset, items=items[: args.limit], name=name)
-    windows = document_windows(dataset, load_tokenizer(folder), manifest.context_length, args.window)
+    windows = document_windows(dataset, load_tokenizer(folder), manifest.longest_row, args.window)
     where = deployment.Deployment.of(args)
     gpus = 0 if where.device == "cpu" else 1
     # A third-party export's manifest has no hashes.

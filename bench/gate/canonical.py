@@ -39,6 +39,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "RMSNormalization": {"axis": -1, "epsilon": 1e-5, "stash_type": 1},
     "Attention": {"is_causal": 0, "softcap": 0.0, "qk_matmul_output_mode": 0},
     "RotaryEmbedding": {"interleaved": 0, "rotary_embedding_dim": 0, "num_heads": 0},
+    "TensorScatter": {"axis": -2, "mode": b"linear"},
     "Gather": {"axis": 0},
     "Concat": {},
     "Reshape": {"allowzero": 0},

@@ -272,6 +272,8 @@ class _Reading:
         met = [n for n in node.input if n and self._kind(n) in (Kind.PLACE, Kind.ID)]
         if not met or self._embedding(node):
             return None
+        if op == "TensorScatter" and node.input[0] not in self.makers and met == list(node.input[2:]):
+            return None  # new keys and values go into the cache at a place that the caller says
         if op in ("Gather", "GatherND", "GatherElements", "Slice"):
             if self._kind(node.input[0]) != Kind.STREAM or not self._reaches(node, SOFTMAX, len(self.nodes)):
                 return None  # tables; and the last position of each row, which only the head reads

@@ -57,7 +57,7 @@ class Subject:
     resumed: int = field(default=0, init=False)
     """Windows and batches that an earlier run, which was stopped, had finished."""
     left_out: int = field(default=0, init=False)
-    """Items that are longer than the baseline's context leaves for a prompt."""
+    """Items that are longer than the baseline's context, or a cache of fixed length, leaves for a prompt."""
     used: list[Any] = field(default_factory=list, init=False)
     """What of :attr:`unfinished` this run read or wrote."""
     session: dict[str, Scalar] = field(default_factory=dict, init=False)
@@ -126,7 +126,12 @@ class Subject:
     @property
     def context(self) -> int:
         """Tokens that both sides can hold; another check compares what each claims."""
-        return min(self.manifest.context_length, self.baseline.context)
+        return min(self.manifest.longest_row, self.baseline.context)
+
+    @property
+    def room(self) -> int:
+        """The baseline's context, or a cache of fixed length; a shorter context that a folder claims is a defect."""
+        return min(self.manifest.kv.cache_length or self.baseline.context, self.baseline.context)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -188,7 +193,7 @@ class Subject:
         """Chunks of token ids, from every text in turn so that few of them still see every kind of text."""
         from bench.data.items import chunked
 
-        size = min(self.mode.window, self.baseline.context)
+        size = min(self.mode.window, self.room)
         texts = self.dataset.prose()
         if self.mode.every_text:
             seen = (
@@ -251,9 +256,7 @@ class Subject:
         from bench.gate.units import Batch, generate_batches
 
         items = [item for members in self.dataset.groups(self.mode.items).values() for item in members]
-        # The baseline's context: an item that exceeds a folder's alone is its defect.
-        context = self.baseline.context
-        batches = batches_of(items, self.tokenizer, context, self.mode.new_tokens)
+        batches = batches_of(items, self.tokenizer, self.room, self.mode.new_tokens)
         fitting = {item.id for b in batches for item in b.items}
         self.left_out = len(items) - len(fitting)
         items = [item for item in items if item.id in fitting]
@@ -315,7 +318,7 @@ def gate_shapes(s: Subject) -> Shapes:
     from runtime.tensorrt import Shapes
 
     new = max(NEW_TOKENS.values())
-    context = s.manifest.context_length
+    context = s.manifest.longest_row
     return Shapes(
         (1, 1, LARGEST_BATCH), (1, min(s.mode.window, context - new), max(1, context - new)), min(new, context - 1)
     )

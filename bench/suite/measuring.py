@@ -110,7 +110,7 @@ class Measuring:
         if label == self.candidate:
             p, shapes = self.profile, None
             if where.provider.startswith("tensorrt"):  # engines are built for the run's own batches and lengths
-                context = s.manifest.context_length
+                context = s.manifest.longest_row
                 shapes = Shapes.of_workload(p.batch_sizes, p.prompt_lengths, p.new_tokens, context)
             return lambda: where.open(s.folder, shapes=shapes)
         checkpoint, activations = s.baseline.checkpoint, s.manifest.activations

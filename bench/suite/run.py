@@ -110,7 +110,7 @@ class Run:
     def profile(self) -> Profile:
         """The profile with the user's sizes, cut to the model's context."""
         o = self.options
-        return choose_profile(o.profile, o.batch_sizes, o.prompt_lengths, o.new_tokens, self.manifest.context_length)
+        return choose_profile(o.profile, o.batch_sizes, o.prompt_lengths, o.new_tokens, self.manifest.longest_row)
 
     # -- its two parts ------------------------------------------------------------------------------------------------
 

@@ -62,14 +62,16 @@ def traced(folder: Path, target: str, last_logits: bool) -> onnx.ModelProto:
     onnx_config = FusedLlamaOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
     onnx_config.last_logits = last_logits
     onnx_config.attention = "Attention" if target == "tensorrt" else "GroupQueryAttention"
-    past = torch.zeros(1, config.num_key_value_heads, 1, 2 * half)
-    inputs = {
+    onnx_config.cache_length = length = config.max_position_embeddings if target == "tensorrt" else 1
+    past = torch.zeros(1, config.num_key_value_heads, length, 2 * half)
+    inputs: dict[str, Any] = {
         "input_ids": torch.zeros((1, 2), dtype=torch.int64),
-        "attention_mask": torch.ones((1, 3), dtype=torch.int64),
-        "past_key_values": [(past, past.clone()) for _ in range(config.num_hidden_layers)],
+        "attention_mask": torch.ones((1, length if target == "tensorrt" else 3), dtype=torch.int64),
     }
     if target == "tensorrt":
         inputs["position_ids"] = torch.ones((1, 2), dtype=torch.int64)
+        inputs["write_indices"] = torch.ones(1, dtype=torch.int64)
+    inputs["past_key_values"] = [(past.clone(), past.clone()) for _ in range(config.num_hidden_layers)]
     file = folder.parent / "in-memory.onnx"
     with onnx_config.patch_model_for_export(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -118,7 +120,7 @@ def lowered(model: onnx.ModelProto, target: str) -> tuple[onnx.ModelProto, dict[
     del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:], model.opset_import[:]
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in made.items())
-    opsets = {"": 23} if target == "tensorrt" else {"": 18, MS: 1}
+    opsets = {"": 24} if target == "tensorrt" else {"": 18, MS: 1}
     model.opset_import.extend(helper.make_opsetid(d, v) for d, v in opsets.items())
     model.ir_version = 11 if target == "tensorrt" else 8
     return model, read
@@ -136,25 +138,25 @@ def outputs(session: Any, rows: Sequence[Sequence[int]], steps: int) -> Iterator
     names = [i.name for i in session.get_inputs()]
     width, reserve = max(map(len, rows)), steps
     lengths = np.array([len(r) for r in rows])
-    shared = "position_ids" not in names
     ids = np.array([[*r, *[0] * (width - len(r))] for r in rows], np.int64)
-    mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
-    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    valid, written = lengths, np.zeros_like(lengths)
     shape = next(i.shape for i in session.get_inputs() if i.name.startswith("past"))
-    empty = np.zeros((len(rows), shape[1], width + reserve if shared else 0, shape[3]), np.float32)
-    past = {n: empty for n in names if n.startswith("past")}
+    slots = shape[2] if isinstance(shape[2], int) else width + reserve
+    past = {n: np.zeros((len(rows), shape[1], slots, shape[3]), np.float32) for n in names if n.startswith("past")}
     rng = np.random.default_rng(3)
     for _ in range(steps + 1):
-        feed = {"input_ids": ids, "attention_mask": mask, **({} if shared else {"position_ids": positions})}
-        found = dict(zip((o.name for o in session.get_outputs()), session.run(None, {**feed, **past}), strict=True))
+        mask_width = slots if "write_indices" in names else valid.max()
+        feed = {
+            "input_ids": ids,
+            "attention_mask": (np.arange(mask_width) < valid[:, None]).astype(np.int64),
+            "position_ids": written[:, None] + np.arange(ids.shape[1]),
+            "write_indices": written,
+        }
+        found = session.run(None, {n: feed[n] for n in names if n in feed} | past)
+        found = dict(zip((o.name for o in session.get_outputs()), found, strict=True))
         yield from found.values()
         past = {n.replace("present", "past_key_values"): v for n, v in found.items() if n != "logits"}
-        ids, positions = rng.integers(0, 331, (len(rows), 1)), lengths[:, None]
-        lengths = lengths + 1
-        one = np.ones((len(rows), 1), np.int64)
-        mask = (
-            (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64) if shared else np.concatenate([mask, one], 1)
-        )
+        ids, written, valid = rng.integers(0, 331, (len(rows), 1)), valid, valid + 1
 
 
 @pytest.mark.parametrize("target", ["ort", "tensorrt"])

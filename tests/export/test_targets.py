@@ -28,9 +28,11 @@ def _run(folder: Path, ids: Any, mask: Any, positions: Any) -> Any:
     manifest = read_manifest(folder)
     session = ort.InferenceSession(folder / manifest.scoring_graph, providers=["CPUExecutionProvider"])
     kv = manifest.kv
-    past = np.zeros((len(ids), kv.kv_heads, 0, kv.head_dim), np.float32)
+    past = np.zeros((len(ids), kv.kv_heads, kv.cache_length, kv.head_dim), np.float32)
     feed = {name: past for name in manifest.inputs if name.startswith("past")}
-    feed |= {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    wide = np.pad(mask, ((0, 0), (0, kv.cache_length - mask.shape[1])))
+    feed |= {"input_ids": ids, "attention_mask": wide, "position_ids": positions}
+    feed["write_indices"] = np.zeros(len(ids), np.int64)
     return session.run(["logits"], feed)[0]
 
 
@@ -57,9 +59,10 @@ def test_the_tensorrt_graph_is_standard_and_says_so(exports: Folders) -> None:
     manifest = read_manifest(folder)
     model = onnx.load(folder / manifest.decode_graph)
     onnx.checker.check_model(model, full_check=True)
-    assert [(o.domain, o.version) for o in model.opset_import] == [("", 23)]
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 24)]
     assert manifest.attention == "Attention"
-    assert not manifest.kv.shared_buffer
+    assert manifest.kv.shared_buffer
+    assert manifest.kv.cache_length == manifest.context_length
     assert any("10.15" in note for note in manifest.notes)
     assert check_standard(model) == []
 

@@ -15,16 +15,19 @@ from runtime.loading import load
 from runtime.session import Session
 from runtime.torch_session import TorchSession
 
+SPECS = {"shared": None, "static": {"target": "tensorrt"}, "growing": {"target": "plain"}}
+"""How each kind of KV cache is exported."""
 
-@pytest.fixture(params=["shared", "growing", "pytorch"])
+
+@pytest.fixture(params=[*SPECS, "pytorch"])
 def either(
     request: pytest.FixtureRequest, exports: Callable[..., Path], checkpoints: Callable[..., Path]
 ) -> Iterator[Session]:
-    """PyTorch, and ONNX Runtime over either kind of KV cache."""
+    """PyTorch, and ONNX Runtime over every kind of KV cache."""
     if request.param == "pytorch":
         opened: Any = TorchSession(checkpoints())
     else:
-        opened = load(exports(spec={"target": "tensorrt"} if request.param == "growing" else None), threads=1)
+        opened = load(exports(spec=SPECS[request.param]), threads=1)
     with opened as chosen:
         yield chosen
 

@@ -15,7 +15,15 @@ from runtime.errors import SessionError
 from runtime.generate import generate
 from runtime.loading import load, read_folder
 from runtime.providers import PROVIDERS
-from runtime.tensorrt import ShapeOutsideProfileError, Shapes, cache_key, engine_options, profile, profile_options
+from runtime.tensorrt import (
+    ShapeOutsideProfileError,
+    Shapes,
+    cache_key,
+    engine_options,
+    profile,
+    profile_options,
+    require_inside,
+)
 
 Get = Callable[..., Path]
 SHAPES = Shapes((1, 2, 4), (1, 16, 40), 20)
@@ -29,20 +37,36 @@ def manifest(exports: Get) -> Any:
 def test_profiles_follow_the_workload(manifest: Any) -> None:
     least, usual, most = profile(manifest, SHAPES, "prefill")
     assert (least["input_ids"], usual["input_ids"], most["input_ids"]) == ([1, 1], [2, 16], [4, 40])
-    assert most["past_key_values.1.value"] == [4, 2, 0, 16]
+    assert least["past_key_values.1.value"] == [1, 2, 160, 16]
+    assert most["past_key_values.1.value"] == [4, 2, 160, 16]
     least, usual, most = profile(manifest, SHAPES, "decode")
     assert (least["input_ids"], most["input_ids"]) == ([1, 1], [4, 1])
-    assert (least["past_key_values.0.key"][2], most["past_key_values.0.key"][2]) == (1, 59)
-    assert most["attention_mask"] == [4, 60]
+    assert (least["past_key_values.0.key"][2], most["past_key_values.0.key"][2]) == (160, 160)
+    assert most["attention_mask"] == [4, 160]
+    assert most["write_indices"] == [4]
     assert set(most) == set(manifest.inputs)
     text = profile_options(manifest, SHAPES, "decode")["trt_profile_max_shapes"]
     assert "input_ids:4x1," in text + ","
-    assert "past_key_values.0.key:4x2x59x16" in text
+    assert "past_key_values.0.key:4x2x160x16" in text
     assert set(profile_options(manifest, SHAPES, "score", "nv")) == {
         "nv_profile_min_shapes",
         "nv_profile_opt_shapes",
         "nv_profile_max_shapes",
     }
+
+
+def test_profiles_of_a_cache_that_grows_follow_its_past(exports: Get) -> None:
+    plain = read_folder(exports(spec={"target": "plain"}), verify=False)
+    assert profile(plain, SHAPES, "prefill")[2]["past_key_values.1.value"] == [4, 2, 0, 16]
+    least, _, most = profile(plain, SHAPES, "decode")
+    assert (least["past_key_values.0.key"][2], most["past_key_values.0.key"][2]) == (1, 59)
+    assert most["attention_mask"] == [4, 60]
+
+
+def test_no_profile_asks_for_more_than_the_cache_holds(exports: Get) -> None:
+    short = read_folder(exports(spec={"target": "tensorrt", "cache_length": 32}), verify=False)
+    assert profile(short, SHAPES, "prefill")[2]["input_ids"] == [4, 32]
+    assert profile(short, SHAPES, "score")[2]["attention_mask"] == [1, 32]
 
 
 def test_shapes_of_a_workload() -> None:
@@ -86,6 +110,13 @@ def test_the_cache_says_whether_an_engine_is_there(manifest: Any, tmp_path: Path
     assert "trt_engine_cache_enable" not in engine_options("tensorrt", manifest, SHAPES, "decode", None)[0]
 
 
+def test_a_past_outside_the_profile_is_refused(exports: Get) -> None:
+    plain = read_folder(exports(spec={"target": "plain"}), verify=False)
+    require_inside(plain, SHAPES, "decode", 4, 1, 59)
+    with pytest.raises(ShapeOutsideProfileError, match="60 past in decode"):
+        require_inside(plain, SHAPES, "decode", 4, 1, 60)
+
+
 def test_two_sessions_and_no_shape_outside(exports: Get, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The CPU stands in for TensorRT's kernels; everything around them is what runs there."""
     stand_in = replace(PROVIDERS["cpu"], name="tensorrt")
@@ -110,8 +141,3 @@ def test_two_sessions_and_no_shape_outside(exports: Get, monkeypatch: pytest.Mon
             session.prefill([[5] * 41])
         with pytest.raises(ShapeOutsideProfileError, match="5 rows in prefill"):
             session.prefill([[5]] * 5)
-        session.prefill([[5] * 40], reserve=30)
-        for _ in range(20):
-            session.step([6])
-        with pytest.raises(ShapeOutsideProfileError, match="60 past in decode"):
-            session.step([6])

@@ -21,7 +21,7 @@ from runtime.torch_session import TorchSession
 from runtime.turns import Guarded, guarded
 
 Get = Callable[..., Path]
-KINDS = ["host", "device", "growing", "pytorch"]
+KINDS = ["host", "device", "static", "growing", "pytorch"]
 PROMPTS = [[5, 6, 7], [8, 9], [30, 31, 32, 33]]
 RUNTIME = str(Path(runtime.__file__).parent)
 
@@ -32,7 +32,7 @@ def any_session(request: pytest.FixtureRequest, exports: Get, checkpoints: Get, 
     if kind == "pytorch":
         opened: Any = TorchSession(checkpoints(), threads=1)
     else:
-        spec = {"target": "tensorrt"} if kind == "growing" else None
+        spec = {"static": {"target": "tensorrt"}, "growing": {"target": "plain"}}.get(kind)
         opened = load(exports(spec=spec), threads=1, choose_on_device=kind == "device")
     with opened as session:
         yield session

@@ -192,7 +192,7 @@ DEFECTS: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("target", ["plain", "ort"])
+@pytest.mark.parametrize("target", ["plain", "ort", "tensorrt"])
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_each_of_these_is_named(exports: Folders, checkpoints: Folders, target: str, defect: str) -> None:
     change, why = DEFECTS[defect]
@@ -216,6 +216,19 @@ def test_lengths_of_another_row_are_named(exports: Folders, checkpoints: Folders
     wrong_rows(model)
     found = unexplained(model, AutoConfig.from_pretrained(checkpoints()))
     assert any("against 8" in f.what for f in found), found
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_a_cache_that_is_written_elsewhere_is_named(exports: Folders, checkpoints: Folders, computed: bool) -> None:
+    """The slots of new keys turn round after 100, or the scatter goes into something that is no cache."""
+    model = _models(exports(spec={"target": "tensorrt"}))[0]
+    scatter = next(n for n in model.graph.node if n.op_type == "TensorScatter")
+    if computed:
+        scatter.input[2] = add(model, "Mod", ["write_indices", constant(model, "100", np.int64(100))], "turned")
+    else:
+        scatter.input[0] = add(model, "Neg", [scatter.input[0]], "negative")
+    found = unexplained(model, AutoConfig.from_pretrained(checkpoints()))
+    assert any(("against 100" if computed else "outside of rotary") in f.what for f in found), found
 
 
 @pytest.mark.parametrize("sealed", [True, False])
