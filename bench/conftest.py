@@ -85,7 +85,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "check" in names:
         from bench.gate.registry import CHECKS
 
-        metafunc.parametrize("check", CHECKS, ids=[c.name for c in CHECKS])
+        checks = CHECKS if metafunc.config.option.collectonly else run.gate.specs
+        metafunc.parametrize("check", checks, ids=[c.name for c in checks])
     if not names & {"case", "side"}:
         return
     if metafunc.config.option.collectonly:  # nothing is resolved: no folder says which sides take part

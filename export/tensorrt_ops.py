@@ -1,9 +1,9 @@
 """What TensorRT's ONNX parser takes, as far as a LLaMA needs it: a check that runs without TensorRT.
 
-The list is the support matrix of onnx-tensorrt's parser (its documentation of 10.1), and the operators of opsets 23 and
-24 that it parses from 10.15 on: ``Attention`` with one output and no past inputs, ``RotaryEmbedding``,
-``RMSNormalization`` and ``TensorScatter``. It says that the parser knows the operators and types, not that an engine
-builds.
+It speaks for the published operator list of TensorRT 10.15's parser, which that of 11.2 repeats for these operators
+(docs/tensorrt-operators.md has both, and what TensorRT-RTX 1.7 said when it was asked): operators, types, and the
+restrictions that a legal ONNX graph may break. It does not say that an engine builds: the gate's check
+``tensorrt_compile`` does, with TensorRT-RTX's compiler.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALLOWED: dict[str, frozenset[int]] = {
     "MatMul": FLOATS,
     "Mul": _NUMBERS,
     "RMSNormalization": FLOATS,
-    "Range": _NUMBERS,
+    "Range": _NUMBERS - {TensorProto.FLOAT16, TensorProto.BFLOAT16},
     "ReduceMax": _NUMBERS,
     "Reshape": _ANY,
     "RotaryEmbedding": FLOATS,
@@ -60,6 +60,8 @@ def check_standard(model: onnx.ModelProto) -> list[str]:
         if o.domain not in ("", "ai.onnx") or o.version > OPSET
     ]
     constants = {t.name for t in model.graph.initializer}
+    inputs = {v.name: v.type.tensor_type for v in model.graph.input}
+    outputs = {v.name for v in model.graph.output}
     types = {t.name: t.data_type for t in model.graph.initializer}
     types |= {v.name: v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.value_info]}
     for tensor in model.graph.initializer:
@@ -76,13 +78,28 @@ def check_standard(model: onnx.ModelProto) -> list[str]:
         known = types.get(node.input[0]) if node.input else None
         if known is not None and known not in ALLOWED[node.op_type]:
             wrong.append(f"{name}: {node.op_type} over {TensorProto.DataType.Name(known)}")
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "Attention":
             if len([o for o in node.output if o]) != 1:
                 wrong.append(f"{name}: Attention may have one output only")
-            if any(node.input[4:]):
+            if any(node.input[4:6]):
                 wrong.append(f"{name}: Attention may not take past keys and values")
-        if node.op_type == "DequantizeLinear" and any(node.input[2:]):
-            wrong.append(f"{name}: DequantizeLinear may not have a zero point")
+            if any(node.input[6:]):
+                wrong.append(
+                    f"{name}: Attention's nonpad_kv_seqlen is ignored without an error; the mask has to say it"
+                )
+            if any(node.input[3:4]) and attributes.get("is_causal"):
+                wrong.append(f"{name}: Attention takes a mask or is_causal, not both")
+            if attributes.get("softcap"):
+                wrong.append(f"{name}: Attention may not have a softcap")
+        if node.op_type == "TensorScatter":
+            cache = inputs.get(node.input[0])
+            if cache is None or not all(name in outputs for name in node.output):
+                wrong.append(f"{name}: TensorScatter has to lead from an input of the graph to an output")
+            elif not cache.shape.dim[2].dim_value:
+                wrong.append(f"{name}: the length of {node.input[0]} has to be static")
+            if attributes.get("mode", b"linear") != b"linear" or attributes.get("axis", -2) not in (-2, 2):
+                wrong.append(f"{name}: TensorScatter has to be linear along axis 2")
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
             wrong.append(f"{name}: has a subgraph")
     return wrong

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from export.manifest import first_line
-from runtime.errors import ProviderUnavailableError
+from runtime.errors import CompilerMissingError, ProviderUnavailableError
 from runtime.providers import (
     PROVIDERS,
     Provider,
@@ -27,6 +27,7 @@ from runtime.providers import (
     require_active,
 )
 from runtime.settings import cpu_name, usable_cores
+from runtime.trt_compiler import version
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Gpu:
 class Report:
     """Everything that the doctor found.
 
+    ``compiler`` is TensorRT-RTX's, which needs no GPU: its version, or how to install it.
+
     The caller adds ``bandwidth`` (bytes per second, None if not measured) and ``telemetry``, the environment variables
     by which libraries are told not to report their use.
     """
@@ -62,6 +65,7 @@ class Report:
     cpu: dict[str, str | int | float]
     packages: dict[str, str]
     bandwidth: dict[str, float | str] | None = None
+    compiler: str = ""
     telemetry: dict[str, str] = field(default_factory=dict)
 
 
@@ -154,6 +158,14 @@ def processor() -> dict[str, str | int | float]:
     return found
 
 
+def compiler() -> str:
+    """TensorRT-RTX's compiler in a line."""
+    try:
+        return f"TensorRT-RTX {version()}, needs no GPU (llama-onnx engine, tensorrt_compile)"
+    except CompilerMissingError as e:
+        return str(e)
+
+
 def diagnose() -> Report:
     """Everything but the bandwidth, which takes memory and seconds and is the caller's choice."""
-    return Report(examine(), gpus(), processor(), packages())
+    return Report(examine(), gpus(), processor(), packages(), compiler=compiler())

@@ -25,3 +25,13 @@ class ProviderUnavailableError(SessionError):
     """A known provider that this machine cannot run; names the cause and the install command."""
 
     exit_code = 4
+
+
+class CompileError(SessionError):
+    """A graph that TensorRT-RTX does not compile; names the node."""
+
+    exit_code = 1
+
+
+class CompilerMissingError(ProviderUnavailableError):
+    """TensorRT-RTX's compiler is not installed here; names the install command."""

@@ -85,6 +85,17 @@ def profile(manifest: Manifest, shapes: Shapes, phase: str) -> tuple[dict[str, l
     return tuple(found)
 
 
+def engine_profiles(
+    manifest: Manifest, shapes: Shapes, phases: Sequence[str] = ("prefill", "decode")
+) -> dict[str, dict[str, tuple[list[int], ...]]]:
+    """By phase and input, least, expected and greatest shape: for a compiler."""
+    found = {}
+    for phase in phases:
+        sizes = profile(manifest, shapes, phase)
+        found[phase] = {name: tuple(size[name] for size in sizes) for name in sizes[0]}
+    return found
+
+
 def profile_options(manifest: Manifest, shapes: Shapes, phase: str, prefix: str = "trt") -> dict[str, str]:
     """The provider's ``..._profile_min/opt/max_shapes``; ``prefix`` is ``trt``, or ``nv`` for TensorRT-RTX."""
     least, usual, most = profile(manifest, shapes, phase)

@@ -232,6 +232,20 @@ def demo_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tensorrt_rtx() -> str:
+    """Version of TensorRT-RTX's compiler; skips where it is not installed, fails in CI."""
+    from runtime.errors import CompilerMissingError
+    from runtime.trt_compiler import version
+
+    try:
+        return version()
+    except CompilerMissingError as e:
+        if os.environ.get("LLAMA_ONNX_REQUIRE_TENSORRT_RTX"):
+            pytest.fail(f"CI must have the compiler: {e}")
+        pytest.skip(str(e))
+
+
+@pytest.fixture(scope="session")
 def demo_export(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model, exported anew."""
     from export.pipeline import export_model

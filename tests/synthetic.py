@@ -11,7 +11,7 @@ from bench.data.loading import load_shipped
 from bench.gate.found import Found
 from bench.gate.metrics import score_task
 from bench.gate.modes import MODES, Terms
-from bench.gate.registry import CHECKS
+from bench.gate.registry import checks_of
 from bench.machine.environment import machine, versions
 from reports.validation import (
     CheckResult,
@@ -106,7 +106,7 @@ def random_evidence(terms: Terms, tokens: int, seed: int = 0) -> Evidence:
 def judged(evidence: Evidence, terms: Terms) -> list[CheckResult]:
     """Every check's result: statistical ones by their judges, exact ones passed."""
     results = []
-    for spec in CHECKS:
+    for spec in checks_of("ort"):
         found = spec.judge(evidence, terms) if spec.judge else Found("PASS", "as it should be")
         results.append(
             CheckResult(
@@ -166,7 +166,7 @@ def synthetic(precision: str = "fp16", mode: str = "standard", tokens: int = 340
             "items": terms.mode.items,
         },
         "session": {"runtime": "onnxruntime 1.32.0", "provider": "cpu"},
-        "checks": [c.name for c in CHECKS],
+        "checks": [c.name for c in checks_of("ort")],
         "results": results,
         "evidence": evidence,
         "examples": [],

@@ -80,6 +80,7 @@ def render(report: Report, console: Console) -> None:
     for title, part in (("CUDA", "cuda-runtime"), ("cuDNN", "cudnn"), ("TensorRT", "tensorrt")):
         found = [f"{name} {version}" for name, version in report.packages.items() if part in name]
         facts.add_row(title, Text(", ".join(found) or "no package of it installed"))
+    facts.add_row("compiler", Text(report.compiler))
     others = [f"{n} {v}" for n, v in report.packages.items() if n.startswith(("onnxruntime", "torch"))]
     facts.add_row("runtimes", Text(", ".join(others)))
     yours = [f"{name}={value}" for name, value in report.telemetry.items() if value != TELEMETRY_OFF[name]]

@@ -19,6 +19,7 @@ from bench.cli import (
     compare,
     demo_model,
     doctor,
+    engine,
     export,
     generate,
     history,
@@ -37,6 +38,7 @@ from bench.errors import user_error
 COMMANDS = (
     demo_model,
     export,
+    engine,
     random_model,
     inspect,
     generate,

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="where a numeric check fails, find the layer and operator where it begins (default)",
     )
+    add("--sm", default="89", metavar="N,...", help="GPUs that tensorrt_compile builds engines for (default 89)")
     deployment.add_options(parser.add_argument)
     add(
         "--workers",
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from bench.process.workers import cluster
     from reports.publish import write_report
     from reports.render.validation import print_check, print_verdict
+    from runtime.trt_compiler import parse_sms
 
     folder = args.folder.expanduser()
     if args.certificate:
@@ -99,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         expect=expected(args.expect),
         allow_pickle=args.allow_pickle,
+        sms=parse_sms(args.sm),
     )
     check_writable(args.out)
     with progress("validate") as bar:

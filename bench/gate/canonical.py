@@ -138,8 +138,8 @@ def constants_of(model: Any) -> dict[str, Any]:
 
 
 def layer_of(name: str) -> int | None:
-    """The decoder layer that a tensor's name says it is of."""
-    found = _LAYER.search(name)
+    """The decoder layer that the name of a tensor or node says it is of."""
+    found = _LAYER.search(name.replace("/", "."))
     return int(found[1]) if found else None
 
 

@@ -33,7 +33,8 @@ class CheckSpec:
 
     ``judge`` gives the same result from the evidence that ``run`` left, without a model; None for exact checks, whose
     result follows from their findings. ``may_abstain``: whether an exact check may leave a folder unjudged, as a
-    third-party export whose graph or weights it cannot read.
+    third-party export whose graph or weights it cannot read. ``target``: the only one whose folders it concerns, "" for
+    all; it does not stand in the results of other folders.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CheckSpec:
     run: Callable[[Subject], Found]
     judge: Callable[[Evidence, Terms], Found] | None = None
     may_abstain: bool = False
+    target: str = ""
 
 
 def exact(findings: Sequence[Finding], good: str, notes: Sequence[str] = ()) -> Found:

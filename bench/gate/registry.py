@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.gate import judge
-from bench.gate.checks import generation, graph, numeric, text, weights
+from bench.gate.checks import generation, graph, numeric, tensorrt, text, weights
 from bench.gate.found import CheckSpec, Found
 from bench.gate.subject import Subject
 
 Run = Callable[[Subject], Found]
 
 
-def _exact(run: Run, looks_at: str, catches: str, may_abstain: bool = False) -> CheckSpec:
-    return CheckSpec(run.__name__, "exact", looks_at, catches, run, may_abstain=may_abstain)
+def _exact(run: Run, looks_at: str, catches: str, may_abstain: bool = False, target: str = "") -> CheckSpec:
+    return CheckSpec(run.__name__, "exact", looks_at, catches, run, may_abstain=may_abstain, target=target)
 
 
 def _places(run: Run, looks_at: str, catches: str) -> CheckSpec:
@@ -90,6 +90,13 @@ CHECKS: tuple[CheckSpec, ...] = (
         "a missing end token, sampling or another graph in genai_config.json",
     ),
     _exact(text.generation_config, "generation_config.json", "another temperature, a lost end token", may_abstain=True),
+    _exact(
+        tensorrt.tensorrt_compile,
+        "what TensorRT-RTX's own parser and compiler make of the graphs, layer by layer (--target tensorrt only)",
+        "an operator that TensorRT lacks, a cache that is copied, an attention pulled apart, an input that it ignores",
+        may_abstain=True,
+        target="tensorrt",
+    ),
     _places(
         numeric.prefill_logits,
         "the decode graph's prefill at several lengths against the baseline",
@@ -135,4 +142,11 @@ CHECKS: tuple[CheckSpec, ...] = (
         judge.tasks,
     ),
 )
+
+
+def checks_of(target: str) -> tuple[CheckSpec, ...]:
+    """The checks that concern folders of a target."""
+    return tuple(c for c in CHECKS if c.target in ("", target))
+
+
 BY_NAME = {c.name: c for c in CHECKS}

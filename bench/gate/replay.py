@@ -23,7 +23,7 @@ from bench.gate.found import CheckSpec, Found, stopped
 from bench.gate.judge import NOT_APPLICABLE
 from bench.gate.metrics import score_task
 from bench.gate.modes import MODES, Terms
-from bench.gate.registry import BY_NAME, CHECKS
+from bench.gate.registry import BY_NAME, CHECKS, checks_of
 from bench.gate.statistics import TIERS
 from bench.machine.environment import versions
 from reports.validation import CheckResult, ChunkScores, Evidence, GeneratedItem, Validation, decide_verdict
@@ -34,6 +34,8 @@ SLACK = 1e-9
 LEAST = -1e-9
 """Divergences and losses are not negative; rounding in float64 may leave so much."""
 TOKENS = ("perplexity_ratio", "mean_kld", "tail_kld", "top1_agreement", "null_ratio")
+SETS = [[c.name for c in checks_of(target)] for target in sorted({c.target for c in CHECKS})]
+"""The whole set, by the targets that make a difference."""
 OUTPUTS = ("greedy", "length_band", "end_token")
 
 
@@ -84,8 +86,8 @@ def incomplete(document: Validation) -> list[str]:
     digests = ("folder_sha256", "baseline_sha256", "dataset_sha256")
     wrong = [f"{n} is missing" for n in digests if not re.fullmatch("[0-9a-f]{64}", getattr(document, n))]
     ran = {r.name for r in document.results}
-    missing = [c.name for c in CHECKS if c.name not in ran]
-    wrong += [f"{len(missing)} of {len(CHECKS)} checks were not run: {_few(missing)}"] if missing else []
+    missing = [name for name in document.checks if name not in ran]
+    wrong += [f"{len(missing)} of {len(document.checks)} checks were not run: {_few(missing)}"] if missing else []
     if document.verdict != "PASS":
         undecided = [r.name for r in document.of("INCONCLUSIVE")]
         return wrong + ([f"undecided: {_few(undecided)}"] if document.verdict == "INCONCLUSIVE" else [])
@@ -113,10 +115,10 @@ def _few(names: Sequence[str]) -> str:
 
 def _header(document: Validation) -> Iterator[str]:
     """What has to be right before anything can be judged."""
-    if document.checks != [c.name for c in CHECKS]:
+    if document.checks not in SETS:
         yield "checks: not the list of this version's checks"
     names = [r.name for r in document.results]
-    if names != [c.name for c in CHECKS if c.name in names]:
+    if names != [name for name in document.checks if name in names]:
         yield "results: a check that is not known, stands twice or in another order"
     for field, known in (("mode", MODES), ("tier", TIERS)):
         if getattr(document, field) not in known:

@@ -52,6 +52,8 @@ class Subject:
     say: Tick = lambda _message: None
     expect: Mapping[str, str] = field(default_factory=dict)
     """``precision``, ``target`` and ``method`` that the folder has to be of; the rest is as its manifest says."""
+    sms: tuple[int, ...] = (89,)
+    """Compute capabilities, times 10, that TensorRT-RTX compiles engines for (``--target tensorrt`` only)."""
     progress: Callable[[int, int], None] = lambda _done, _total: None
     """Told (finished, all) windows or batches of the stage that is running; (0, 0) between stages."""
     resumed: int = field(default=0, init=False)

@@ -24,7 +24,7 @@ from bench.gate.checks.numeric import places_expected
 from bench.gate.found import CheckSpec, Found, stopped
 from bench.gate.localize import localize
 from bench.gate.modes import MODES, Mode
-from bench.gate.registry import BY_NAME, CHECKS
+from bench.gate.registry import BY_NAME, CHECKS, checks_of
 from bench.gate.replay import other_items
 from bench.gate.subject import Subject
 from bench.machine.environment import machine, versions
@@ -121,6 +121,11 @@ class Gate:
             self._on_result(self._done[spec.name][0])
         return self._done[spec.name][0]
 
+    @cached_property
+    def specs(self) -> tuple[CheckSpec, ...]:
+        """The whole set for a folder of this target."""
+        return checks_of(self.subject.manifest.target if self._readable else "")
+
     @property
     def results(self) -> list[CheckResult]:
         """What was run so far, in the order of the set."""
@@ -129,10 +134,18 @@ class Gate:
     def run(self, specs: Iterable[CheckSpec] = CHECKS) -> None:
         """Several checks in order. A folder that cannot even be read fails one of them, and the rest is not run.
 
+        Checks that do not concern the folder's target are left out.
+
         Raises:
             UserError: as :meth:`result`, where nothing has failed before.
+            BenchError: none of them concerns the folder.
         """
-        for spec in specs:
+        asked = list(specs)
+        concerned = [spec for spec in asked if not spec.target or spec in self.specs]
+        if asked and not concerned:
+            names = ", ".join(f"{spec.name} judges folders of --target {spec.target}" for spec in asked)
+            raise BenchError(f"{names}; {self.subject.folder} is of another")
+        for spec in concerned:
             try:
                 self.result(spec)
             except UserError as error:
@@ -189,7 +202,7 @@ class Gate:
             dataset_sha256=s.dataset.sha256,
             settings=s.settings(),
             session=s.session,
-            checks=[c.name for c in CHECKS],
+            checks=[c.name for c in self.specs],
             results=results,
             evidence=evidence,
             examples=[e for _, f in done for e in f.examples],
@@ -291,6 +304,7 @@ def thinned(document: Validation, subject: Subject) -> list[str]:
     if document.verdict != "PASS":
         return []
     e, terms = document.evidence, subject.terms
+    whole = [c.name for c in checks_of(subject.manifest.target)]
     claims = {"tier": terms.precision, "activations": terms.activations, "kv_dtype": terms.kv_dtype}
     wrong = [f"{n}: says {have}, the folder is {v}" for n, v in claims.items() if (have := getattr(document, n)) != v]
     if [len(c.kld) for c in e.chunks] != [len(w) - 1 for w in subject.windows]:
@@ -300,6 +314,7 @@ def thinned(document: Validation, subject: Subject) -> list[str]:
     wrong += other_items(document, subject.dataset)
     planned = {name: count for name, count in places_expected(subject).items() if count}
     held = {name: len(rows) for name, rows in e.places.items() if rows}
+    wrong += [] if document.checks == whole else [f"checks: not the {len(whole)} of {subject.manifest.target} folders"]
     return wrong + [f"{n} looked at {held.get(n, 0)} places, not {c}" for n, c in planned.items() if held.get(n) != c]
 
 
@@ -316,6 +331,7 @@ def make_subject(
     workers: int = 1,
     expect: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
+    sms: tuple[int, ...] = (89,),
 ) -> Subject:
     """A subject from what a command line says.
 
@@ -332,6 +348,7 @@ def make_subject(
         workers: processes that share windows and generations, each with the deployment's threads.
         expect: see :func:`expected`.
         allow_pickle: see :func:`export.source.resolve`.
+        sms: see :attr:`bench.gate.subject.Subject.sms`.
 
     Raises:
         ExportError: the baseline cannot be found.
@@ -343,4 +360,4 @@ def make_subject(
     source = resolve(model, status=status, allow_pickle=allow_pickle) if isinstance(model, str) else model
     baseline = Baseline(source, deployment.threads, memo_bytes, keep=keep, say=status, device=deployment.device)
     data = dataset or load_shipped()
-    return Subject(folder, baseline, mode, data, deployment, workers=workers, say=status, expect=expect or {})
+    return Subject(folder, baseline, mode, data, deployment, workers=workers, say=status, expect=expect or {}, sms=sms)

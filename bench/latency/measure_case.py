@@ -50,6 +50,13 @@ def _open(a: dict[str, Any]) -> Any:
         else:
             kind = "session_options" if key.startswith(SESSION_PREFIXES) else "provider_options"
             more.setdefault(kind, {})[key] = str(value)
+    if str(a.get("provider")).startswith("tensorrt"):  # engines for this case, built once for all its processes
+        from export.cache import cache_dir
+        from runtime.tensorrt import Shapes
+
+        batch, prompt = int(a["batch"]), int(a["prompt"])
+        shapes = Shapes((batch, batch, batch), (1, prompt, prompt), int(a["new_tokens"]))
+        more |= {"shapes": shapes, "engine_home": cache_dir()}
     return load(a["folder"], a.get("provider") or "cpu", a.get("threads"), verify=False, **more)
 
 

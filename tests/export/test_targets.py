@@ -72,6 +72,21 @@ def _spoil(model: onnx.ModelProto, how: str) -> None:
     attention = next(n for n in graph.node if n.op_type == "Attention")
     if how == "past input":
         attention.input.extend(["past_key_values.0.key", "past_key_values.0.value"])
+    elif how == "nonpad_kv_seqlen":
+        attention.input.extend(["", "", "write_indices"])
+    elif how == "causal as well":
+        attention.attribute.append(helper.make_attribute("is_causal", 1))
+    elif how == "softcap":
+        attention.attribute.append(helper.make_attribute("softcap", 30.0))
+    elif how == "dynamic cache":
+        cache = next(i for i in graph.input if i.name == "past_key_values.1.key")
+        cache.type.tensor_type.shape.dim[2].dim_param = "total"
+    elif how in ("computed cache", "circular"):
+        scatter = next(n for n in graph.node if n.op_type == "TensorScatter")
+        if how == "circular":
+            scatter.attribute.append(helper.make_attribute("mode", "circular"))
+        else:
+            scatter.input[0] = scatter.input[1]
     elif how == "second output":
         attention.output.append("extra")
     elif how == "contrib operator":
@@ -94,6 +109,12 @@ def _spoil(model: onnx.ModelProto, how: str) -> None:
     ("how", "named"),
     [
         ("past input", "past keys"),
+        ("nonpad_kv_seqlen", "ignored without an error"),
+        ("causal as well", "not both"),
+        ("softcap", "softcap"),
+        ("dynamic cache", "past_key_values.1.key has to be static"),
+        ("computed cache", "from an input of the graph"),
+        ("circular", "linear"),
         ("second output", "one output"),
         ("contrib operator", "com.microsoft::Attention"),
         ("unknown operator", "NonMaxSuppression"),

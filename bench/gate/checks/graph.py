@@ -162,6 +162,9 @@ def graph(s: Subject) -> Found:
         return _third_party(s)
     from export.tensorrt_ops import check_standard
 
+    if s.spec.attention == "Attention" and not s.manifest.kv.cache_length:
+        what = "grows its KV cache by Concat: an older version of this tool exported it; export it again"
+        return exact([Finding(where=s.manifest.decode_graph, what=what)], "")
     findings: list[Finding] = []
     for role in s.roles:
         name = s.manifest.decode_graph if role == "decode" else s.manifest.scoring_graph

@@ -106,6 +106,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     found = {f["provider"]: f for f in report["providers"]}
     assert found["cpu"]["loads"] is True
     assert report["bandwidth"]["cpu_bytes_per_s"] > 1e8
+    assert "needs no GPU" in report["compiler"] or "pip install 'llama-onnx-bench[tensorrt-rtx]'" in report["compiler"]
     code, said, _ = run(capsys, "doctor", "--no-bandwidth")
     assert found["cuda"]["loads"] or "[cuda,cudnn]" in said.replace("\n", "")
 
