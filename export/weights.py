@@ -457,12 +457,13 @@ def _turned_codes(recipe: Weight, packed: Packed) -> Iterator[Tensor]:
     bits = recipe.bits
     codes = packed.codes.view(rows, -1)
     step = max(_EVEN, _PIECE // rows // _EVEN * _EVEN)
-    for start in range(0, columns, step):
-        stop = min(start + step, columns)
-        piece = unpack(codes[:, start * bits // 8 : -(-stop * bits // 8)], bits, stop - start)
-        # The middle code becomes 0: in two's complement that is the highest bit flipped.
-        signed = piece.t().contiguous() ^ (1 << (bits - 1))
-        yield pack(signed.view(1, -1), bits)
+    with torch_threads(1):  # the pieces are too small to be split
+        for start in range(0, columns, step):
+            stop = min(start + step, columns)
+            piece = unpack(codes[:, start * bits // 8 : -(-stop * bits // 8)], bits, stop - start)
+            # The middle code becomes 0: in two's complement that is the highest bit flipped.
+            signed = piece.t().contiguous() ^ (1 << (bits - 1))
+            yield pack(signed.view(1, -1), bits)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -88,7 +88,8 @@ class _Audit:
                 what = "was not found in the folder: not as it is, transposed, joined or quantised in a form known here"
                 self.open.append(Finding(where=name, what=what, layer=layer_of(name)))
         for name, tensor in others:
-            if not self._mask(self.reader.tensor(tensor)):
+            value = self.reader.tensor(tensor)
+            if not (self._mask(value) or _numbering(value)):
                 what = f"is read, {list(tensor.dims)}, and is no tensor of the checkpoint, nor a causal mask"
                 self.open.append(Finding(where=name, what=what, layer=layer_of(name)))
         if self.wrong or not self.open:
@@ -283,6 +284,12 @@ class _Audit:
         windows = [w for n in ("window_size", "sliding_window") if (w := getattr(config, n, None))]
         masks = [ahead <= 0, *((ahead <= 0) & (ahead > -w) for w in windows)]
         return any(bool((seen == m).all()) or bool((seen == ~m).all()) for m in masks)
+
+
+def _numbering(value: Tensor) -> bool:
+    """0, 1, 2 and so on: the slots of a KV cache of fixed length, which a mask is compared with."""
+    integers = not value.dtype.is_floating_point and value.dtype != torch.bool
+    return integers and torch.equal(value.flatten().long(), torch.arange(value.numel()))
 
 
 def _joins(names: Sequence[str]) -> Iterator[Sources]:

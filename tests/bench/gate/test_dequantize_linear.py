@@ -136,6 +136,25 @@ def test_a_row_zeroed_under_a_third_party_export_is_named(
     assert NAME in result.findings[0].where
 
 
+def test_slots_of_the_cache_out_of_order_are_open(
+    exports: Exports, subjects: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Without a manifest the slots' numbers are known only as 0, 1, 2 and so on."""
+    shop = Workshop(exports("int4", spec()), tmp_path / "copy", tmp_path)
+
+    def change(model: onnx.ModelProto) -> None:
+        slots = next(t for t in model.graph.initializer if list(t.dims)[-1:] == [160] and t.data_type == 7)
+        numbers = onnx.numpy_helper.to_array(slots).copy()
+        numbers.flat[[90, 91]] = numbers.flat[[91, 90]]
+        slots.CopyFrom(onnx.numpy_helper.from_array(numbers, slots.name))
+
+    shop.graphs(change)
+    (shop.folder / "manifest.json").unlink()
+    result = found("weights", subjects(shop.folder))
+    assert result.status == "INCONCLUSIVE"
+    assert "is no tensor of the checkpoint" in result.findings[0].what
+
+
 def test_an_attribute_of_a_dequantisation_is_compared(
     workshop: Workshops, exports: Exports, subjects: Callable[..., Any]
 ) -> None:
