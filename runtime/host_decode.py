@@ -106,9 +106,10 @@ class HostDecoder:
         self._ids[:, 0] = ids
         # GroupQueryAttention reads the mask's row sums (lengths) and its width (the longest row), nothing else; a cache
         # of fixed length has a mask over all of its slots.
-        total = self._manifest.kv.cache_length or int(lengths.max())
+        fixed = self._manifest.kv.cache_length
+        total = fixed or int(lengths.max())
         mask = self._mask[: self._batch * total].reshape(self._batch, total)
-        if self._batch > 1 or total > lengths[0]:  # else it is all ones
+        if self._batch > 1 or fixed:  # else it is all ones
             np.less(np.arange(total), lengths[:, None], out=mask, casting="unsafe")
         self._decode.bind_input(self._binding, "attention_mask", mask)
         if "position_ids" in self._manifest.inputs:

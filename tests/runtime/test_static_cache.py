@@ -156,6 +156,16 @@ def test_a_row_longer_than_the_cache_is_refused_before_it_runs(exports: Get, che
     assert not out.exists()
 
 
+@pytest.mark.parametrize("slots", [2, 12])
+def test_the_last_slot_of_a_single_row_counts(slots: int, exports: Get) -> None:
+    row = ROWS[0][:slots]
+    with load(exports(spec=TENSORRT | {"cache_length": slots}), threads=1) as session:
+        wanted = session.score(row).copy()
+        session.prefill([row[:1]], reserve=slots - 1)
+        found = [session.step([token])[0].copy() for token in row[1:]]
+    np.testing.assert_allclose(found, wanted[1:], rtol=1e-4, atol=1e-4)
+
+
 def test_the_default_is_the_context_but_at_most_4096(exports: Get) -> None:
     assert read_manifest(exports(spec=TENSORRT)).kv.cache_length == 160
     assert read_manifest(exports(spec=TENSORRT, max_position_embeddings=5000)).kv.cache_length == 4096
