@@ -204,6 +204,6 @@ class DeviceDecoder:
         """
         smaller = DeviceDecoder(self._session, self._inputs, self._layout, kv, self._device)
         smaller._choose_by(self._sampling)
-        for name in ("_ids", "_next_lengths", "_mask"):
+        for name in ("_ids", "_lengths", "_next_lengths", "_mask"):
             smaller.__dict__[name].update_inplace(np.ascontiguousarray(getattr(self, name).numpy()[list(rows)]))
         return smaller

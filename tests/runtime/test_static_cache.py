@@ -183,6 +183,24 @@ def test_decoding_that_stays_on_the_device_and_batches_that_shrink(folder: Path)
             assert generate(device, ROWS, 20, eos=(7, 11, 200), sampling=sampling).tokens == wanted
 
 
+def test_rows_that_stay_on_the_device_keep_their_places(folder: Path) -> None:
+    """The graph reads its positions and slots from what the batch before the cut left on the device."""
+    with load(folder, threads=1) as host, load(folder, threads=1, choose_on_device=True) as device:
+        tokens = host.prefill(ROWS, 20).argmax(1)
+        assert device.prefill_token(ROWS, 20).tolist() == tokens.tolist()
+        for k in range(10):
+            if k == 3:
+                tokens = tokens[[0, 2]]
+                for session in (host, device):
+                    session.keep([0, 2])
+            tokens = host.step(tokens.tolist()).argmax(1)
+            assert device.step_token().tolist() == tokens.tolist()
+        assert host._cache is not None
+        assert device._cache is not None
+        for name, value in host._cache._values.items():
+            np.testing.assert_allclose(value.numpy(), device._cache._values[name].numpy(), atol=1e-4)
+
+
 def test_rows_prefilled_one_by_one_give_what_each_gives_alone(folder: Path) -> None:
     rows = [ROWS[0], ROWS[2] * 2, ROWS[0][:17]]
     with load(folder, threads=1) as session:
