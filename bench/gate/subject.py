@@ -321,6 +321,5 @@ def gate_shapes(s: Subject) -> Shapes:
 
     new = max(NEW_TOKENS.values())
     context = s.manifest.longest_row
-    return Shapes(
-        (1, 1, LARGEST_BATCH), (1, min(s.mode.window, context - new), max(1, context - new)), min(new, context - 1)
-    )
+    room = max(1, context - new)
+    return Shapes((1, 1, LARGEST_BATCH), (1, min(s.mode.window, room), room), min(new, context - 1))

@@ -58,6 +58,13 @@ def test_fp32_is_parsed_and_no_engine_is_promised(exports: Exports, subjects: Su
     assert "--precision fp16" in found.summary
 
 
+@compiles
+@pytest.mark.parametrize("slots", [2, 100])
+def test_a_cache_shorter_than_the_longest_answer(slots: int, exports: Exports, subjects: Subjects) -> None:
+    found = look(subjects(exports("fp16", {**TARGET, "cache_length": slots}, **HEADS), **HEADS))
+    assert found.status == "PASS", found.summary
+
+
 def copied_cache(model: Any) -> None:
     """The new keys of layer 1 replace the past by a Concat: nothing is updated in place."""
     scatter = next(n for n in model.graph.node if n.op_type == "TensorScatter" and "present.1.key" in n.output)
