@@ -120,6 +120,15 @@ def test_a_fallback_names_the_library_that_is_missing(monkeypatch: pytest.Monkey
     assert require_active(fake_session("CUDAExecutionProvider"), PROVIDERS["cuda"]) is None
 
 
+@pytest.mark.parametrize("op", ["TensorScatter", "DequantizeLinear"])
+def test_a_cache_that_goes_to_the_host_is_an_error(op: str) -> None:
+    """Each step would move the whole cache, or the weights, between the GPU and the host."""
+    nodes = {"CUDAExecutionProvider": ["MatMul"], "CPUExecutionProvider": [op]}
+    found = placement(fake_session("CUDAExecutionProvider", nodes=nodes))
+    with pytest.raises(ProviderUnavailableError, match=f"{op} on the CPU"):
+        require_placed(found, PROVIDERS["cuda"], allow_fallback=False)
+
+
 def test_nodes_elsewhere_are_an_error() -> None:
     cuda = PROVIDERS["cuda"]
     session = fake_session(
