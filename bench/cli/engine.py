@@ -26,9 +26,9 @@ UNTRIED = "compiled without a GPU; neither the engines nor the EPContext models 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder, the GPUs, the workload, and where the engines go."""
     add = parser.add_argument
-    add("folder", type=Path, help="the exported folder, of --target tensorrt in fp16 or bf16 (also as activations)")
+    add("folder", type=Path, help="the exported folder, of --target tensorrt, with activations in fp16 or bf16")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to create")
-    add("--sm", default="89", metavar="N,...", help="GPUs: compute capabilities times 10, of 75, 80, 86, 89, 120, 121")
+    add("--sm", default="89", metavar="N,...", help="GPUs: compute capabilities times 10, of 75, 80, 86, 89, 120, 121 (default 89)")
     add("--batch", type=at_least(1), default=1, metavar="N", help="rows at most (default 1)")
     add(
         "--prompt",
@@ -49,9 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         DestinationError: DIR is there already.
-        CompileError: the compiler refuses the graph; names the node.
+        CompileError: the compiler refuses the graph, or copies the cache or pulls an attention apart; names the node.
         CompilerMissingError: the compiler is not installed.
     """
+    from bench.gate.checks.tensorrt import unintended
     from bench.process.trt_compile import compile_in_child
     from export.cache import publish, require_space
     from export.errors import DestinationError
@@ -92,9 +93,10 @@ def run(args: argparse.Namespace) -> int:
         for sm in sms:
             status(f"compiling for SM {sm}")
             made, peak = compile_in_child(graph, list(profiles.values()), (sm,), work)
-            if faults := [*made.faults, *(f for e in made.engines for f in e.faults)]:
-                more = f" (+{len(faults) - 1} more)" if len(faults) > 1 else ""
-                raise CompileError(f"{graph.name}: {faults[0].where}: {faults[0].what}{more}")
+            faults = [*made.faults, *(f for e in made.engines for f in e.faults)]
+            if wrong := [(f.where, f.what) for f in faults or unintended(made, manifest)]:
+                more = f" (+{len(wrong) - 1} more)" if len(wrong) > 1 else ""
+                raise CompileError(f"{graph.name}: {': '.join(wrong[0])}{more}")
             write_ep_context(graph, engine_file(work, sm), sm, made.compiler)
             compiled.append(made)
             peaks.append(peak)

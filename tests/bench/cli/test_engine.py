@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.cli.main import main
 from bench.defects.workshop import Workshop
 from export.manifest import MANIFEST_NAME, read_manifest
+from tests.bench.gate.test_tensorrt_compile import unfused_attention
 from tests.runtime.test_trt_compiler import softcap
 
 Exports = Callable[..., Path]
@@ -73,16 +75,22 @@ def test_what_cannot_be_compiled(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("defect", "why"), [(softcap, "softcap is not supported"), (unfused_attention, "is an attention pulled apart")]
+)
 def test_a_refused_graph_leaves_nothing(
-    workshop: Callable[..., Workshop], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    defect: Callable[[Any], None],
+    why: str,
+    workshop: Callable[..., Workshop],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shop = workshop("fp16", TARGET, **HEADS)
-    shop.graphs(softcap, ("decode",))
+    shop = workshop("fp16", TARGET, **HEADS, num_key_value_heads=4)
+    shop.graphs(defect, ("decode",))
     shop.reseal()
     out = tmp_path / "home" / "out"
     assert main(["engine", str(shop.folder), "--out", str(out), "--new-tokens", "20"]) == 1
     said = capsys.readouterr().err
-    assert "layers.1" in said
-    assert "softcap is not supported" in said
+    assert why in said
     assert (shop.folder / MANIFEST_NAME).is_file()
     assert list(out.parent.iterdir()) == []
