@@ -27,10 +27,8 @@ from runtime.provider_options import options_of
 
 _FATAL = 4  # of the severities of onnxruntime's log, the highest
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
-WORK = frozenset(
-    (*ATTENTIONS, *NORMS, *MATMULS)
-    + ("Gemm", "FusedMatMul", "RotaryEmbedding", "Softmax", "QuickGelu", "TensorScatter", "DequantizeLinear")
-)
+_OTHERS = ("Gemm", "FusedMatMul", "RotaryEmbedding", "Softmax", "QuickGelu", "TensorScatter", "DequantizeLinear")
+WORK = frozenset((*ATTENTIONS, *NORMS, *MATMULS, *_OTHERS))
 """Operators that a GPU provider must not leave to the CPU."""
 
 

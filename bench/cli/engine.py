@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="the exported folder, of --target tensorrt, with activations in fp16 or bf16")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to create")
-    add("--sm", default="89", metavar="N,...", help="GPUs: compute capabilities times 10, of 75, 80, 86, 89, 120, 121 (default 89)")
+    add(
+        "--sm",
+        default="89",
+        metavar="N,...",
+        help="GPUs: compute capabilities times 10, of 75, 80, 86, 89, 120, 121 (default 89)",
+    )
     add("--batch", type=at_least(1), default=1, metavar="N", help="rows at most (default 1)")
     add(
         "--prompt",

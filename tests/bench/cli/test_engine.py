@@ -91,6 +91,7 @@ def test_a_refused_graph_leaves_nothing(
     out = tmp_path / "home" / "out"
     assert main(["engine", str(shop.folder), "--out", str(out), "--new-tokens", "20"]) == 1
     said = capsys.readouterr().err
+    assert "layers.1" in said
     assert why in said
     assert (shop.folder / MANIFEST_NAME).is_file()
     assert list(out.parent.iterdir()) == []
