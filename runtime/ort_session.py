@@ -81,7 +81,7 @@ class OrtSession(PipelineMixin, Guarded):
         self._threads = settings.threads or usable_cores()
         self._shapes = (settings.shapes or Shapes()) if self._provider.name.startswith("tensorrt") else None
         self._engine_home, self._build_s = settings.engine_home, 0.0
-        self._session_options = _accuracy_level(manifest) | dict(settings.session_options or {})
+        self._session_options = accuracy_level(manifest) | dict(settings.session_options or {})
         self._profile = settings.profile
         self._scoring: Graph | None = None
         self._one_graph = settings.one_graph and manifest.scoring_graph != manifest.decode_graph
@@ -380,7 +380,7 @@ class OrtSession(PipelineMixin, Guarded):
         return Path(self._decode.session.end_profiling())
 
 
-def _accuracy_level(manifest: Manifest) -> dict[str, str]:
+def accuracy_level(manifest: Manifest) -> dict[str, str]:
     """The session option that says how MatMulNBits computes where ONNX Runtime makes it of DequantizeLinear."""
     if manifest.quantisation is None or "DequantizeLinear" not in manifest.fused_ops:
         return {}

@@ -20,7 +20,7 @@ from export.manifest import KVLayout, Manifest, first_line
 from runtime.errors import SessionError
 from runtime.graph import placed
 from runtime.kv_cache import NUMPY_DTYPE, SharedCache, tiled
-from runtime.ort_session import OrtSession
+from runtime.ort_session import OrtSession, accuracy_level
 from runtime.provider_options import options_of
 from runtime.providers import provider_list, require, require_active
 
@@ -69,6 +69,8 @@ class GraphProbe:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        for key, value in accuracy_level(manifest).items():
+            options.add_session_config_entry(key, value)
         with _said(f"cannot open {path}"):
             session: Any = ort.InferenceSession(str(path), options, providers=provider_list(chosen, texts))
         require_active(session, chosen)

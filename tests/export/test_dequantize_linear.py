@@ -26,6 +26,7 @@ from export.spec import ExportSpec
 from export.tensorrt_ops import check_standard
 from export.weights import _turned_codes
 from runtime.loading import load
+from runtime.probe import GraphProbe
 from runtime.torch_session import TorchSession
 from tests.export.test_precisions import distances, packed_weights, replaced
 
@@ -139,6 +140,17 @@ def test_onnxruntime_makes_every_one_of_them_matmulnbits(
     _, wanted = products_that_ran(exports_at_0, tmp_path / "own")
     np.testing.assert_array_equal(exact, wanted)
     assert 1e-4 < np.abs(quick - exact).max() / np.abs(exact).max() < 0.1
+
+
+def test_a_probe_computes_at_the_manifests_level(exports: Folders) -> None:
+    """It is what localisation compares with PyTorch: at another level it would point at another layer."""
+    folder = exports("int4", spec=standard(lm_head="int4", accuracy_level=0))
+    manifest = read_manifest(folder)
+    with load(folder, threads=1) as session:
+        wanted = session.score([5, 6, 7]).copy()
+    probe = GraphProbe(folder / manifest.scoring_graph, manifest, 1)
+    np.testing.assert_allclose(probe.run([5, 6, 7])["logits"][0], wanted, rtol=1e-5, atol=1e-6)
+    probe.close()
 
 
 def test_fp16_stays_near(checkpoints: Folders, exports: Folders, tmp_path: Path) -> None:
