@@ -345,8 +345,11 @@ class OrtSession(PipelineMixin, Guarded):
 
         Raises:
             SessionError: no batch is open, no row, a row that is not there, or not ascending.
+            ShapeOutsideProfileError: TensorRT built no engine for so few rows.
         """
         check_rows(rows, self._batch)
+        if self.manifest.kv.cache_length is not None:  # a cache that grows is checked at each step
+            self._require_inside("decode", len(rows), 1)
         assert self._cache is not None
         self._cache.keep(rows, int(self._lengths.max()))
         self._batch, self._lengths = len(rows), self._lengths[list(rows)]

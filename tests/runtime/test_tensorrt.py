@@ -141,3 +141,8 @@ def test_two_sessions_and_no_shape_outside(exports: Get, monkeypatch: pytest.Mon
             session.prefill([[5] * 41])
         with pytest.raises(ShapeOutsideProfileError, match="5 rows in prefill"):
             session.prefill([[5]] * 5)
+    pairs = replace(SHAPES, batch=(2, 2, 4))
+    with load(folder, "tensorrt", 1, shapes=pairs) as session:
+        session.prefill(prompts, reserve=2)
+        with pytest.raises(ShapeOutsideProfileError, match="1 rows in decode"):
+            session.keep([0])
