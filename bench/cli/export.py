@@ -43,10 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(add)
     add("--force", action="store_true", help="replace an earlier export at OUT")
     weights = parser.add_argument_group("int8 and int4")
-    weights.add_argument(
-        "--method",
-        help="rtn, hqq, kquant or gptq (default: rtn for int8, hqq for int4)",
-    )
+    weights.add_argument("--method", help="rtn, hqq, kquant or gptq (default: rtn for int8, hqq for int4)")
     weights.add_argument(
         "--block-size", type=int, metavar="N", help="weights that share a scale (default: 16 for int8, 32 for int4)"
     )
