@@ -259,7 +259,9 @@ class _Weights:
         block = self.spec.block
         blocks = -(-columns // block)
         if self.spec.standard:
-            if columns % block:  # TensorRT takes columns / blocks for the size of a block, without a word where it can
+            if (
+                columns % block
+            ):  # TensorRT has no last block that is shorter; it may take the codes and read other blocks
                 raise UnsupportedModelError(
                     f"--block-size {block} does not divide the {columns} inputs of {name}, and TensorRT takes whole "
                     f"blocks only; pass one that does, or leave that part in floats (--keep-float, --lm-head float)"

@@ -173,7 +173,7 @@ def test_what_tensorrt_lacks_is_refused(precision: str, fields: dict[str, Any], 
 
 
 def test_part_of_a_block_is_refused(checkpoints: Folders, tmp_path: Path) -> None:
-    """TensorRT reads 88 inputs with 3 scales as no blocks at all, and 496 with 16 scales as blocks of 31."""
+    """TensorRT's parser refuses 88 inputs with 3 scales, but would take 496 with 16, though blocks of 32 are 15.5."""
     with pytest.raises(UnsupportedModelError, match=r"--block-size 32 does not divide the 88 inputs of .*down_proj"):
         export_model(ExportSpec(str(checkpoints(intermediate_size=88)), "int4", target="tensorrt"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
