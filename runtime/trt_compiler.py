@@ -1,7 +1,7 @@
 """TensorRT-RTX's own parser and compiler, which need no GPU: what it makes of a graph, layer by layer, and engines.
 
 The only importer of TensorRT-RTX. What it refuses is a :class:`Fault` that names the node; nothing is run. It prints to
-standard error by itself and holds 1.7 times the weights in memory, so commands call it in a child process
+standard error by itself and holds 1.7 to 2.1 times the weights in memory, so commands call it in a child process
 (:mod:`bench.process.trt_compile`).
 Try: ``llama-onnx engine FOLDER --sm 89 --out /tmp/engines``.
 """

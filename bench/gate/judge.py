@@ -7,6 +7,7 @@ Try: ``python -m pytest tests/bench/gate/test_replay.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Literal
@@ -265,10 +266,11 @@ def task_metric(e: TaskEvidence, tier: Tier) -> TaskMetric:
     )
     low, high = difference_interval(candidate, baseline, SEED)
     limit = -(1.0 - tier.task_ratio) * baseline.score
-    items = len(e.items)
+    items = told = len(e.items)
     settings = e.settings
     if e.same_outputs or baseline.score >= FLOOR_SCORE:
         judged = (candidate.score - baseline.score, low, high, limit - 1e-12)
+        told = int((candidate.statistics != baseline.statistics).reshape(items, -1).any(1).sum())
     else:
         judged = (cross.score, *score_interval(cross, SEED), 100.0 * tier.greedy - 1e-9)
         settings += (
@@ -283,35 +285,40 @@ def task_metric(e: TaskEvidence, tier: Tier) -> TaskMetric:
         candidate_vs_baseline=cross.score,
         difference_bound=low,
         limit=limit,
-        status=task_status(*judged[1:], items, tier),
+        status=task_status(*judged[1:], told, tier),
         items=items,
         settings=settings,
-        items_needed=items_needed(*judged, items),
+        items_needed=items_needed(*judged, items, told),
     )
 
 
-def task_status(low: float, high: float, limit: float, items: int, tier: Tier) -> Status:
+def task_status(low: float, high: float, limit: float, told: int, tier: Tier) -> Status:
     """Status of one task metric from the bounds of its difference.
 
-    A bootstrap over a handful of items proves no defect. And where rounding flips a few greedy tokens, as it does in
+    A bootstrap over a handful of items proves no defect, however many others score the same on both sides: ``told``
+    counts those that do not. And where rounding flips a few greedy tokens, as it does in
     every tier but fp32, 0.1 % of a task score would take thousands of items to show: then the score is reported, and
     the teacher-forced checks decide.
     """
     status = decide(low, high, limit, "higher")
-    if status == "FAIL" and items < LEAST_ITEMS:
+    if status == "FAIL" and told < LEAST_ITEMS:
         status = "INCONCLUSIVE"
     return "REPORTED" if status == "INCONCLUSIVE" and tier.name != "fp32" else status
 
 
-def items_needed(value: float, low: float, high: float, limit: float, items: int) -> int | None:
+def items_needed(
+    value: float, low: float, high: float, limit: float, items: int, told: int | None = None
+) -> int | None:
     """Items that would decide a score that has to be at least ``limit``; None where these did, 0 where none would.
 
-    The bound's distance from the score shrinks with the root of the number of items (:func:`chunks_needed`).
+    The bound's distance from the score shrinks with the root of the number of items (:func:`chunks_needed`). ``told``:
+    how many of them score otherwise than the baseline's; None: all.
     """
-    if low >= limit or (high < limit and items >= LEAST_ITEMS):
+    told = items if told is None else told
+    if low >= limit or (high < limit and told >= LEAST_ITEMS):
         return None
     if high < limit:
-        return LEAST_ITEMS
+        return math.ceil(items * LEAST_ITEMS / told) if told else 0
     need = chunks_needed(value, low if value > limit else high, limit, items)
     return max(need, LEAST_ITEMS) if need else 0
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.errors import run_child
+from bench.errors import MachineError, run_child
 from bench.process import child
 from bench.process.peak import peak_bytes
 from runtime.errors import CompileError, CompilerMissingError, SessionError
@@ -39,6 +39,7 @@ def compile_in_child(
 
     Raises:
         CompilerMissingError: the compiler is not installed.
+        MachineError: not enough memory.
         CompileError: the child died; a graph that is refused is no error but :attr:`Compiled.faults`.
     """
     asked = {"graph": str(graph), "profiles": profiles, "sms": sms, "out": None if out is None else str(out)}
@@ -46,6 +47,11 @@ def compile_in_child(
     if ended.refusal:
         missing = ended.exit_code == CompilerMissingError.exit_code
         raise (CompilerMissingError if missing else SessionError)(ended.refusal)
+    if ended.outcome == "oom":
+        raise MachineError(
+            f"TensorRT-RTX's compiler ran out of memory over {graph.name}; it needs twice the weights: take a "
+            f"machine with more, or a smaller precision"
+        )
     if ended.outcome != "ok":
         said = f" ({ended.last_lines[-1]})" if ended.last_lines else ""
         raise CompileError(f"TensorRT-RTX's compiler died over {graph.name}: {ended.reason}{said}")

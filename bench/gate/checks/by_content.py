@@ -268,12 +268,7 @@ class _Audit:
         return any(t.numel() == len(flat) and bool(torch.allclose(flat, t)) for t in self.s.baseline.tables)
 
     def _mask(self, value: Tensor) -> bool:
-        """A causal mask, or one of a window that the configuration names; as booleans or as what is added to scores.
-
-        Places counted from 0, which a mask is computed from, are one as well.
-        """
-        if value.ndim == 1 and value.dtype == torch.int64:
-            return torch.equal(value, torch.arange(len(value)))
+        """A causal mask, or one of a window that the configuration names; as booleans or as what is added to scores."""
         if value.ndim < 2 or value.shape[-1] != value.shape[-2] or value.numel() != value.shape[-1] ** 2:
             return False
         value = value.reshape(value.shape[-2:])

@@ -25,7 +25,7 @@ from bench.gate.statistics import (
     tail_tokens_needed,
     top1_agreement,
 )
-from reports.validation import Measurement, TaskMetric
+from reports.validation import Measurement, TaskEvidence, TaskMetric
 
 
 def scores(kld: list[Any]) -> list[TokenScores]:
@@ -223,6 +223,25 @@ def test_so_many_items_do_decide() -> None:
 )
 def test_items_that_would_decide(value: float, low: float, high: float, items: int, need: int | None) -> None:
     assert items_needed(value, low, high, -0.03, items) == need
+
+
+@pytest.mark.parametrize(("changed", "status", "need"), [(5, "REPORTED", 82), (13, "FAIL", None)])
+def test_a_few_changed_items_prove_no_loss(changed: int, status: str, need: int | None) -> None:
+    """Rounding flips tokens in 5 of 34 answers, and all 5 happen to score less: a bootstrap is sure of that."""
+    base = np.array([[30.0, 1.0]] * 34)
+    candidate = base.copy()
+    candidate[:changed, 0] -= 4
+    lists = {"candidate": candidate.tolist(), "baseline": base.tolist(), "cross": base.tolist()}
+    evidence = TaskEvidence(
+        group="summarization",
+        metric="ROUGE-1",
+        settings="",
+        items=[str(k) for k in range(34)],
+        same_outputs=False,
+        **lists,
+    )
+    found = task_metric(evidence, TIERS["fp16"])
+    assert (found.status, found.items_needed) == (status, need)
 
 
 def test_an_undecided_task_names_its_sample_size_on_the_line_and_in_the_json() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.errors import MachineError
 from bench.process import trt_compile
 from bench.process.child import Ended
 from bench.process.trt_compile import compile_in_child
@@ -41,7 +42,11 @@ def test_the_same_as_in_this_process(exports: Callable[..., Path]) -> None:
             CompileError,
             r"died over m\.onnx: signal 11 \(My",
         ),
-        (Ended("oom", "out of memory", -9, [], {}), CompileError, r"died over m\.onnx: out of memory"),
+        (
+            Ended("oom", "out of memory", -9, [], {}),
+            MachineError,
+            r"out of memory over m\.onnx; it needs twice the weights",
+        ),
         (Ended("crash", "no", 4, [], {}, refusal="pip install it"), CompilerMissingError, "pip install it"),
     ],
 )
