@@ -259,9 +259,7 @@ class _Weights:
         block = self.spec.block
         blocks = -(-columns // block)
         if self.spec.standard:
-            if (
-                columns % block
-            ):  # TensorRT has no last block that is shorter; it may take the codes and read other blocks
+            if columns % block:  # TensorRT has no shorter last block; it may take the codes and read other blocks
                 raise UnsupportedModelError(
                     f"--block-size {block} does not divide the {columns} inputs of {name}, and TensorRT takes whole "
                     f"blocks only; pass one that does, or leave that part in floats (--keep-float, --lm-head float)"
