@@ -259,6 +259,11 @@ class _Weights:
         block = self.spec.block
         blocks = -(-columns // block)
         if self.spec.standard:
+            if columns % block:  # TensorRT has no shorter last block; it may take the codes and read other blocks
+                raise UnsupportedModelError(
+                    f"--block-size {block} does not divide the {columns} inputs of {name}, and TensorRT takes whole "
+                    f"blocks only; pass one that does, or leave that part in floats (--keep-float, --lm-head float)"
+                )
             return [
                 self.add(f"{name}.codes", sources, "codes_transposed", (columns, rows), f"int{bits}", bits),
                 self.add(f"{name}.scales", sources, "scales_transposed", (blocks, rows), bits=bits),

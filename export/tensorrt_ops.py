@@ -63,6 +63,7 @@ def check_standard(model: onnx.ModelProto) -> list[str]:
     inputs = {v.name: v.type.tensor_type for v in model.graph.input}
     outputs = {v.name for v in model.graph.output}
     types = {t.name: t.data_type for t in model.graph.initializer}
+    sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     types |= {v.name: v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.value_info]}
     for tensor in model.graph.initializer:
         if tensor.data_type not in _ANY | CODES:
@@ -92,6 +93,12 @@ def check_standard(model: onnx.ModelProto) -> list[str]:
                 wrong.append(f"{name}: Attention takes a mask or is_causal, not both")
             if attributes.get("softcap"):
                 wrong.append(f"{name}: Attention may not have a softcap")
+        if node.op_type == "DequantizeLinear":
+            if any(node.input[2:]):
+                wrong.append(f"{name}: DequantizeLinear may not have a zero point")
+            codes, scales = (sizes.get(i, (0,)) for i in node.input[:2])
+            if codes[0] != scales[0] * attributes.get("block_size", 0):
+                wrong.append(f"{name}: DequantizeLinear has to have whole blocks along axis 0")
         if node.op_type == "TensorScatter":
             cache = inputs.get(node.input[0])
             if cache is None or not all(name in outputs for name in node.output):

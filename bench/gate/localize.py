@@ -143,7 +143,7 @@ def inner_names(model: Any) -> dict[str, str]:
     Found by walking from each attention, in the order of the cache that it writes.
 
     Raises:
-        ValueError: no GroupQueryAttention in the graph.
+        ValueError: no fused attention over packed QKV in the graph.
     """
     nodes = list(model.graph.node)
     readers: dict[str, list[Any]] = {}
@@ -151,15 +151,23 @@ def inner_names(model: Any) -> dict[str, str]:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     made = {name: node for node in nodes for name in node.output if name}
-    attentions = [n for n in nodes if n.op_type == "GroupQueryAttention"]
+    attentions = [n for n in nodes if n.op_type in ("GroupQueryAttention", "Attention")]
     if not attentions:
-        raise ValueError("the graph has no GroupQueryAttention: its layers cannot be told apart")
+        raise ValueError("the graph has no fused attention: its layers cannot be told apart")
     # Topological order, not the cache's: two layers that were exchanged must not look in order.
     names: dict[str, str] = {}
     for k, node in enumerate(attentions):
-        names[f"qkv.{k}"] = node.input[0]
-        names[f"attention.{k}"] = node.output[0]
-        source = made.get(node.input[0])
+        standard = node.op_type == "Attention"
+        packed, out = (
+            (_packed(node.input[0], made), _flat(node.output[0], readers))
+            if standard
+            else (
+                node.input[0],
+                node.output[0],
+            )
+        )
+        names[f"qkv.{k}"], names[f"attention.{k}"] = packed, out
+        source = made.get(packed)
         while source is not None and source.op_type not in NORMS:
             source = next((made[i] for i in source.input if i in made), None)
         if source is not None:
@@ -167,13 +175,42 @@ def inner_names(model: Any) -> dict[str, str]:
             names[f"input.{k}"] = total or source.input[0]
             if k and source.op_type.startswith("Skip"):
                 names[f"mlp.{k - 1}"] = source.input[0]
-        product = next((r for r in readers.get(node.output[0], []) if r.op_type in ("MatMul", "MatMulNBits")), None)
+        product = next((r for r in readers.get(out, []) if r.op_type in ("MatMul", "MatMulNBits")), None)
         if product is not None:
-            names[f"o_proj.{k}"] = _before_norm(product.output[0], readers)
+            value = product.output[0]
+            names[f"o_proj.{k}"] = _biased(value, readers, made) if standard else _before_norm(value, readers)
     last = next((n for n in reversed(nodes) if n.op_type in NORMS), None)
     if last is not None and last.op_type.startswith("Skip"):
         names[f"mlp.{len(attentions) - 1}"] = last.input[0]
     return names
+
+
+def _packed(value: str, made: dict[str, Any]) -> str:
+    """The packed QKV that the query of an Attention was split from."""
+    while (node := made.get(value)) is not None and node.op_type in (
+        "RotaryEmbedding",
+        "Transpose",
+        "Reshape",
+        "Split",
+    ):
+        value = node.input[0]
+        if node.op_type == "Split":
+            return value
+    raise ValueError("an Attention over no packed QKV: its layers cannot be told apart")
+
+
+def _flat(value: str, readers: dict[str, list[Any]]) -> str:
+    """An Attention's output ``[batch, heads, new, size]`` as the output projection reads it."""
+    while following := [r for r in readers.get(value, []) if r.op_type in ("Transpose", "Reshape")]:
+        value = following[0].output[0]
+    return value
+
+
+def _biased(value: str, readers: dict[str, list[Any]], made: dict[str, Any]) -> str:
+    """The value itself, or after its bias; the residual is another addition."""
+    following = readers.get(value, [])
+    bias = next((r for r in following if r.op_type == "Add" and any(i not in made for i in r.input)), None)
+    return bias.output[0] if bias is not None else value
 
 
 def _before_norm(value: str, readers: dict[str, list[Any]]) -> str:

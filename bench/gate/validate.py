@@ -233,12 +233,13 @@ class Gate:
         if s.resumed:
             notes.append(f"{s.resumed} windows and batches were finished by an earlier run that was stopped")
         if s.left_out:
-            notes.append(f"items left out, too long for the baseline's context: {s.left_out}")
+            notes.append(f"items left out, too long for the baseline's context or the folder's KV cache: {s.left_out}")
         if any(r.kind == "numeric" and r.status == "INCONCLUSIVE" for r in results):
             notes.append("more text decides: --mode full, or your own with --dataset own+FILE.jsonl")
         if verdict == "PASS" and not s.mode.judges_tails:
             left = ", ".join(r.name for r in results if r.kind == "numeric" and r.status == "REPORTED")
-            notes.append(f"quick mode reports what so few samples leave open ({left}); standard mode judges it")
+            if left:
+                notes.append(f"quick mode reports what so few samples leave open ({left}); standard mode judges it")
         for kind in NOT_AS_ASKED:
             if kind in s.session:
                 notes.append(f"not run on {s.deployment.provider}{' alone' * (kind != 'fallback')}: {s.session[kind]}")

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from export.check import check_graph
 from export.convert import convert
-from export.errors import ExportError, GraphCheckError
+from export.errors import ExportError, GraphCheckError, UnsupportedModelError
 from export.manifest import Weight, read_manifest
-from export.pipeline import load_config
+from export.pipeline import export_model, load_config
 from export.quantize import Packed, dequantize, quantize
 from export.source import resolve
 from export.spec import ExportSpec
@@ -57,14 +57,13 @@ def values_on_disk(folder: Path, product: str, block: int) -> Tensor:
 def test_the_graph_is_the_dequantised_model(
     precision: str, method: str, checkpoints: Folders, exports: Folders, calibration: Sequence[str], tmp_path: Path
 ) -> None:
-    # 87 inputs end in part of a block, and 87 and 331 outputs put codes of two rows of the tensor into one byte.
-    fields, changes = standard(method, lm_head=precision), {"intermediate_size": 87}
-    spec = ExportSpec(str(checkpoints(**changes)), precision, **fields)
-    folder = exports(precision, spec=fields, **changes)
+    fields = standard(method, lm_head=precision)  # 331 outputs: codes of two rows of the tensor share a byte
+    spec = ExportSpec(str(checkpoints()), precision, **fields)
+    folder = exports(precision, spec=fields)
     onnx.checker.check_model(folder / "model.onnx", full_check=True)
-    packed = packed_weights(checkpoints(**changes), spec, calibration)
+    packed = packed_weights(checkpoints(), spec, calibration)
     for product, (_, bits, want) in packed.items():
-        columns = 87 if "down" in product else 64
+        columns = 96 if "down" in product else 64
         have = values_on_disk(folder, product, spec.block)
         torch.testing.assert_close(have, dequantize(want, bits, spec.block, columns), rtol=0, atol=0)
     manifest = read_manifest(folder)
@@ -72,8 +71,8 @@ def test_the_graph_is_the_dequantised_model(
     kinds = {w.transform: w.dtype for w in manifest.weights if w.bits}
     assert kinds == {"codes_transposed": precision, "scales_transposed": "fp32"}
     codes = next(w for w in manifest.weights if w.name == "model.layers.0.mlp.up_proj.weight.codes")
-    assert (codes.shape, codes.nbytes) == ((64, 87), 64 * 87 * BITS[precision] // 8)
-    oracle = replaced(checkpoints(**changes), tmp_path / "oracle", packed, spec.block)
+    assert (codes.shape, codes.nbytes) == ((64, 96), 64 * 96 * BITS[precision] // 8)
+    oracle = replaced(checkpoints(), tmp_path / "oracle", packed, spec.block)
     with load(folder, threads=1) as ours, TorchSession(oracle, attention="eager", threads=1) as theirs:
         assert max(distances(ours, theirs)) < 1e-5
 
@@ -129,14 +128,14 @@ def test_onnxruntime_makes_every_one_of_them_matmulnbits(
 ) -> None:
     """One that is left would be expanded at each step: slow, and in another arithmetic."""
     fields = standard(lm_head=precision, activations=activations, accuracy_level=4)
-    folder = exports(precision, spec=fields, intermediate_size=88)
+    folder = exports(precision, spec=fields)
     ran, quick = products_that_ran(folder, tmp_path / "four")
     assert ran == {"11 MatMulNBits"}
     # The manifest's level is what runs, unless the user asks for another.
     key = "session.qdq_matmulnbits_accuracy_level"
     ran, exact = products_that_ran(folder, tmp_path / "zero", session_options={key: "0"})
     assert ran == {"11 MatMulNBits"}
-    exports_at_0 = exports(precision, spec={**fields, "accuracy_level": 0}, intermediate_size=88)
+    exports_at_0 = exports(precision, spec={**fields, "accuracy_level": 0})
     _, wanted = products_that_ran(exports_at_0, tmp_path / "own")
     np.testing.assert_array_equal(exact, wanted)
     assert 1e-4 < np.abs(quick - exact).max() / np.abs(exact).max() < 0.1
@@ -185,6 +184,15 @@ def test_what_tensorrt_lacks_is_refused(precision: str, fields: dict[str, Any], 
         ExportSpec("demo", precision, **fields)
 
 
+def test_part_of_a_block_is_refused(checkpoints: Folders, tmp_path: Path) -> None:
+    """TensorRT's parser refuses 88 inputs with 3 scales, but would take 496 with 16, though blocks of 32 are 15.5."""
+    with pytest.raises(UnsupportedModelError, match=r"--block-size 32 does not divide the 88 inputs of .*down_proj"):
+        export_model(ExportSpec(str(checkpoints(intermediate_size=88)), "int4", target="tensorrt"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    spec = ExportSpec(str(checkpoints(intermediate_size=88)), "int4", target="tensorrt", keep_float="down")
+    assert export_model(spec, tmp_path / "out")[0].fused_ops["DequantizeLinear"] == 9
+
+
 def _with_zero_point(model: onnx.ModelProto) -> None:
     node = next(n for n in model.graph.node if n.op_type == "DequantizeLinear")
     node.input.append("model.layers.0.self_attn.qkv_proj.weight.codes")
@@ -192,6 +200,10 @@ def _with_zero_point(model: onnx.ModelProto) -> None:
 
 def _of_unsigned(model: onnx.ModelProto) -> None:
     next(t for t in model.graph.initializer if t.name.endswith(".codes")).data_type = TensorProto.UINT4
+
+
+def _part_of_a_block(model: onnx.ModelProto) -> None:
+    next(t for t in model.graph.initializer if t.name.endswith(".codes")).dims[0] -= 2
 
 
 def _computed_scale(model: onnx.ModelProto) -> None:
@@ -209,6 +221,7 @@ def _one_float(model: onnx.ModelProto) -> None:
         (_with_zero_point, "may not have a zero point"),
         (_of_unsigned, "UINT4"),
         (_computed_scale, "must be a constant"),
+        (_part_of_a_block, "whole blocks"),
         (_one_float, "10 DequantizeLinear where the config demands 11"),
     ],
 )

@@ -475,3 +475,36 @@ def test_a_graph_of_the_older_form_says_that_it_has_to_be_exported_again(
     found = BY_NAME["graph"].run(make_subject(folder, str(checkpoints()), MODES["quick"]))
     assert found.status == "FAIL"
     assert "older version of this tool exported it; export it again" in found.summary
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("weight", "wanted"),
+    [
+        ("model.layers.1.self_attn.o_proj.weight", (1, "o_proj")),
+        ("model.layers.1.self_attn.qkv_proj.weight", (1, "qkv")),
+        ("model.layers.0.mlp.down_proj.weight", (0, "output")),
+        ("lm_head.weight", (2, "head")),
+        ("model.rope_cos", (0, "attention")),
+    ],
+)
+def test_a_place_in_a_graph_of_standard_operators(
+    biased: bool,
+    weight: str,
+    wanted: tuple[int, str],
+    exports: Exports,
+    checkpoints: Exports,
+    tiny_dataset: Any,
+    tmp_path: Path,
+) -> None:
+    shape: dict[str, Any] = {"attention_bias": True} if biased else {}
+    checkpoint = checkpoints(**shape)
+    shop = Workshop(exports(spec={"target": "tensorrt"}, **shape), tmp_path / "changed", checkpoint)
+    with shop.weight(weight) as values:
+        values *= 1.01
+    shop.reseal()
+    subject = make_subject(shop.folder, str(checkpoint), MODES["quick"], tiny_dataset, Deployment(threads=1))
+    place = localize(subject)
+    subject.close()
+    assert place
+    assert (place.layer, place.operator) == wanted

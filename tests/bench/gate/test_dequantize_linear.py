@@ -34,10 +34,10 @@ def spec(method: str = "rtn", **fields: Any) -> dict[str, Any]:
 def test_a_true_export_passes_every_exact_check(
     precision: str, activations: str, exports: Exports, subjects: Callable[..., Any]
 ) -> None:
-    folder = exports(precision, spec(activations=activations), intermediate_size=87)
-    gate = Gate(subjects(folder, intermediate_size=87))
+    gate = Gate(subjects(exports(precision, spec(activations=activations))))
     results = [gate.result(c) for c in CHECKS if c.kind == "exact"]
-    assert {r.name: r.summary for r in results if r.status not in ("PASS", "REPORTED")} == {}
+    # tensorrt_compile is SKIPPED without its extra, and has no engine in fp32.
+    assert {r.name: r.summary for r in results if r.status not in ("PASS", "REPORTED", "SKIPPED")} == {}
     assert sum(r.status == "PASS" for r in results) >= 9
 
 
@@ -171,10 +171,10 @@ def test_an_attribute_of_a_dequantisation_is_compared(
 
 
 def test_the_workshop_writes_what_it_read(workshop: Workshops) -> None:
-    shop = workshop("int4", spec(), intermediate_size=87)
+    shop = workshop("int4", spec())
     before = (shop.folder / "model.onnx.data").read_bytes()
     with shop.weight(f"{NAME}.codes") as codes:
-        assert codes.shape == (64, 87)
+        assert codes.shape == (64, 96)
         assert (codes.min(), codes.max()) == (-8, 7)
         kept = codes.copy()
     assert (shop.folder / "model.onnx.data").read_bytes() == before
