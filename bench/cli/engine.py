@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     profiles = engine_profiles(manifest, shapes, ("prefill", "decode") if args.decode_profile else ("prefill",))
     graph = folder / manifest.decode_graph
     # Engines hold the weights; so much more for kernels was never needed.
-    require_space(out, len(sms) * len(profiles) * (manifest.files[manifest.data_file].size + (64 << 20)), "a folder of engines")
+    require_space(out, len(sms) * len(profiles) * (manifest.files[manifest.data_file].size + (64 << 20)), "the folder")
     with publish(out) as work:
         compiled = []
         peaks = []

@@ -117,7 +117,9 @@ def manifest(s: Subject) -> Found:
     }
     if s.ours:
         graph = s.conversion.decode.graph
+        past = next(i for i in graph.input if i.name == "past_key_values.0.key")
         wanted |= {
+            "kv.cache_length": (m.kv.cache_length, past.type.tensor_type.shape.dim[2].dim_value or None),
             "precision": (m.precision, s.spec.precision),
             "activations": (m.activations, s.spec.float_type),
             "kv.dtype": (m.kv.dtype, s.spec.float_type),

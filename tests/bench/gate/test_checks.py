@@ -464,6 +464,17 @@ def test_fp16_passes_its_own_tier_with_pytorchs_loss_beside_it(exports: Exports,
         assert result.measurements[0].null_value is not None
 
 
+def test_a_cache_length_that_the_graph_has_not_is_named(
+    exports: Callable[..., Path], checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(exports(spec={"target": "tensorrt"}), tmp_path / "folder")
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["kv"]["cache_length"] = 80
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    found = BY_NAME["manifest"].run(make_subject(folder, str(checkpoints()), MODES["quick"]))
+    assert [f.what for f in found.findings] == ["says 80, the baseline demands 160"]
+
+
 def test_a_graph_of_the_older_form_says_that_it_has_to_be_exported_again(
     exports: Callable[..., Path], checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
