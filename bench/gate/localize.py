@@ -158,14 +158,9 @@ def inner_names(model: Any) -> dict[str, str]:
     names: dict[str, str] = {}
     for k, node in enumerate(attentions):
         standard = node.op_type == "Attention"
-        packed, out = (
-            (_packed(node.input[0], made), _flat(node.output[0], readers))
-            if standard
-            else (
-                node.input[0],
-                node.output[0],
-            )
-        )
+        packed, out = node.input[0], node.output[0]
+        if standard:
+            packed, out = _packed(packed, made), _flat(out, readers)
         names[f"qkv.{k}"], names[f"attention.{k}"] = packed, out
         source = made.get(packed)
         while source is not None and source.op_type not in NORMS:
@@ -187,15 +182,10 @@ def inner_names(model: Any) -> dict[str, str]:
 
 def _packed(value: str, made: dict[str, Any]) -> str:
     """The packed QKV that the query of an Attention was split from."""
-    while (node := made.get(value)) is not None and node.op_type in (
-        "RotaryEmbedding",
-        "Transpose",
-        "Reshape",
-        "Split",
-    ):
+    while (node := made.get(value)) is not None and node.op_type in ("RotaryEmbedding", "Transpose", "Reshape"):
         value = node.input[0]
-        if node.op_type == "Split":
-            return value
+    if node is not None and node.op_type == "Split":
+        return str(node.input[0])
     raise ValueError("an Attention over no packed QKV: its layers cannot be told apart")
 
 
