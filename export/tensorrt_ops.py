@@ -96,7 +96,7 @@ def check_standard(model: onnx.ModelProto) -> list[str]:
         if node.op_type == "DequantizeLinear":
             if any(node.input[2:]):
                 wrong.append(f"{name}: DequantizeLinear may not have a zero point")
-            codes, scales = (sizes.get(i, (0,)) for i in node.input[:2])
+            codes, scales = (sizes.get(i) or (0,) for i in node.input[:2])
             if codes[0] != scales[0] * attributes.get("block_size", 0):
                 wrong.append(f"{name}: DequantizeLinear has to have whole blocks along axis 0")
         if node.op_type == "TensorScatter":

@@ -206,6 +206,11 @@ def _part_of_a_block(model: onnx.ModelProto) -> None:
     next(t for t in model.graph.initializer if t.name.endswith(".codes")).dims[0] -= 2
 
 
+def _one_scale(model: onnx.ModelProto) -> None:
+    scales = next(t for t in model.graph.initializer if t.name.endswith(".scales"))
+    del scales.dims[:]
+
+
 def _computed_scale(model: onnx.ModelProto) -> None:
     next(n for n in model.graph.node if n.op_type == "DequantizeLinear").input[1] = "attention_mask"
 
@@ -222,6 +227,7 @@ def _one_float(model: onnx.ModelProto) -> None:
         (_of_unsigned, "UINT4"),
         (_computed_scale, "must be a constant"),
         (_part_of_a_block, "whole blocks"),
+        (_one_scale, "whole blocks"),
         (_one_float, "10 DequantizeLinear where the config demands 11"),
     ],
 )
