@@ -173,6 +173,10 @@ def graph(s: Subject) -> Found:
         findings += [f.model_copy(update={"where": f"{name}: {f.where}"}) for f in s.pairings[role].findings]
         if s.spec.target == "tensorrt":
             findings += [Finding(where=name, what=what) for what in check_standard(s.graph(role))]
+    # The checks that compute skip what does not fit: without this, a short cache would leave little of the gate.
+    if not findings and s.room < (least := min(s.mode.window, s.baseline.context)):
+        what = f"is {s.room}: too short for the gate, whose texts take {least}; export with a larger --cache-length"
+        return undecided([Finding(where=f"{MANIFEST_NAME}, kv.cache_length", what=what)])
     nodes = [n for role in s.roles for n in s.graph(role).graph.node]
     fused = findings and any("Fusion" in n.name for n in nodes)
     notes = ["ONNX Runtime's optimiser has saved this graph; ship it as exported, it is optimised when it is opened"]

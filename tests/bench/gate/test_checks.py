@@ -464,6 +464,12 @@ def test_fp16_passes_its_own_tier_with_pytorchs_loss_beside_it(exports: Exports,
         assert result.measurements[0].null_value is not None
 
 
+def test_a_cache_too_short_for_the_gate_is_no_pass(exports: Exports, checkpoints: Exports) -> None:
+    folder = exports(spec={"target": "tensorrt", "cache_length": 8})
+    found = BY_NAME["graph"].run(make_subject(folder, str(checkpoints()), MODES["quick"]))
+    assert (found.status, found.findings[0].where) == ("INCONCLUSIVE", "manifest.json, kv.cache_length")
+
+
 def test_a_cache_length_that_the_graph_has_not_is_named(
     exports: Callable[..., Path], checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
