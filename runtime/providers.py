@@ -83,7 +83,7 @@ PROVIDERS = {
             "tensorrt-rtx",
             "NvTensorRTRTXExecutionProvider",
             "cuda",
-            _STANDARD,
+            {**_STANDARD, "Attention": ("fp16", "bf16")},  # its compiler has no fused attention in fp32
             "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
             plugin="onnxruntime-ep-nv-tensorrt-rtx",
         ),

@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
         )
     room = manifest.longest_row - args.new_tokens
     if room < (args.prompt or 1):
+        asked = f"--prompt {args.prompt} and " if args.prompt else "a prompt and "
         raise SessionError(
-            f"--prompt {args.prompt or 1} and --new-tokens {args.new_tokens} are longer than a row of {folder}, "
-            f"{room + args.new_tokens} tokens"
+            f"{asked}--new-tokens {args.new_tokens} are longer than a row of {folder}, {room + args.new_tokens} tokens"
         )
     prompt = args.prompt or min(1024, room)
     shapes = Shapes((1, args.batch, args.batch), (1, prompt, prompt), args.new_tokens)

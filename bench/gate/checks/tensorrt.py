@@ -19,6 +19,7 @@ from runtime.trt_compiler import UNFUSED_TYPE, Compiled, Fault, Layer
 
 def tensorrt_compile(s: Subject) -> Found:
     """Both graphs parsed and held against :func:`unintended`; engines of the decode graph for prefill and decode."""
+    from bench.errors import MachineError
     from bench.process.trt_compile import compile_in_child
     from runtime.errors import CompileError, CompilerMissingError
     from runtime.tensorrt import engine_profiles
@@ -32,7 +33,7 @@ def tensorrt_compile(s: Subject) -> Found:
         name = m.decode_graph if role == "decode" else m.scoring_graph
         try:
             compiled, peak = compile_in_child(s.folder / name, profiles, s.sms if engines and role == "decode" else ())
-        except CompilerMissingError as e:
+        except (CompilerMissingError, MachineError) as e:  # parity is judged all the same
             return Found("SKIPPED", str(e))
         except CompileError as e:
             return exact([Finding(where=name, what=str(e))], "")

@@ -18,7 +18,7 @@ from bench.gate.found import Found
 from bench.gate.modes import MODES
 from bench.gate.registry import BY_NAME, CHECKS, checks_of
 from bench.gate.replay import incomplete, replay
-from bench.gate.validate import Gate, thinned, validate
+from bench.gate.validate import Gate, make_subject, thinned, validate
 from reports.validation import Finding
 from reports.verdict import unexamined
 from runtime import trt_compiler
@@ -192,3 +192,18 @@ def test_the_demo_model_compiles(
     check = ["validate", str(folder), "--baseline", "demo", "--only", NAME, "--sm", "89,120", "--mode", "quick"]
     assert main([*check, "--out", str(tmp_path / "page")]) == 0
     assert "60 caches updated in place, 30 attentions whole, engines for SM 89, 120" in capsys.readouterr().out
+
+
+def test_a_compiler_without_memory_leaves_the_parity_to_be_judged(
+    exports: Callable[..., Path], checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.errors import MachineError
+    from bench.process import trt_compile
+
+    def killed(*_: Any) -> Any:
+        raise MachineError("ran out of memory")
+
+    monkeypatch.setattr(trt_compile, "compile_in_child", killed)
+    folder = exports("fp16", {"target": "tensorrt"})
+    found = BY_NAME["tensorrt_compile"].run(make_subject(folder, str(checkpoints()), MODES["quick"]))
+    assert (found.status, found.summary) == ("SKIPPED", "ran out of memory")
