@@ -42,7 +42,10 @@ class Graph:
 
     @staticmethod
     def bind_input(binding: Any, name: str, array: NDArray[Any]) -> None:
-        """Bind host memory by address: no copy, but ``array`` must stay alive while the binding is used."""
+        """Bind host memory by address: ``array`` must stay alive while the binding is used.
+
+        The CPU reads it when it runs; a GPU provider copies it here, and sees no later change.
+        """
         binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def bind_logits(self, binding: Any, positions: int, rows: int) -> Callable[[], NDArray[Any]]:

@@ -1,7 +1,8 @@
 """One batch whose logits come to the host: prefill in one run or row by row, and the step that everything is bound for.
 
-What a decode step does: write one id per row, extend the mask, run the bound graph. Everything else (KV buffers, id
-and logits buffers) is bound once per batch. :mod:`runtime.device_decode` is its counterpart that stays on the device.
+What a decode step does: write one id per row, extend the mask, run the bound graph. KV and logits buffers are bound
+once per batch; what comes from the host is bound at each step, since a GPU provider copies it when it is bound.
+:mod:`runtime.device_decode` is its counterpart that stays on the device.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class HostDecoder:
     def _bind_steps(self) -> None:
         """Bind once what every step of this batch uses."""
         self._mask = np.ones(self._batch * (self._manifest.kv.cache_length or self._end), np.int64)
-        self._binding = self._decode.bind({"input_ids": self._ids}, self._cache.bind)
+        self._binding = self._decode.bind({}, self._cache.bind)
         self._logits = self._decode.bind_logits(self._binding, 1, self._batch)
 
     def step(self, ids: Sequence[int], lengths: NDArray[np.int64]) -> Logits:
@@ -111,6 +112,7 @@ class HostDecoder:
         mask = self._mask[: self._batch * total].reshape(self._batch, total)
         if self._batch > 1 or fixed:  # else it is all ones
             np.less(np.arange(total), lengths[:, None], out=mask, casting="unsafe")
+        self._decode.bind_input(self._binding, "input_ids", self._ids)
         self._decode.bind_input(self._binding, "attention_mask", mask)
         if "position_ids" in self._manifest.inputs:
             self._position = lengths[:, None] - 1

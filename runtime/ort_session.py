@@ -75,6 +75,7 @@ class OrtSession(PipelineMixin, Guarded):
         captures = self.choose_on_device and manifest.attention == "GroupQueryAttention"
         self._cuda_graph = settings.cuda_graph and self._provider.name == "cuda" and captures
         provider_options = dict(settings.provider_options or {})
+        self._asked_for_capture = "enable_cuda_graph" in provider_options
         if self._cuda_graph:
             provider_options = {"enable_cuda_graph": "1", **provider_options}
         self._options = {} if self._fallbacks else options_of(settings.provider, provider_options)
@@ -155,6 +156,10 @@ class OrtSession(PipelineMixin, Guarded):
                 str(self.folder / graph), sess_options=options, providers=provider_list(self._provider, chosen)
             )
         except Exception as e:  # onnxruntime raises its own C++-bound classes
+            if self._cuda_graph and "graph capture" in str(e) and not self._asked_for_capture:
+                self._cuda_graph, self._options = False, {**self._options, "enable_cuda_graph": "0"}
+                self._fallbacks["cuda_graph_refused"] = first_line(e)
+                return self._open(graph, phase)
             where = self.folder / graph
             raise SessionError(f"onnxruntime {ort.__version__} cannot open {where}: {first_line(e)}") from None
         if not built:

@@ -151,3 +151,33 @@ def test_bfloat16_logits_come_as_fp32() -> None:
     value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BFLOAT16)
     expected = (bits.astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(to_fp32(value, "cpu"), expected)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_capture_that_onnx_runtime_refuses_is_left_out_and_said(
+    asked: bool, exports: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ONNX Runtime 1.31 does on an H200, where sizes that a graph computes on the host meet values of the device."""
+    from dataclasses import replace
+
+    from runtime import ort_session
+    from runtime.providers import PROVIDERS
+
+    stand_in = replace(PROVIDERS["cpu"], name="cuda")
+
+    def provider_list(_provider: Any, options: dict[str, str]) -> list[str]:
+        if options.get("enable_cuda_graph") == "1":
+            raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+        return [stand_in.ort_name]
+
+    monkeypatch.setattr(ort_session, "require", lambda *_: stand_in)
+    monkeypatch.setattr(ort_session, "provider_list", provider_list)
+    options = {"enable_cuda_graph": "1"} if asked else None
+    if asked:
+        with pytest.raises(SessionError, match="cannot use the graph capture"):
+            load(exports(), "cuda", 1, choose_on_device=True, provider_options=options)
+        return
+    with load(exports(), "cuda", 1, choose_on_device=True) as session, load(exports(), threads=1) as plain:
+        assert session.info.details["cuda_graph"] is False
+        assert "graph capture" in str(session.info.details["cuda_graph_refused"])
+        assert generate(session, [[5, 6, 7]], 4).tokens == generate(plain, [[5, 6, 7]], 4).tokens

@@ -17,6 +17,7 @@ from export.pipeline import export_model
 from export.spec import ExportSpec
 from runtime.errors import ContextOverflowError
 from runtime.generate import generate
+from runtime.graph import Graph
 from runtime.kv_cache import SharedCache
 from runtime.loading import load
 from runtime.probe import GraphProbe
@@ -231,3 +232,21 @@ def test_our_folder_without_its_manifest_is_still_driven(folder: Path, tmp_path:
     with load(tmp_path, threads=1) as theirs, load(folder, threads=1) as ours:
         assert theirs.manifest.kv == ours.manifest.kv
         assert generate(theirs, ROWS, 5).tokens == generate(ours, ROWS, 5).tokens
+
+
+@pytest.mark.parametrize("spec", [None, TENSORRT])
+def test_what_comes_from_the_host_is_bound_at_every_step(
+    spec: Any, exports: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU provider copies an input when it is bound; on an H200 every step got the first one's token."""
+    folder, kept = exports(spec=spec), []
+
+    def copied(binding: Any, name: str, array: Any) -> None:
+        kept.append(array.copy())
+        binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, kept[-1].ctypes.data)
+
+    with load(folder, threads=1) as session:
+        wanted = [session.prefill(ROWS, 4).copy(), *(session.step([7 + k] * 3).copy() for k in range(4))]
+        monkeypatch.setattr(Graph, "bind_input", staticmethod(copied))
+        found = [session.prefill(ROWS, 4).copy(), *(session.step([7 + k] * 3).copy() for k in range(4))]
+    np.testing.assert_array_equal(found, wanted)
