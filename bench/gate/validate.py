@@ -233,7 +233,8 @@ class Gate:
         if s.resumed:
             notes.append(f"{s.resumed} windows and batches were finished by an earlier run that was stopped")
         if s.left_out:
-            notes.append(f"items left out, too long for the baseline's context or the folder's KV cache: {s.left_out}")
+            short = "folder's KV cache" if s.room < s.baseline.context else "baseline's context"
+            notes.append(f"items left out, too long for the {short}: {s.left_out}")
         if any(r.kind == "numeric" and r.status == "INCONCLUSIVE" for r in results):
             notes.append("more text decides: --mode full, or your own with --dataset own+FILE.jsonl")
         if verdict == "PASS" and not s.mode.judges_tails:
