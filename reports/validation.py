@@ -127,7 +127,7 @@ class CheckResult(Frozen):
         """What was measured, else the name as words."""
         if self.measurements:
             return self.measurements[0].title
-        return self.name.replace("_", " ").capitalize()
+        return self.name.replace("_", " ").capitalize().replace("Tensorrt", "TensorRT")
 
     @property
     def reason(self) -> str:
