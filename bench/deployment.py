@@ -1,10 +1,12 @@
-"""Where and how a folder runs: provider, threads and options, in one value that every command opens folders with.
+"""Where and how a folder runs: provider, threads, options, and under which onnxruntime, in one value that every command
+opens folders with.
 
 Try: ``llama-onnx validate FOLDER --baseline demo --provider cpu --session-option session.intra_op.allow_spinning=0``.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 from runtime.settings import SessionSettings, usable_cores
 
 if TYPE_CHECKING:
+    from bench.runtimes.environments import Runtime
+    from bench.runtimes.remote import RemoteProbe, RemoteSession
+    from export.manifest import Manifest
     from runtime.ort_session import OrtSession
+    from runtime.probe import GraphProbe
     from runtime.settings import MoreSettings
 
 
@@ -27,6 +33,27 @@ def add_options(add: Callable[..., Any], provider: str = "cpu") -> None:
     add("--threads", type=int, help="CPU threads of every side (default: every core)")
 
 
+WARNINGS = 2
+"""Severity from which another onnxruntime's messages are kept."""
+
+
+def other_runtime(text: str | None) -> Runtime | None:
+    """The one onnxruntime that ``--runtime`` names, its environment made; None where it names none.
+
+    Raises:
+        BenchError: several, or none that can be installed.
+    """
+    if not text:
+        return None
+    from bench.errors import BenchError
+    from bench.runtimes.environments import parse_runtimes, prepare
+
+    first, *rest = parse_runtimes(text)
+    if rest:
+        raise BenchError(f"--runtime names {rest[0].text} as well; this command takes one, llama-onnx matrix several")
+    return prepare(first, say=lambda line: print(line, file=sys.stderr))
+
+
 @dataclass(frozen=True)
 class Deployment:
     """How a folder is opened; see :class:`runtime.settings.SessionSettings` for the fields."""
@@ -36,6 +63,8 @@ class Deployment:
     provider_options: Mapping[str, str] = field(default_factory=dict)
     session_options: Mapping[str, str] = field(default_factory=dict)
     allow_fallback: bool = False
+    runtime: Runtime | None = None
+    """Another onnxruntime, its environment made; None: this environment's."""
 
     @classmethod
     def of(cls, asked: Any) -> Deployment:
@@ -44,16 +73,19 @@ class Deployment:
         Raises:
             SessionError: an unknown provider, one that cannot run here (unless a fallback is allowed), options and
                 threads that make no sense, or several workers that may fall back, each by itself.
+            BenchError: an onnxruntime that cannot be installed.
         """
         from runtime.errors import ProviderUnavailableError, SessionError
         from runtime.provider_options import options_of, parse_options
-        from runtime.providers import auto_provider, require
+        from runtime.providers import PROVIDERS, auto_provider, require
 
         if asked.allow_fallback and getattr(asked, "workers", 1) > 1:
             raise SessionError("--allow-fallback with --workers: no result could say which fell back; leave one out")
         name = auto_provider() if asked.provider == "auto" else asked.provider
+        other = other_runtime(getattr(asked, "runtime", None))
         try:
-            require(name, None)
+            if other is None or name not in PROVIDERS:  # what another one has, it says itself
+                require(name, None)
         except ProviderUnavailableError:
             if not asked.allow_fallback:
                 raise
@@ -61,7 +93,7 @@ class Deployment:
         options_of(name, options)
         SessionSettings(name, threads)  # it knows what makes no sense
         session = parse_options(asked.session_option)
-        return cls(name, usable_cores() if threads is None else threads, options, session, asked.allow_fallback)
+        return cls(name, usable_cores() if threads is None else threads, options, session, asked.allow_fallback, other)
 
     @property
     def device(self) -> str:
@@ -72,7 +104,7 @@ class Deployment:
 
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def open(self, folder: Path, **more: Unpack[MoreSettings]) -> OrtSession:
+    def open(self, folder: Path, **more: Unpack[MoreSettings]) -> OrtSession | RemoteSession:
         """The folder on ONNX Runtime; its hashes are the check ``files``' business.
 
         Args:
@@ -83,7 +115,7 @@ class Deployment:
             SessionError: the folder cannot be opened so.
         """
         from export.cache import cache_dir
-        from runtime.loading import load
+        from runtime.loading import load, read_folder
 
         settings: MoreSettings = {
             "provider_options": self.provider_options or None,
@@ -92,11 +124,38 @@ class Deployment:
             "engine_home": cache_dir() if self.provider.startswith("tensorrt") else None,
             **more,
         }
-        return load(folder, self.provider, self.threads, verify=False, **settings)
+        if self.runtime is None:
+            return load(folder, self.provider, self.threads, verify=False, **settings)
+        from bench.runtimes.remote import RemoteSession
+
+        manifest = read_folder(folder, verify=False)
+        settings["log_severity"] = WARNINGS
+        asked = SessionSettings(self.provider, self.threads, **settings)
+        return RemoteSession(folder, manifest, asked, self.runtime)
+
+    def probe(self, graph: Path, manifest: Manifest, provider: str | None = None) -> GraphProbe | RemoteProbe:
+        """A graph of its own, such as a copy that shows its inner values, as the folder is run.
+
+        Args:
+            graph: the file.
+            manifest: of the folder that it was made from.
+            provider: where it ran, if that is not where it was asked to.
+        """
+        ran_on = provider or self.provider
+        options = self.provider_options if ran_on == self.provider else None
+        if self.runtime is None:
+            from runtime.probe import GraphProbe
+
+            return GraphProbe(graph, manifest, self.threads, ran_on, options)
+        from bench.runtimes.remote import Child, RemoteProbe
+
+        settings = SessionSettings(ran_on, self.threads, provider_options=options)
+        return RemoteProbe(Child(self.runtime), manifest, graph, settings)
 
     def settings(self) -> dict[str, str | int | bool]:
         """What was asked for, for a result."""
         options = {f"provider option {k}": v for k, v in self.provider_options.items()}
         options |= {f"session option {k}": v for k, v in self.session_options.items()}
         fallback: dict[str, str | int | bool] = {"fallback allowed": True} if self.allow_fallback else {}
-        return {"provider": self.provider, "threads": self.threads, **options, **fallback}
+        other = {"runtime": self.runtime.label} if self.runtime else {}
+        return {"provider": self.provider, "threads": self.threads, **other, **options, **fallback}

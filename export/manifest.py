@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -198,6 +198,11 @@ class Manifest:
         """Tokens that a row may have, prompt and answer: the model's context, or less where the cache is shorter."""
         return min(self.context_length, self.kv.cache_length or self.context_length)
 
+    @property
+    def without_lists(self) -> Manifest:
+        """The same without the lists of weights and files, which may be long: all that a session reads."""
+        return replace(self, weights=(), files={})
+
     def to_json(self) -> str:
         """The manifest as indented JSON, newline at the end."""
         return json.dumps(asdict(self), indent=1, sort_keys=False) + "\n"
@@ -262,8 +267,7 @@ def read_manifest(folder: Path) -> Manifest:
     if missing:
         raise ManifestError(f"{path} lacks {', '.join(missing)}; export again")
     try:
-        kinds = get_type_hints(Manifest)
-        manifest = Manifest(**{f.name: _typed(raw[f.name], kinds[f.name], f.name) for f in fields(Manifest)})
+        manifest = manifest_of(raw)
         if manifest.kv.dtype not in DTYPE_BYTES:
             raise TypeError(f"kv.dtype: {manifest.kv.dtype[:40]!r} must be one of {', '.join(DTYPE_BYTES)}")
         for role in ("decode_graph", "scoring_graph", "data_file"):
@@ -275,6 +279,16 @@ def read_manifest(folder: Path) -> Manifest:
         return manifest
     except TypeError as e:
         raise ManifestError(f"{path} has a field of the wrong form ({e}); export again") from None
+
+
+def manifest_of(raw: Mapping[str, Any]) -> Manifest:
+    """A manifest from the values of its JSON.
+
+    Raises:
+        TypeError: an ill-typed field, named.
+    """
+    kinds = get_type_hints(Manifest)
+    return Manifest(**{f.name: _typed(raw[f.name], kinds[f.name], f.name) for f in fields(Manifest)})
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:

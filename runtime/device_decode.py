@@ -17,7 +17,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from export.manifest import KVLayout
-from runtime.device_choice import choice_session, element_type
 from runtime.graph import placed, positions
 from runtime.kv_cache import SharedCache
 from runtime.sampling import GREEDY, Sampling
@@ -90,6 +89,8 @@ class DeviceDecoder:
         graph_id: int = NO_GRAPH,
         prefill: Any = None,
     ) -> None:
+        from runtime.device_choice import element_type
+
         self.kv, self.batch, self.graph_id = kv, kv.batch, graph_id
         self._session, self._inputs, self._layout, self._device = session, inputs, layout, device
         self._prefill = prefill or session
@@ -128,6 +129,8 @@ class DeviceDecoder:
 
     def _choose_by(self, sampling: Sampling) -> None:
         """Take the helper for that; its parameters stay where they are for the whole batch."""
+        from runtime.device_choice import choice_session
+
         self._sampling = sampling
         top_k, top_p = 0 < sampling.top_k < self._vocab, sampling.top_p < 1
         self._helper = choice_session(self._logits_type, self._device, not sampling.greedy, top_k, top_p)

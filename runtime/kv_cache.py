@@ -3,10 +3,13 @@
 :class:`SharedCache`: a preallocated buffer per layer for keys and one for values, past and present bound to the same
 memory, so GroupQueryAttention and TensorScatter append in place and no token costs a copy. :class:`GrowingCache`: for
 graphs that join past and new keys by ``Concat`` (optimum's own), the outputs of one step are the inputs of the next.
+
+onnx is imported only where a helper graph is made for a GPU: an environment of :mod:`bench.runtimes` may lack it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -14,9 +17,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
-from export.manifest import ONNX_TYPE, KVLayout
+from export.manifest import DTYPE_BYTES, ONNX_TYPE, KVLayout
 
 NUMPY_DTYPE: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 BFLOAT16 = ONNX_TYPE["bf16"]
@@ -48,6 +50,7 @@ class SharedCache:
         self.capacity = layout.cache_length or min(-(-tokens // BLOCK) * BLOCK, limit)
         self._fixed = layout.cache_length is not None
         shape = [batch, layout.kv_heads, self.capacity, layout.head_dim]
+        self._row_bytes = math.prod(shape[1:]) * DTYPE_BYTES[layout.dtype]
         self._values: dict[str, Any] = {}
         for layer in range(layout.layers):
             for kind in ("key", "value"):
@@ -109,7 +112,7 @@ class SharedCache:
         for name, value in self._values.items():
             shape = [1, *value.shape()[1:]]
             kind = value.element_type()
-            at = value.data_ptr() + row * (value.tensor_size_in_bytes() // self.batch)
+            at = value.data_ptr() + row * self._row_bytes
             device = value.device_name()
             binding.bind_input(f"past_key_values.{name}", device, 0, kind, shape, at)
             binding.bind_output(f"present.{name}", device, 0, kind, shape, at)
@@ -160,6 +163,8 @@ def select_rows(value: Any, rows: Sequence[int]) -> Any:
 @cache
 def _gather(element_type: int, device: str) -> Any:
     """A session that takes rows of a 4-dimensional tensor of that ONNX element type."""
+    from onnx import TensorProto, helper
+
     data = helper.make_tensor_value_info("data", element_type, ["b", "h", "t", "d"])
     rows = helper.make_tensor_value_info("rows", TensorProto.INT64, ["n"])
     kept = helper.make_tensor_value_info("kept", element_type, ["n", "h", "t", "d"])
@@ -175,6 +180,8 @@ def to_fp32(value: Any, device: str) -> NDArray[np.float32]:
 
 @cache
 def _widen(device: str) -> Any:
+    from onnx import TensorProto, helper
+
     narrow = helper.make_tensor_value_info("narrow", TensorProto.BFLOAT16, ["a", "b", "c"])
     wide = helper.make_tensor_value_info("wide", TensorProto.FLOAT, ["a", "b", "c"])
     node = helper.make_node("Cast", ["narrow"], ["wide"], to=TensorProto.FLOAT)
@@ -193,6 +200,8 @@ def _ran(session: Any, inputs: dict[str, Any], output: str, device: str) -> Any:
 
 def small_session(graph: Any, device: str) -> Any:
     """A session over a helper graph of a few nodes, on the ``cpu`` or on ``cuda``."""
+    from onnx import helper
+
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     options = ort.SessionOptions()
     options.log_severity_level = 3

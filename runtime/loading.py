@@ -49,6 +49,7 @@ def load(
     threads: int | None = None,
     verify: bool = True,
     progress: Callable[[int], None] | None = None,
+    manifest: Manifest | None = None,
     **more: Unpack[MoreSettings],
 ) -> OrtSession:
     """Open an exported folder on ONNX Runtime.
@@ -58,6 +59,7 @@ def load(
         provider, threads, more: see :class:`runtime.settings.SessionSettings`.
         verify: compare every file's SHA-256 with the manifest (under a second per GB).
         progress: called with the bytes of each chunk hashed.
+        manifest: what :func:`read_folder` gave for it; the folder is not looked at again (which takes onnx).
 
     Raises:
         ManifestError: not an export, or not the files that it was published with.
@@ -67,4 +69,4 @@ def load(
 
     settings = SessionSettings(provider, threads, **more)
     path = Path(folder).expanduser()
-    return OrtSession(path, read_folder(path, verify, progress), settings)
+    return OrtSession(path, manifest or read_folder(path, verify, progress), settings)

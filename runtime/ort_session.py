@@ -83,7 +83,7 @@ class OrtSession(PipelineMixin, Guarded):
         self._shapes = (settings.shapes or Shapes()) if self._provider.name.startswith("tensorrt") else None
         self._engine_home, self._build_s = settings.engine_home, 0.0
         self._session_options = accuracy_level(manifest) | dict(settings.session_options or {})
-        self._profile = settings.profile
+        self._profile, self._log_severity = settings.profile, settings.log_severity
         self._scoring: Graph | None = None
         self._one_graph = settings.one_graph and manifest.scoring_graph != manifest.decode_graph
         self._cache: SharedCache | GrowingCache | None = None
@@ -143,7 +143,7 @@ class OrtSession(PipelineMixin, Guarded):
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
+        options.log_severity_level = self._log_severity
         for key, value in self._session_options.items():
             options.add_session_config_entry(key, value)
         if self._profile is not None and phase == "decode":

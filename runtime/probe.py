@@ -23,6 +23,7 @@ from runtime.kv_cache import NUMPY_DTYPE, SharedCache, tiled
 from runtime.ort_session import OrtSession, accuracy_level
 from runtime.provider_options import options_of
 from runtime.providers import provider_list, require, require_active
+from runtime.settings import SessionSettings, usable_cores
 
 
 @contextmanager
@@ -176,6 +177,40 @@ class GraphProbe:
     def close(self) -> None:
         """Free the graph, unless it is another session's."""
         self._opened = _closed
+
+
+def run_once(
+    graph: Path,
+    feeds: Mapping[str, NDArray[Any]],
+    outputs: Sequence[str],
+    settings: SessionSettings,
+    optimise: bool = True,
+) -> dict[str, NDArray[Any]]:
+    """Any graph opened, run once and closed: what it gives for ``outputs`` by name.
+
+    Args:
+        graph: the file; its data files beside it.
+        feeds: its inputs.
+        outputs: names of its outputs.
+        settings: provider, threads, options.
+        optimise: whether ONNX Runtime may change the graph.
+
+    Raises:
+        SessionError: ONNX Runtime cannot open it, or stopped.
+    """
+    provider = require(settings.provider, None)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = settings.threads or usable_cores()
+    options.log_severity_level = settings.log_severity
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for key, value in (settings.session_options or {}).items():
+        options.add_session_config_entry(key, value)
+    given = options_of(settings.provider, settings.provider_options)
+    with _said(f"cannot open {graph}"):
+        session: Any = ort.InferenceSession(str(graph), options, providers=provider_list(provider, given))
+    with _said("stopped"):
+        return dict(zip(outputs, session.run(list(outputs), dict(feeds)), strict=True))
 
 
 def _closed() -> Any:

@@ -52,6 +52,7 @@ class SessionSettings:
         session_options: ONNX Runtime session configuration entries, such as ``session.intra_op.allow_spinning``.
         profile: where ONNX Runtime writes its profile of the decode graph (beginning of the file's name); None for no
             profile. See :meth:`runtime.ort_session.OrtSession.end_profile`.
+        log_severity: of what ONNX Runtime prints on standard error: 2 warnings, 3 errors.
         one_graph: hold the decode or the scoring graph, whichever was asked last, never both: each packs the weights
             anew. Going from one to the other opens it again.
 
@@ -70,6 +71,7 @@ class SessionSettings:
     engine_home: Path | None = None
     session_options: Mapping[str, str] | None = None
     profile: Path | None = None
+    log_severity: int = 3
     one_graph: bool = False
 
     def __post_init__(self) -> None:
@@ -93,4 +95,5 @@ class MoreSettings(TypedDict, total=False):
     engine_home: Path | None
     session_options: Mapping[str, str] | None
     profile: Path | None
+    log_severity: int
     one_graph: bool

@@ -6,15 +6,13 @@ Try: ``llama-onnx compare --base OUT --candidate OUT,threads=1 --cases b1-p32-n1
 from __future__ import annotations
 
 import argparse
-import datetime
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from bench.cli.numbers import at_least
 from bench.cli.output import add_out, show, status
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from bench.latency.paired_run import Turns
     from bench.latency.sides import SideSpec
     from reports.compare import Rules
-    from reports.comparison import CaseRecord, Comparison, History
+    from reports.comparison import Comparison
     from reports.validation import Validation
 
 HELP = (
@@ -38,7 +36,7 @@ DEFAULT_CASES = "b1-p128-n32,b4-p128-n32"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     add = parser.add_argument
-    form = "FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE][,venv=PATH][,rev=GITREV]"
+    form = "FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE][,runtime=onnxruntime==1.27.0][,venv=PATH][,rev=GITREV]"
     add(
         "files",
         nargs="*",
@@ -161,19 +159,19 @@ def turns_of(asked: str, base: SideSpec, candidate: SideSpec) -> Turns:
 
 
 def _measured(args: argparse.Namespace, started: float) -> Comparison:
-    from bench.latency.paired_run import PairedRun, Plan, learned, parse_case
+    from bench.latency.judged import judged_document
+    from bench.latency.paired_run import PairedRun, Plan, parse_case
     from bench.latency.sides import parse_side
-    from bench.machine.environment import machine, versions
+    from bench.machine.environment import machine
     from bench.machine.lock import machine_lock
     from bench.machine.state import Limits
-    from reports.compare import judge, verdict_of
-    from reports.comparison import METRICS, Comparison
+    from reports.comparison import METRICS
 
     if args.expect:
         from bench.gate.validate import expected  # torch
 
         expected(args.expect)  # refused before anything is measured
-    base, candidate = parse_side("base", args.base), parse_side("candidate", args.candidate)
+    base, candidate = parse_side("base", args.base, status), parse_side("candidate", args.candidate, status)
     plan = Plan(
         base=base,
         candidate=candidate,
@@ -185,8 +183,8 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
         limits=Limits(args.max_steal, args.max_others),
         turns=turns_of(args.turns, base, candidate),
     )
-    if args.model and (plan.candidate.venv or plan.candidate.revision):
-        raise BenchError("--model gates parity in this environment: leave it out for a candidate with venv= or rev=")
+    if args.model and plan.candidate.revision:
+        raise BenchError("--model gates parity with this revision of the suite: leave it out for a candidate with rev=")
     if unknown := [m for m in plan.rules.gating or () if m not in METRICS]:
         raise BenchError(f"--gate {unknown[0]} is not measured here; choose from {', '.join(METRICS)}")
     here = machine()
@@ -195,56 +193,14 @@ def _measured(args: argparse.Namespace, started: float) -> Comparison:
         with progress("pairs", 2 * plan.rules.planned * len(plan.cases)) as bar:
             records = run.measure(bar.tick)
         validation = measure_parity(args, plan.candidate) if args.model else None
-    judged = judge(records, plan.rules)
-    measured = learned(plan.candidate.described(), records)
-    return Comparison(
-        schema_version=1,
-        tool_version=versions().get("llama-onnx-bench", "unknown"),
-        created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        duration_s=sum(r.duration_s or 0.0 for r in records) if args.resume else time.time() - started,
+    return judged_document(
+        plan,
+        records,
         command=command_of(args),
-        seed=plan.seed,
-        paired=True,
-        advisory=False,
-        base=learned(plan.base.described(), records),
-        candidate=measured,
-        family=judged.family,
-        verdict=verdict_of(judged.results, records, validation),
-        results=judged.results,
-        validation=validation,
         machine=here,
-        history=past(judged.results, here.fingerprint, measured.model),
-        records=records,
-        versions=versions(),
-        warnings=warnings_of(records, judged.results, validation),
+        duration_s=sum(r.duration_s or 0.0 for r in records) if args.resume else time.time() - started,
+        validation=validation,
     )
-
-
-def past(results: Sequence[Any], fingerprint: str, model: str | None) -> list[History]:
-    """The gating metrics' past from the user's store; empty where nothing was added to it."""
-    from reports.store import Store, default_path
-
-    if not default_path().is_file():
-        return []
-    with Store(default_path()) as store:
-        known = {(p.case_name, p.metric) for p in store.points(fingerprint)}
-        asked = [(r.case, r.metric) for r in results if r.gating and (r.case, r.metric) in known]
-        found = [store.history(*key, fingerprint, model) for key in asked]
-    return [h for h in found if h is not None]
-
-
-def warnings_of(records: Sequence[CaseRecord], results: Sequence[Any], validation: Validation | None) -> list[str]:
-    """What a reader has to know: repeated pairs, warm-ups that never became steady, a speed-up without parity."""
-    said = []
-    disturbed = [r for r in records if r.disturbed]
-    if disturbed:
-        said.append(f"{len(disturbed)} of {len(records)} processes were disturbed; first: {disturbed[0].reason}")
-    unsteady = sum(1 for r in records if r.steady is False)
-    if unsteady:
-        said.append(f"{unsteady} of {len(records)} warm-ups reached their cap before two rounds agreed within 5 %")
-    if validation is None and any(r.status == "IMPROVED" for r in results):
-        said.append("faster, but nobody looked whether it is still the same model: add --model CHECKPOINT for parity")
-    return said
 
 
 def command_of(args: argparse.Namespace) -> list[str]:

@@ -23,6 +23,7 @@ from export.source import add_option
 
 if TYPE_CHECKING:
     from bench.gate.word_perplexity import Window, WordPerplexity
+    from bench.runtimes.remote import RemoteSession
     from runtime.ort_session import OrtSession
     from runtime.session import Session
 
@@ -135,9 +136,9 @@ def run(args: argparse.Namespace) -> int:
         scores[side] = assemble(dataset, windows, nats)
         found[side] = metrics(scores[side])
 
-    opened: list[OrtSession] = []
+    opened: list[OrtSession | RemoteSession] = []
 
-    def candidate() -> OrtSession:
+    def candidate() -> OrtSession | RemoteSession:
         opened.append(where.open(folder))
         return opened[-1]
 

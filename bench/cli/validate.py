@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sm", default="89", metavar="N,...", help="GPUs that tensorrt_compile builds engines for (default 89)")
     deployment.add_options(parser.add_argument)
     add(
+        "--runtime",
+        metavar="RUNTIME",
+        help="another ONNX Runtime: onnxruntime==1.23.2 (an environment is made in the cache) or venv=PATH; it needs "
+        "onnxruntime and numpy only",
+    )
+    add(
         "--workers",
         type=int,
         default=1,

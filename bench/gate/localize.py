@@ -104,8 +104,6 @@ def _gap(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
 def _inner_values(s: Subject, ids: list[int]) -> dict[str, NDArray[Any]]:
     import onnx
 
-    from runtime.probe import GraphProbe
-
     model = onnx.ModelProto()
     model.CopyFrom(s.graph("scoring"))
     names = inner_names(model)
@@ -120,10 +118,8 @@ def _inner_values(s: Subject, ids: list[int]) -> dict[str, NDArray[Any]]:
                 link_or_copy(path.resolve(), Path(work) / path.name)
         graph = Path(work) / "inner.onnx"
         onnx.save_model(model, graph)
-        where = s.deployment
-        ran_on = str(s.session.get("provider", where.provider))  # the CPU where a fallback was allowed
-        options = where.provider_options if ran_on == where.provider else None
-        probe = GraphProbe(graph, s.manifest, where.threads, ran_on, options)
+        # the CPU where a fallback was allowed
+        probe = s.deployment.probe(graph, s.manifest, str(s.session.get("provider", "")))
         found = probe.run(ids, None, ["logits", *dict.fromkeys(names.values())])
         probe.close()
     return {"logits": found["logits"][0]} | {k: found[v][0] for k, v in names.items()}

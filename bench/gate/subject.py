@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bench.gate.generations import Outputs
     from bench.gate.statistics import TokenScores
     from bench.gate.store import ResultStore
+    from bench.runtimes.remote import RemoteProbe, RemoteSession
     from export.convert import Conversion
     from export.spec import ExportSpec
     from runtime.ort_session import OrtSession
@@ -160,7 +161,7 @@ class Subject:
         return Terms(m.precision, m.activations, m.kv.dtype, self.mode)
 
     @cached_property
-    def candidate(self) -> OrtSession:
+    def candidate(self) -> OrtSession | RemoteSession:
         """The folder on ONNX Runtime, as it is deployed; one graph at a time, beside PyTorch."""
         return self.opener()
 
@@ -170,17 +171,19 @@ class Subject:
             self.session.update(self.candidate.info.facts)
 
     @property
-    def opener(self) -> Callable[[], OrtSession]:
+    def opener(self) -> Callable[[], OrtSession | RemoteSession]:
         """Opens the folder as every check needs it; picklable, for workers."""
         shapes = gate_shapes(self) if self.deployment.provider.startswith("tensorrt") else None
         return partial(self.deployment.open, self.folder, one_graph=True, huge_pages=False, shapes=shapes)
 
     @cached_property
-    def probe(self) -> GraphProbe:
+    def probe(self) -> GraphProbe | RemoteProbe:
         """The scoring graph, with a cache of the check's own."""
+        from bench.runtimes.remote import RemoteSession
         from runtime.probe import GraphProbe
 
-        return GraphProbe.of(self.candidate)
+        session = self.candidate
+        return session.probe() if isinstance(session, RemoteSession) else GraphProbe.of(session)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -1,9 +1,9 @@
 """Child process of ``llama-onnx compare``: one case of one side, measured once; JSON on the last line of its output.
 
-It needs numpy, onnx and an onnxruntime besides the packages ``runtime`` and ``export`` of the suite's revision under
-test, so that it runs in another virtual environment. A process of its own, because what differs from process to
-process (where the weights lie, which pages are huge, what the allocator did) is most of the noise that a verdict has to
-see, and because a crash must not end the run.
+It needs numpy and an onnxruntime besides the packages ``runtime`` and ``export`` of the suite's revision under test
+(onnx too, where the parent hands over no manifest), so that it runs in another virtual environment. A process of its
+own, because what differs from process to process (where the weights lie, which pages are huge, what the allocator did)
+is most of the noise that a verdict has to see, and because a crash must not end the run.
 
 Try: ``python -P bench/latency/measure_case.py '{"folder": "OUT", "batch": 1, "prompt": 32, "new_tokens": 8, "rounds":
 3}'``.
@@ -50,6 +50,10 @@ def _open(a: dict[str, Any]) -> Any:
         else:
             kind = "session_options" if key.startswith(SESSION_PREFIXES) else "provider_options"
             more.setdefault(kind, {})[key] = str(value)
+    if a.get("manifest"):
+        from export.manifest import manifest_of
+
+        more["manifest"] = manifest_of(a["manifest"])
     if str(a.get("provider")).startswith("tensorrt"):  # engines for this case, built once for all its processes
         from export.cache import cache_dir
         from runtime.tensorrt import Shapes
@@ -105,8 +109,8 @@ def warm_up(generate: Callable[[int], Any], cap: int) -> tuple[int, bool]:
 def measure(a: dict[str, Any]) -> dict[str, Any]:
     """Load, warm until two rounds agree within 5 % (at most ``warmup_cap``), then measure ``rounds`` generations.
 
-    ``a``: folder, batch, prompt, new_tokens, rounds; optional provider, threads, options, warmup_cap, seed, in_turn
-    (rounds when the parent asks for them).
+    ``a``: folder, batch, prompt, new_tokens, rounds; optional manifest, provider, threads, options, warmup_cap, seed,
+    in_turn (rounds when the parent asks for them).
     Returns metrics (seconds and bytes), warmup_rounds, steady, details, versions and facts of the model.
     """
     started = time.perf_counter()

@@ -1,7 +1,8 @@
 """What ``--base`` and ``--candidate`` name: a folder, how to run it, and in which environment.
 
-``FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE]...[,venv=PATH][,rev=GITREV]``: ``option:`` is a session
-configuration entry of ONNX Runtime (or ``huge_pages``), ``venv`` another virtual environment (another onnxruntime),
+``FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE]...[,runtime=onnxruntime==1.23.2][,venv=PATH][,rev=GITREV]``:
+``option:`` is a session configuration entry of ONNX Runtime (or ``huge_pages``), ``runtime`` another onnxruntime, whose
+environment is made in the cache, ``venv`` another virtual environment,
 ``rev`` another revision of this suite, checked out into a worktree beside the cache.
 """
 
@@ -9,15 +10,17 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
 from bench.process.child import output_of
+from bench.runtimes.environments import Say, environment_name, parse_runtimes, prepare
 from export.cache import cache_dir
 from reports.comparison import ComparedSide, Scalar, SideName
 
+KEYS = "provider, threads, option:KEY, runtime, venv and rev"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -49,18 +52,22 @@ class SideSpec:
 
     def arguments(self) -> dict[str, Any]:
         """What :mod:`bench.latency.measure_case` has to know of the side."""
-        return {
-            "folder": str(Path(self.folder).expanduser().absolute()),
-            "provider": self.provider,
-            "threads": self.threads,
-            "options": self.options,
-        }
+        from runtime.loading import read_folder
+
+        folder = Path(self.folder).expanduser().absolute()
+        found = {"folder": str(folder), "provider": self.provider, "threads": self.threads, "options": self.options}
+        if (
+            self.venv is not None and self.revision is None
+        ):  # onnx may be missing there; an older revision knows no such
+            found["manifest"] = asdict(read_folder(folder, verify=False).without_lists)
+        return found
 
     def as_options(self) -> list[str]:
         """The same as options of ``llama-onnx validate``; settings that change speed alone are left out."""
         from bench.latency.measure_case import SESSION_PREFIXES
 
         found = ["--provider", self.provider]
+        found += ["--runtime", f"venv={self.venv}"] if self.venv else []
         found += ["--threads", str(self.threads)] if self.threads else []
         for key, value in self.options.items():
             if key != "huge_pages":
@@ -71,7 +78,7 @@ class SideSpec:
     def described(self) -> ComparedSide:
         """The side as it stands in a comparison before anything was measured: no path of this machine is told."""
         folder = Path(self.folder).expanduser().absolute().name
-        venv = None if self.venv is None else _environment_name(self.venv)
+        venv = None if self.venv is None else environment_name(self.venv)
         more = [f"{k}={v}" for k, v in self.options.items()]
         more += [f"{k}={v}" for k, v in (("venv", venv), ("rev", self.revision)) if v]
         more += [f"{self.threads} threads"] if self.threads else []
@@ -89,14 +96,8 @@ class SideSpec:
         )
 
 
-def _environment_name(venv: str) -> str:
-    """What tells environments apart: most are called ``.venv``, so with the folder that one stands in."""
-    path = Path(venv).expanduser().absolute()
-    return f"{path.parent.name}/{path.name}" if path.name in (".venv", "venv") else path.name
-
-
-def parse_side(name: SideName, text: str) -> SideSpec:
-    """Read a side from the command line.
+def parse_side(name: SideName, text: str, say: Say = lambda _: None) -> SideSpec:
+    """Read a side from the command line; ``say`` is told of an environment that is made for it.
 
     Raises:
         BenchError: no such folder, an unknown key, threads that are no number.
@@ -110,6 +111,9 @@ def parse_side(name: SideName, text: str) -> SideSpec:
             raise BenchError(f"--{name}: {part!r} is not KEY=VALUE")
         if key.startswith("option:"):
             options[key.removeprefix("option:")] = value
+        elif key == "runtime":
+            (asked,) = parse_runtimes(value)
+            given["venv"] = str(prepare(asked, say).folder)
         elif key in ("provider", "venv", "rev"):
             given["revision" if key == "rev" else key] = value
         elif key == "threads":
@@ -117,7 +121,7 @@ def parse_side(name: SideName, text: str) -> SideSpec:
                 raise BenchError(f"--{name}: threads={value} is not a number of threads")
             given["threads"] = int(value)
         else:
-            raise BenchError(f"--{name}: unknown key {key!r}; known are provider, threads, option:KEY, venv and rev")
+            raise BenchError(f"--{name}: unknown key {key!r}; known are {KEYS}")
     if not Path(folder).expanduser().is_dir():
         raise BenchError(f"--{name}: no folder at {folder}; make one with: llama-onnx export MODEL {folder}")
     side = SideSpec(name=name, text=text, folder=folder, options=options, **given)

@@ -1,0 +1,190 @@
+"""ONNX Runtimes by version: a virtual environment each in the user's cache, made when it is first asked for.
+
+An environment holds onnxruntime and numpy and nothing else (for a GPU also what that distribution asks for, and onnx,
+of which :mod:`runtime.device_choice` makes its helper graphs). uv makes it where it is installed, else pip. It is
+complete or not there at all, and who asks for it is told where it lies, how large it is and how to remove it.
+
+Try: ``llama-onnx validate FOLDER --baseline demo --runtime onnxruntime==1.23.2``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from packaging.version import InvalidVersion, Version
+
+from bench.errors import BenchError
+from export.cache import cache_dir, publish
+
+Say = Callable[[str], None]
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+FORM = "write onnxruntime==1.23.2,1.27.0 (or onnxruntime-gpu==...), or venv=PATH"
+FACTS = "runtime.json"
+_ASK = (
+    "import json, onnxruntime as o, numpy as n; print(json.dumps("
+    "{'onnxruntime': o.__version__, 'numpy': n.__version__, 'providers': o.get_available_providers()}))"
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One ONNX Runtime: ``distribution`` of ``version`` from the package index, or what lies in ``venv``."""
+
+    distribution: str = ""
+    version: str = ""
+    venv: str = ""
+
+    @property
+    def text(self) -> str:
+        """As it is written on a command line."""
+        return f"venv={self.venv}" if self.venv else f"{self.distribution}=={self.version}"
+
+    @property
+    def label(self) -> str:
+        """For a table: ``onnxruntime 1.23.2``; of a folder its name, which does not tell where it lies."""
+        if not self.venv:
+            return f"{self.distribution} {self.version}"
+        return f"venv {environment_name(self.venv)}" + f" (onnxruntime {self.version})" * bool(self.version)
+
+    @property
+    def folder(self) -> Path:
+        """Its virtual environment, which may not have been made yet."""
+        if self.venv:
+            return Path(self.venv).expanduser().absolute()
+        python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        return cache_dir().absolute() / "runtimes" / f"{self.distribution}-{self.version}-{python}"
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.folder / "bin" / "python"
+
+    @cached_property
+    def key(self) -> Version:
+        """What versions are ordered by; a folder's come first."""
+        return Version(self.version or "0")
+
+
+def environment_name(venv: str) -> str:
+    """What tells environments apart: most are called ``.venv``, so with the folder that one stands in."""
+    path = Path(venv).expanduser().absolute()
+    return f"{path.parent.name}/{path.name}" if path.name in (".venv", "venv") else path.name
+
+
+def parse_runtimes(text: str) -> list[Runtime]:
+    """``onnxruntime==1.23.2,1.27,venv=PATH`` in the order given; a bare version is of the distribution before it.
+
+    Raises:
+        BenchError: no such list, or one named twice.
+    """
+    found: list[Runtime] = []
+    distribution = DISTRIBUTIONS[0]
+    for part in (p.strip() for p in text.split(",")):
+        if part.startswith("venv="):
+            found.append(Runtime(venv=part.removeprefix("venv=")))
+            continue
+        name, equals, number = part.rpartition("==")
+        distribution = name.strip() if equals else distribution
+        try:
+            parsed = Version(number.strip())
+        except InvalidVersion:
+            raise BenchError(f"--runtime {part!r} names no version; {FORM}") from None
+        if distribution not in DISTRIBUTIONS:
+            raise BenchError(f"--runtime {part!r} is neither onnxruntime nor onnxruntime-gpu; {FORM}")
+        whole = ".".join(map(str, (*parsed.release, 0, 0)[: max(3, len(parsed.release))]))
+        found.append(Runtime(distribution, str(parsed).replace(parsed.base_version, whole, 1)))
+    twice = next((r.text for k, r in enumerate(found) if r in found[:k]), None)
+    if twice:
+        raise BenchError(f"--runtime names {twice} twice")
+    return found
+
+
+def prepare(runtime: Runtime, say: Say = lambda _: None) -> Runtime:
+    """Make the environment where it is not there yet; returns ``runtime``, of a ``venv`` with its version.
+
+    Args:
+        runtime: which.
+        say: told in a line that one is made; size, place and how to remove it.
+
+    Raises:
+        BenchError: there is no such version for this Python, nothing that installs, or no onnxruntime in a ``venv``.
+    """
+    if runtime.venv:
+        if not runtime.python.exists():
+            raise BenchError(f"no virtual environment at {runtime.venv}; make one with: python -m venv {runtime.venv}")
+        return replace(runtime, version=str(_facts_of(runtime.python, runtime)["onnxruntime"]))
+    if (runtime.folder / FACTS).is_file():
+        return runtime
+    say(f"making an environment for {runtime.text}")
+    with publish(runtime.folder, shared=True) as work:
+        _install(runtime, work)
+        facts = _facts_of(work / "bin" / "python", runtime)
+        (work / FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    size = sum(p.stat().st_size for p in runtime.folder.rglob("*") if p.is_file() and not p.is_symlink())
+    say(f"made it: {size / 1e6:.0f} MB in {runtime.folder}; remove it with: rm -r '{runtime.folder}'")
+    return runtime
+
+
+def _install(runtime: Runtime, work: Path) -> None:
+    """onnxruntime and numpy into a new environment at ``work``."""
+    uv = shutil.which("uv")
+    if uv is None and find_spec("pip") is None:
+        raise BenchError(f"{runtime.text} cannot be installed: neither uv nor pip is here; pip install uv")
+    venv.create(work, with_pip=False, symlinks=True)
+    python = str(work / "bin" / "python")
+    command = [uv, "pip", "install", "-q", "--python", python] if uv else []
+    command = command or [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-input"]
+    wanted = [f"numpy=={version('numpy')}"]
+    if runtime.distribution == "onnxruntime":  # what it depends on beside numpy serves its tools, not its sessions
+        wanted += [runtime.text, "--no-deps"]
+    else:
+        wanted += [f"{runtime.distribution}[cuda,cudnn]=={runtime.version}", "onnx"]
+    done = subprocess.run([*command, *wanted], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise BenchError(f"{runtime.text} cannot be installed: {_why(done.stderr)}")
+
+
+def _why(said: str) -> str:
+    """The line of pip or uv that says what is wrong, without colours."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"no matching|no version|no solution|could not|because", line, re.I)]
+    return (telling or lines or ["no output"])[0].removeprefix("ERROR: ")[:500]
+
+
+def _facts_of(python: Path, runtime: Runtime) -> dict[str, object]:
+    """Versions and providers that an environment's own onnxruntime names."""
+    done = subprocess.run([str(python), "-P", "-c", _ASK], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise BenchError(f"{runtime.text}: its onnxruntime cannot be imported: {_last(done.stderr)}")
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _last(said: str) -> str:
+    return (said.strip().splitlines() or ["no output"])[-1][:300]
+
+
+def released(distribution: str, first: Version, last: Version) -> list[Runtime]:
+    """Every released version from ``first`` to ``last`` that the package index has for this Python, oldest first.
+
+    Raises:
+        BenchError: the index cannot be asked.
+    """
+    command = [sys.executable, "-m", "pip", "index", "versions", distribution]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    listed = re.search(r"Available versions: (.*)", done.stdout)
+    if listed is None:
+        raise BenchError(f"the package index does not tell the versions of {distribution}: {_last(done.stderr)}")
+    versions = [Version(v.strip()) for v in listed.group(1).split(",")]
+    return [Runtime(distribution, str(v)) for v in sorted(versions) if first <= v <= last]
