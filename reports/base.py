@@ -108,7 +108,8 @@ def kind_of(document: object) -> str | None:
     """The ``kind`` by which each of our documents names itself, ``pytest-benchmark`` for that tool's JSON, else None.
 
     ``record`` (:class:`reports.record.RunRecord`), ``comparison`` and ``case`` (:mod:`reports.comparison`; a line of a
-    JSON Lines file) and ``validation`` (:mod:`reports.validation`). Case records made by other tools need not name it.
+    JSON Lines file), ``validation`` (:mod:`reports.validation`) and ``matrix`` (:mod:`reports.matrix`). Case records
+    made by other tools need not name it.
     """
     if not isinstance(document, dict):
         return None

@@ -1,6 +1,6 @@
 """Write a report: ``index.html``, ``report.md``, ``junit.xml`` and the JSON, all or none of them half.
 
-The JSON is ``record.json``, ``comparison.json`` or ``validation.json``.
+The JSON is ``record.json``, ``comparison.json``, ``validation.json`` or ``matrix.json``.
 
 Try: ``python -c "import pathlib, reports.record as r, reports.publish as p;
 print(p.write_report(r.RunRecord.read(pathlib.Path('reports/out/record.json')), pathlib.Path('/tmp/page')))"``.
@@ -20,6 +20,7 @@ from rich.console import Console
 from reports.base import first_document, kind_of
 from reports.comparison import Comparison
 from reports.errors import RecordError
+from reports.matrix import Matrix
 from reports.record import RunRecord
 from reports.render.comparison_html import render_comparison
 from reports.render.comparison_junit import render_comparison_junit
@@ -28,6 +29,8 @@ from reports.render.comparison_terminal import print_comparison
 from reports.render.html import render_html
 from reports.render.junit import render_junit
 from reports.render.markdown import render_markdown
+from reports.render.matrix import render_matrix, render_matrix_junit, render_matrix_markdown
+from reports.render.matrix_terminal import print_matrix
 from reports.render.terminal import print_summary
 from reports.render.validation import (
     print_validation,
@@ -38,12 +41,18 @@ from reports.render.validation import (
 from reports.validation import Validation
 from reports.verdict import judge
 
-Subject = RunRecord | Comparison | Validation
-SUBJECTS: dict[str | None, type[Subject]] = {"record": RunRecord, "comparison": Comparison, "validation": Validation}
+Subject = RunRecord | Comparison | Validation | Matrix
+SUBJECTS: dict[str | None, type[Subject]] = {
+    "record": RunRecord,
+    "comparison": Comparison,
+    "validation": Validation,
+    "matrix": Matrix,
+}
 RENDERERS: dict[type[Subject], tuple[Callable[[Any], str], ...]] = {
     RunRecord: (render_junit, render_markdown, render_html),
     Comparison: (render_comparison_junit, render_comparison_markdown, render_comparison),
     Validation: (render_validation_junit, render_validation_markdown, render_validation),
+    Matrix: (render_matrix_junit, render_matrix_markdown, render_matrix),
 }
 """What writes ``junit.xml``, ``report.md`` and ``index.html`` of each."""
 
@@ -66,7 +75,7 @@ def write_report(subject: Subject, out: Path) -> Path:
 
 
 def read_any(path: Path) -> Subject:
-    """A run's record, a comparison or a validation, whichever the file says it is (:func:`reports.base.kind_of`).
+    """A record, a comparison, a validation or a matrix, whichever the file says it is (:func:`reports.base.kind_of`).
 
     Raises:
         RecordError: the file cannot be read, or is no such document; names the place of the first defect.
@@ -74,7 +83,7 @@ def read_any(path: Path) -> Subject:
     kind = kind_of(first_document(path))
     if kind not in SUBJECTS:
         what = f"is of kind {kind!r}" if kind else "does not name its kind"
-        raise RecordError(f"{path} {what}; pass a record.json, a comparison.json or a validation.json")
+        raise RecordError(f"{path} {what}; pass a record.json, comparison.json, validation.json or matrix.json")
     return SUBJECTS[kind].read(path)
 
 
@@ -97,6 +106,8 @@ def publish(path: Path, out: Path) -> Published:
     page = write_report(found, out)
     if isinstance(found, Validation):
         return Published(page, found.exit_code, partial(print_validation, found))
+    if isinstance(found, Matrix):
+        return Published(page, found.exit_code, partial(print_matrix, found))
     if isinstance(found, Comparison):
         return Published(page, found.verdict.exit_code, partial(print_comparison, found))
     return Published(page, judge(found).exit_code, partial(print_summary, found))

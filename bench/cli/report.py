@@ -7,13 +7,16 @@ from pathlib import Path
 
 from bench.cli.output import add_out, show
 
-HELP = "render the page of a record.json, comparison.json or validation.json again"
+HELP = "render the page of a record.json, comparison.json, validation.json or matrix.json again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The document, and where its page goes."""
     parser.add_argument(
-        "file", type=Path, help="record.json of `bench`, comparison.json of `compare` or validation.json of `validate`"
+        "file",
+        type=Path,
+        help="record.json of `bench`, comparison.json of `compare`, validation.json of `validate`, or matrix.json of "
+        "`matrix`",
     )
     add_out(parser, "folder of the page", "reports/out")
 

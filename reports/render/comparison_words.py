@@ -177,7 +177,7 @@ def verdict_sentences(digest: Digest) -> tuple[str, str]:
     moved, rest = _moved(digest, gating=True), _rest(digest)
     if moved:
         sure = "as far as unpaired samples tell" if c.advisory else "we are sure"
-        told = f"This change made {_joined(moved)}; {sure}."
+        told = f"This change made {joined(moved)}; {sure}."
         # Another model stands large alone: how fast it is comes second.
         if digest.parity_fails:
             rest.insert(0, told)
@@ -190,7 +190,7 @@ def verdict_sentences(digest: Digest) -> tuple[str, str]:
         rest.insert(0, f"{parity.short(c.validation).capitalize()}.")
     beside = _moved(digest, gating=False)
     if beside:
-        rest.append(f"Outside the gate, {_joined(beside)}.")
+        rest.append(f"Outside the gate, {joined(beside)}.")
     return " ".join(first), " ".join(rest)
 
 
@@ -270,7 +270,7 @@ def _moved(digest: Digest, gating: bool) -> list[str]:
 def _phrase(group: MetricGroup, hit: Sequence[Result], gating: bool) -> str:
     name = metric_name(group.metric) + ("" if gating else " was")
     ratios = sorted((r.ratio for r in hit if r.ratio is not None), key=lambda x: abs(math.log(x)))
-    size = _size(ratios, hit[0].unit) if ratios else hit[0].status.lower()
+    size = span(ratios, hit[0].unit) if ratios else hit[0].status.lower()
     tested = sum(r.gating == gating for r in group.results)
     if tested == 1:
         return f"{name} {size}"
@@ -279,8 +279,8 @@ def _phrase(group: MetricGroup, hit: Sequence[Result], gating: bool) -> str:
     return f"{name} {size} in {f'all {tested}' if len(hit) == tested else f'{len(hit)} of {tested}'} cases"
 
 
-def _size(ratios: Sequence[float], unit: str) -> str:
-    """One change, or the span of several: ``3.8 to 5.1 % slower``."""
+def span(ratios: Sequence[float], unit: str) -> str:
+    """One change, or the span of several (the smallest first): ``3.8 to 5.1 % slower``."""
     small, large = change(ratios[0], unit), change(ratios[-1], unit)
     if small == large or "times" in large:
         return large
@@ -323,5 +323,6 @@ def _counted(count: int) -> str:
     return _NUMBERS[count] if count < len(_NUMBERS) else f"{count:,}"
 
 
-def _joined(parts: Sequence[str]) -> str:
+def joined(parts: Sequence[str]) -> str:
+    """Such as ``a, b and c``."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from reports.comparison import Comparison
+from reports.matrix import Matrix
 from reports.record import RunRecord
 from reports.render import svg, words
 from reports.validation import Validation
@@ -32,7 +33,7 @@ def by_name(functions: Iterable[Callable[..., Any]]) -> dict[str, Callable[..., 
 
 def render(
     template: str,
-    subject: RunRecord | Comparison | Validation,
+    subject: RunRecord | Comparison | Validation | Matrix,
     context: dict[str, Any],
     filters: dict[str, Callable[..., Any]],
 ) -> str:
