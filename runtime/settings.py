@@ -54,6 +54,7 @@ class SessionSettings:
             profile. See :meth:`runtime.ort_session.OrtSession.end_profile`.
         one_graph: hold the decode or the scoring graph, whichever was asked last, never both: each packs the weights
             anew. Going from one to the other opens it again.
+        any_runtime: open the folder under an ONNX Runtime older than its manifest demands, to see what happens.
 
     Raises:
         SessionError: a number of threads below 1, or a profile with ``one_graph``.
@@ -71,6 +72,7 @@ class SessionSettings:
     session_options: Mapping[str, str] | None = None
     profile: Path | None = None
     one_graph: bool = False
+    any_runtime: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
@@ -94,3 +96,4 @@ class MoreSettings(TypedDict, total=False):
     session_options: Mapping[str, str] | None
     profile: Path | None
     one_graph: bool
+    any_runtime: bool
