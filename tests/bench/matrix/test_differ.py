@@ -75,7 +75,14 @@ def test_each_fault_of_standard_operators_is_found(name: str, exports: Callable[
 
 @pytest.mark.parametrize(
     ("precision", "spec"),
-    [("fp32", {}), ("fp16", {}), ("int8", {"keep_float": "none"}), ("int4", {}), ("int4", TENSORRT), ("fp32", {"target": "plain"})],
+    [
+        ("fp32", {}),
+        ("fp16", {}),
+        ("int8", {"keep_float": "none"}),
+        ("int4", {}),
+        ("int4", TENSORRT),
+        ("fp32", {"target": "plain"}),
+    ],
 )
 def test_equal_runtimes_do_not_differ(precision: str, spec: dict[str, Any], exports: Callable[..., Path]) -> None:
     assert find(exports(precision, spec), None) is None
