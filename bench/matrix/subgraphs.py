@@ -117,6 +117,7 @@ class Subgraphs:
 
     def _layer_starts(self, joints: Sequence[int]) -> list[int]:
         """The first node of each layer, and the first one after the last layer; [] where no layers can be told."""
+        joints = [k for k in joints if self.nodes[k].op_type != "Cast"]  # of a norm, which begins a layer
         attentions: dict[int, int] = {}
         for name in (n for n in self._readers if n.startswith("past_key_values.")):
             layer = int(name.split(".")[1])
