@@ -129,7 +129,7 @@ class Rows:
         return json.dumps(facts, sort_keys=True, indent=1, default=str) + "\n"
 
     def row(self, side: Side, parity: bool = True, speed: bool = True) -> MatrixRow:
-        """One row: measured now, or as an earlier run left it.
+        """One row: measured now, or as an earlier run left it. The reference's has to be the first.
 
         Args:
             side: runtime and provider.
@@ -137,7 +137,7 @@ class Rows:
             speed: whether pairs are measured, unless it is the reference or the plan has no cases.
         """
         reference = side == self.plan.reference
-        speed = speed and not reference and bool(self.plan.cases)
+        speed = speed and bool(self.plan.cases) and not reference and self.made[self.plan.reference].outcome == "ran"
         kept = self.made.get(side) or self._kept(side)
         if kept is not None and (kept.parity or not parity or kept.outcome != "ran") and (kept.speed or not speed):
             self.made[side] = kept
