@@ -85,6 +85,7 @@ def _context(overview: mw.Overview) -> dict[str, Any]:
         "same": same,
         "views": views,
         "figures": figures,
+        "several": len({r.case for v in views for r in v.row.speed}) > 1,
         "answers": [(cw.metric_title(x), overview.leading(x)) for x in mw.SPEED],
         "parity_heads": mw.PARITY,
         "speed_heads": [(x, cw.metric_name(x).capitalize()) for x in mw.SPEED],
@@ -152,7 +153,8 @@ def render_matrix_markdown(matrix: Matrix) -> str:
         f"- **Machine:** {escape(words.machine_line(m.machine), 400)}",
     ]
     blocks = [
-        f"**{SIGNS[verdict]} {WORDS[verdict]}: {escape(overview.model_sentence, 600)}**",
+        f"**{SIGNS[verdict]} {WORDS[verdict]}: {escape(overview.model_sentences[0], 600)}**",
+        *([escape(overview.model_sentences[1], 600)] if overview.model_sentences[1] else []),
         "\n".join(lines),
         *([_table(overview, m.rows)] if m.rows else []),
         *listed("What is wrong or open", _wrong(overview)),

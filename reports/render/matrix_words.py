@@ -117,18 +117,23 @@ class Overview:
         return {s: found[s] for s in _PHRASES if s in found}
 
     @property
-    def model_sentence(self) -> str:
-        """Under which runtimes is this still the model?"""
+    def model_sentences(self) -> tuple[str, str]:
+        """Under which runtimes is this still the model, and not the model: large; what else became of it: beside it."""
         rows, same = self.matrix.rows, self.states.get("same", [])
         if not rows:
-            return "No runtime was tried."
+            return "No runtime was tried.", ""
         if len(same) == len(rows):
             what = "runtimes" if len(self.providers) == 1 else "rows"
             every = f"all {len(rows)} {what}, " if len(rows) > 1 else ""
-            return f"The same model under {every}{self.named(rows, family=True)}."
-        parts = enumerate(self.states.items())
-        told = cw.joined([f"{_PHRASES[s]} {self.named(found, family=not i)}" for i, (s, found) in parts])
-        return f"{told[:1].upper()}{told[1:]}." if same else f"Nowhere shown to be the same model: {told}."
+            return f"The same model under {every}{self.named(rows, family=True)}.", ""
+        large = {s: found for s, found in self.states.items() if s in ("same", "different")}
+        first = cw.joined(
+            [f"{_PHRASES[s]} {self.named(found, family=not i)}" for i, (s, found) in enumerate(large.items())]
+        )
+        rest = cw.joined([f"{_PHRASES[s]} {self.named(found)}" for s, found in self.states.items() if s not in large])
+        if not same:
+            first = f"nowhere shown to be the same model{': ' if first else ''}{first}"
+        return sentence(first), sentence(rest) if rest else ""
 
     @property
     def speed_sentence(self) -> str:
@@ -168,8 +173,13 @@ class Overview:
 
     @property
     def headline(self) -> str:
-        """All three."""
-        return " ".join(filter(None, (self.model_sentence, self.speed_sentence, self.change_sentence)))
+        """All of it."""
+        return " ".join(filter(None, (self.model_sentences[0], self.second)))
+
+    @property
+    def second(self) -> str:
+        """All but the sentence that stands large."""
+        return " ".join(filter(None, (self.model_sentences[1], self.speed_sentence, self.change_sentence)))
 
     @property
     def sure_line(self) -> str:
