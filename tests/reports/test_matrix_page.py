@@ -278,6 +278,7 @@ def test_the_plot_has_a_row_a_result_and_the_margin():
     assert [f.count('class="ci ') for f in figures] == [6, 6, 6, 6]
     # A speed-up of another model is no success.
     assert re.search(r'<li class="wrong">.*?1\.22\.1.*?IMPROVED.*?another model', figures[0], flags=re.S)
+    assert '<span class="key fail" aria-hidden="true">◀</span><a href="#row-2">' in figures[0]
     assert '<span class="key pass" aria-hidden="true">◀</span><a href="#row-4">' in figures[3]
 
 
@@ -422,6 +423,13 @@ def test_the_terminal_has_a_line_a_row_at_100_columns():
     assert re.search(
         r"^ 1\.29\.0, cpu +INCONCLUSIVE +same +○ 1\.021 +● 0\.997 +0\.612 s +412 MB *$", narrow, flags=re.M
     )
+    # Neither a larger number nor the long name of an environment breaks numbers and verdicts.
+    undecided = {"results": checks(undecided="top1_agreement"), "parity": "INCONCLUSIVE", "verdict": "INCONCLUSIVE"}
+    large = row("1.29.0", "cuda", peak_memory_bytes=1.412e9, **undecided)
+    named = large.model_copy(update={"runtime": "onnxruntime 1.29.0 (the environment of the service)"})
+    whole = r"INCONCLUSIVE +undecided:? +● 1\.004 +● 0\.997 +0\.612 s +1,412 MB"
+    for one in (large, named):
+        assert re.search(whole, terminal(example_matrix(rows=[one, REFERENCE]), 80))
     # The path of a reproduction is in one piece, to be copied.
     assert f"reproduction: {DIFFERENCE.reproduction} (312 kB)" in narrow
 
