@@ -65,6 +65,10 @@ class Deployment:
     allow_fallback: bool = False
     runtime: Runtime | None = None
     """Another onnxruntime, its environment made; None: this environment's."""
+    any_runtime: bool = False
+    """Open folders under an older one than their manifest demands, to see what happens."""
+    limit_s: float = 900.0
+    """The most seconds that one call may take under another onnxruntime."""
 
     @classmethod
     def of(cls, asked: Any) -> Deployment:
@@ -129,9 +133,9 @@ class Deployment:
         from bench.runtimes.remote import RemoteSession
 
         manifest = read_folder(folder, verify=False)
-        settings["log_severity"] = WARNINGS
+        settings |= {"log_severity": WARNINGS, "any_runtime": self.any_runtime}
         asked = SessionSettings(self.provider, self.threads, **settings)
-        return RemoteSession(folder, manifest, asked, self.runtime)
+        return RemoteSession(folder, manifest, asked, self.runtime, self.limit_s)
 
     def probe(self, graph: Path, manifest: Manifest, provider: str | None = None) -> GraphProbe | RemoteProbe:
         """A graph of its own, such as a copy that shows its inner values, as the folder is run.
@@ -150,7 +154,7 @@ class Deployment:
         from bench.runtimes.remote import Child, RemoteProbe
 
         settings = SessionSettings(ran_on, self.threads, provider_options=options)
-        return RemoteProbe(Child(self.runtime), manifest, graph, settings)
+        return RemoteProbe(Child(self.runtime, self.limit_s), manifest, graph, settings)
 
     def settings(self) -> dict[str, str | int | bool]:
         """What was asked for, for a result."""

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from export.errors import UnsupportedModelError
 from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
 from export.manifest import ONNX_TYPE, Weight
+from export.oldest_runtime import ir_version_of
 from export.sizes import head_dim_of
 from export.spec import BITS, ExportSpec
 
@@ -441,7 +442,7 @@ def _lower(model: onnx.ModelProto, weights: _Weights, data_file: str) -> onnx.Mo
     del model.opset_import[:]
     for domain in sorted(domains):
         model.opset_import.append(helper.make_opsetid(domain, 1 if domain else OPSET[spec.attention]))
-    model.ir_version = IR_VERSION[spec.attention]
+    model.ir_version = ir_version_of(model, IR_VERSION[spec.attention])
     graph.name = "llama"
     return model
 

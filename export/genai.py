@@ -12,8 +12,11 @@ from transformers import PretrainedConfig
 from export.sizes import head_dim_of
 
 
-def genai_config(config: PretrainedConfig, graph: str, eos: tuple[int, ...]) -> dict[str, Any]:
-    """What describes a GroupQueryAttention graph: greedy search, past and present in one buffer."""
+def genai_config(config: PretrainedConfig, graph: str, eos: tuple[int, ...], oldest: str) -> dict[str, Any]:
+    """What describes a GroupQueryAttention graph: greedy search, past and present in one buffer.
+
+    ``oldest``, the oldest ONNX Runtime, is there for people: onnxruntime-genai takes the key and does not read it.
+    """
     ids: list[int] = list(eos) or [0]
     model: dict[str, Any] = {
         "type": "llama",
@@ -49,4 +52,4 @@ def genai_config(config: PretrainedConfig, graph: str, eos: tuple[int, ...]) -> 
         "max_length": config.max_position_embeddings,
         "past_present_share_buffer": True,
     }
-    return {"model": model, "search": search}
+    return {"model": model, "search": search} | ({"oldest_onnxruntime": oldest} if oldest else {})

@@ -40,6 +40,7 @@ SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 """What belongs to a model beside its weights: fetched from the hub, exported, hashed, compared."""
 _CHUNK = 1 << 20
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_RELEASE = re.compile(r"(\d+(?:\.\d+)+)(?:[.-]?(dev|a|b|rc))?")
 
 
 class UserError(Exception):
@@ -59,6 +60,19 @@ def standard(domain: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what another library's exception says, its name where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def release(version: str) -> tuple[int, ...]:
+    """What versions are ordered by: 1.33.0.dev20261101 is newer than 1.32.1 and older than 1.33.0.
+
+    Raises:
+        ValueError: no version.
+    """
+    found = _RELEASE.match(version)
+    if found is None:
+        raise ValueError(f"{version[:40]!r} is no version")
+    numbers = [int(n) for n in found[1].split(".")]
+    return (*[*numbers, 0, 0][:3], found[2] is None)
 
 
 def files_of(folder: Path, patterns: tuple[str, ...]) -> list[str]:
@@ -155,7 +169,9 @@ class Manifest:
     ``precision`` is that of the weights, ``activations`` that of everything else. ``attention`` names the operator:
     ``GroupQueryAttention``, ``Attention`` or ``unfused``. ``padding`` is ``right`` where the graph reads right-padded
     batches only, else ``any``. ``decode_logits`` is ``last`` (one position a row) or ``all``. ``notes`` holds what a
-    reader should know besides: choices made, things not certain.
+    reader should know besides: choices made, things not certain. ``oldest_runtime`` is the oldest ONNX Runtime that
+    computes the graphs right and ``oldest_because`` the operator that demands it (:mod:`export.oldest_runtime`); both
+    are empty where that is not known, as in manifests written before there were such fields.
     """
 
     schema_version: int
@@ -192,6 +208,8 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, FileEntry]
     notes: tuple[str, ...] = ()
+    oldest_runtime: str = ""
+    oldest_because: str = ""
 
     @property
     def longest_row(self) -> int:
@@ -263,11 +281,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise ManifestError(
             f"{path} has schema version {found!r}, this tool reads {SCHEMA_VERSION}; export again with this version"
         )
-    missing = [f.name for f in fields(Manifest) if f.name not in raw]
+    missing = [f.name for f in fields(Manifest) if f.default is MISSING and f.name not in raw]
     if missing:
         raise ManifestError(f"{path} lacks {', '.join(missing)}; export again")
     try:
         manifest = manifest_of(raw)
+        if manifest.oldest_runtime:
+            release(manifest.oldest_runtime)
         if manifest.kv.dtype not in DTYPE_BYTES:
             raise TypeError(f"kv.dtype: {manifest.kv.dtype[:40]!r} must be one of {', '.join(DTYPE_BYTES)}")
         for role in ("decode_graph", "scoring_graph", "data_file"):
@@ -277,7 +297,7 @@ def read_manifest(folder: Path) -> Manifest:
             if role != "data_file" and not name.endswith(".onnx"):  # what is looked at before it is opened
                 raise TypeError(f"{role}: {name[:40]!r} does not end in .onnx")
         return manifest
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise ManifestError(f"{path} has a field of the wrong form ({e}); export again") from None
 
 
@@ -288,7 +308,7 @@ def manifest_of(raw: Mapping[str, Any]) -> Manifest:
         TypeError: an ill-typed field, named.
     """
     kinds = get_type_hints(Manifest)
-    return Manifest(**{f.name: _typed(raw[f.name], kinds[f.name], f.name) for f in fields(Manifest)})
+    return Manifest(**{name: _typed(raw[name], kind, name) for name, kind in kinds.items() if name in raw})
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:

@@ -48,6 +48,7 @@ from export.manifest import (
     sha256_of,
     write_manifest,
 )
+from export.oldest_runtime import oldest_runtime
 from export.plain import run_optimum, weights_of
 from export.quantize import Packed
 from export.sizes import NO_CONTEXT, context_length, head_dim_of, kv_heads_of, stated_context
@@ -243,10 +244,11 @@ class _Export:
             data_sha, identity = write_data(conversion, self.checkpoint, work / DATA_FILE, self.progress, quantiser)
             onnx.save_model(conversion.decode, work / DECODE_GRAPH)
             onnx.save_model(conversion.scoring, work / SCORING_GRAPH)
-            if spec.attention == "GroupQueryAttention":
-                described = genai_config(config, DECODE_GRAPH, eos_ids(self.source.folder, config))
-                (work / GENAI_CONFIG).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
             facts = _facts(spec, config, conversion, counts)
+            if spec.attention == "GroupQueryAttention":
+                eos = eos_ids(self.source.folder, config)
+                described = genai_config(config, DECODE_GRAPH, eos, facts["oldest_runtime"])
+                (work / GENAI_CONFIG).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
             return self._sealed(work, identity, {DATA_FILE: data_sha}, facts)
 
     def plain(self) -> Manifest:
@@ -405,6 +407,7 @@ def _facts(
         notes.append("dynamic rope scaling: exact up to the original context, longer prompts are refused")
     used = {s for recipe in conversion.recipes for s in recipe.sources}
     graph = conversion.decode.graph
+    oldest, because = oldest_runtime(conversion.decode, conversion.scoring)
     return {
         "parameters": sum(math.prod(conversion.shapes[s]) for s in used),
         "quantisation": quantisation,
@@ -429,4 +432,6 @@ def _facts(
         "decode_weight_bytes": sum(r.nbytes for r in conversion.recipes if not r.name.startswith(skipped)),
         "weights": conversion.recipes,
         "notes": tuple(notes),
+        "oldest_runtime": oldest,
+        "oldest_because": because,
     }

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 
 from export.errors import GraphCheckError, UnsupportedModelError
 from export.manifest import DECODE_GRAPH, ONNX_TYPE, KVLayout, first_line
+from export.oldest_runtime import oldest_runtime
 from export.spec import ExportSpec
 from export.weights import BUFFERS, Checkpoint, identity_of, tensor_identity
 
@@ -130,6 +131,7 @@ def read_graph(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
         for t in graph.initializer
         if read.get(t.name, set()) - looked_up
     )
+    oldest, because = oldest_runtime(model)
     external = sorted({e.value for t in graph.initializer for e in t.external_data if e.key == "location"})
     return {
         "inputs": tuple(inputs),
@@ -140,6 +142,8 @@ def read_graph(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
         "fused_ops": {op: operators[op] for op in ("Attention", "Gemm", "MatMul", "Softmax") if operators[op]},
         "decode_weight_bytes": weights,
         "data_file": external[0] if external else DECODE_GRAPH,
+        "oldest_runtime": oldest,
+        "oldest_because": because,
     }
 
 

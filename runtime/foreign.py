@@ -29,6 +29,7 @@ from export.manifest import (
     Manifest,
     Quantisation,
 )
+from export.oldest_runtime import oldest_runtime
 from export.sizes import ASSUMED_CONTEXT, NO_CONTEXT, head_dim_of, stated_context
 from runtime.errors import SessionError
 from runtime.stored_weights import stored_weights
@@ -94,6 +95,7 @@ def describe(folder: Path) -> Manifest:
         notes.append("MultiHeadAttention: its padding rules are taken to be those of an unfused graph")
     looked_up = _only_gathered(graph)
     scoring = _scoring_graph(folder, name)
+    oldest, because = oldest_runtime(model)
     files = {
         p.name: FileEntry(p.stat().st_size, "") for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."
     }
@@ -132,6 +134,8 @@ def describe(folder: Path) -> Manifest:
         versions={},
         files=files,
         notes=tuple(notes),
+        oldest_runtime=oldest,
+        oldest_because=because,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.manifest import Manifest, first_line
+from export.manifest import Manifest, first_line, release
 from runtime.device_decode import GRAPH_KEY, NO_GRAPH, Captures, DeviceDecoder
 from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.graph import Graph, fp32
@@ -54,10 +54,13 @@ class OrtSession(PipelineMixin, Guarded):
 
     Raises:
         ProviderUnavailableError: the provider is not installed, did not load, or lacks an operator.
+        SessionError: an ONNX Runtime older than the folder's operators demand.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, settings: SessionSettings) -> None:
         super().__init__()
+        if not settings.any_runtime:
+            require_runtime(folder, manifest)
         self.folder = folder
         self.manifest = manifest
         self._allow_fallback, self._fallbacks = settings.allow_fallback, dict[str, str]()
@@ -386,6 +389,21 @@ class OrtSession(PipelineMixin, Guarded):
             raise SessionError("no profile is being made; open the session with profile=PATH")
         self._profile = None
         return Path(self._decode.session.end_profiling())
+
+
+def require_runtime(folder: Path, manifest: Manifest) -> None:
+    """Refuse an ONNX Runtime that is too old for the folder: it may compute something else without an error.
+
+    Raises:
+        SessionError: names both versions and the operator.
+    """
+    oldest = manifest.oldest_runtime
+    if oldest and release(ort.__version__) < release(oldest):
+        raise SessionError(
+            f"onnxruntime {ort.__version__} is too old for {folder}, which needs {oldest} or newer: "
+            f"{manifest.oldest_because}; install onnxruntime>={oldest} (or onnxruntime-gpu), or export without that "
+            f"operator (docs/export.md says with which options)"
+        )
 
 
 def accuracy_level(manifest: Manifest) -> dict[str, str]:

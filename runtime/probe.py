@@ -190,7 +190,7 @@ def run_once(
 
     Args:
         graph: the file; its data files beside it.
-        feeds: its inputs.
+        feeds: its inputs; more are left out.
         outputs: names of its outputs.
         settings: provider, threads, options.
         optimise: whether ONNX Runtime may change the graph.
@@ -209,8 +209,10 @@ def run_once(
     given = options_of(settings.provider, settings.provider_options)
     with _said(f"cannot open {graph}"):
         session: Any = ort.InferenceSession(str(graph), options, providers=provider_list(provider, given))
+    inputs = {i.name for i in session.get_inputs()}
     with _said("stopped"):
-        return dict(zip(outputs, session.run(list(outputs), dict(feeds)), strict=True))
+        found = session.run(list(outputs), {k: v for k, v in feeds.items() if k in inputs})
+    return dict(zip(outputs, found, strict=True))
 
 
 def _closed() -> Any:

@@ -55,6 +55,7 @@ class SessionSettings:
         log_severity: of what ONNX Runtime prints on standard error: 2 warnings, 3 errors.
         one_graph: hold the decode or the scoring graph, whichever was asked last, never both: each packs the weights
             anew. Going from one to the other opens it again.
+        any_runtime: open the folder under an ONNX Runtime older than its manifest demands, to see what happens.
 
     Raises:
         SessionError: a number of threads below 1, or a profile with ``one_graph``.
@@ -73,6 +74,7 @@ class SessionSettings:
     profile: Path | None = None
     log_severity: int = 3
     one_graph: bool = False
+    any_runtime: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
@@ -97,3 +99,4 @@ class MoreSettings(TypedDict, total=False):
     profile: Path | None
     log_severity: int
     one_graph: bool
+    any_runtime: bool

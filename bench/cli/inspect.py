@@ -53,6 +53,8 @@ def render(manifest: Manifest, console: Console) -> None:
         "identity": f"{identity} over {manifest.parameters:,} parameters",
         "precision, target": f"{manifest.precision}, {manifest.target}, opset {manifest.opset}",
     }
+    oldest = manifest.oldest_runtime
+    rows["onnxruntime"] = f"{oldest} or newer: {manifest.oldest_because}" if oldest else "oldest version not known"
     if q:
         rows["quantised"] = (
             f"{q.method}, blocks of {q.block_size}, accuracy level {q.accuracy_level}, zero points {q.zero_points}, "

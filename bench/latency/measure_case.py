@@ -53,7 +53,7 @@ def _open(a: dict[str, Any]) -> Any:
     if a.get("manifest"):
         from export.manifest import manifest_of
 
-        more["manifest"] = manifest_of(a["manifest"])
+        more |= {"manifest": manifest_of(a["manifest"]), "any_runtime": bool(a.get("any_runtime"))}
     if str(a.get("provider")).startswith("tensorrt"):  # engines for this case, built once for all its processes
         from export.cache import cache_dir
         from runtime.tensorrt import Shapes

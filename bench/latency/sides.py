@@ -36,6 +36,8 @@ class SideSpec:
     options: dict[str, Scalar] = field(default_factory=dict)
     venv: str | None = None
     revision: str | None = None
+    any_runtime: bool = False
+    """See :class:`runtime.settings.SessionSettings`."""
 
     def python(self) -> str:
         """The interpreter that measures this side.
@@ -60,6 +62,7 @@ class SideSpec:
             self.venv is not None and self.revision is None
         ):  # onnx may be missing there; an older revision knows no such
             found["manifest"] = asdict(read_folder(folder, verify=False).without_lists)
+            found["any_runtime"] = self.any_runtime
         return found
 
     def as_options(self) -> list[str]:

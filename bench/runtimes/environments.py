@@ -16,9 +16,10 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,7 +40,10 @@ _ASK = (
 
 @dataclass(frozen=True)
 class Runtime:
-    """One ONNX Runtime: ``distribution`` of ``version`` from the package index, or what lies in ``venv``."""
+    """One ONNX Runtime: ``distribution`` of ``version`` from the package index, or what lies in ``venv``.
+
+    With both it is this environment's own, see :func:`here`.
+    """
 
     distribution: str = ""
     version: str = ""
@@ -47,14 +51,14 @@ class Runtime:
 
     @property
     def text(self) -> str:
-        """As it is written on a command line."""
-        return f"venv={self.venv}" if self.venv else f"{self.distribution}=={self.version}"
+        """As it is written on a command line; of a folder its name, which does not tell where it lies."""
+        return f"{self.distribution}=={self.version}" if self.distribution else f"venv={environment_name(self.venv)}"
 
     @property
     def label(self) -> str:
-        """For a table: ``onnxruntime 1.23.2``; of a folder its name, which does not tell where it lies."""
-        if not self.venv:
-            return f"{self.distribution} {self.version}"
+        """For a table: ``onnxruntime 1.23.2``."""
+        if self.distribution:
+            return f"{self.distribution} {self.version}" + ", this environment" * bool(self.venv)
         return f"venv {environment_name(self.venv)}" + f" (onnxruntime {self.version})" * bool(self.version)
 
     @property
@@ -110,6 +114,18 @@ def parse_runtimes(text: str) -> list[Runtime]:
     return found
 
 
+def here() -> Runtime:
+    """This environment's own.
+
+    Raises:
+        BenchError: it has none.
+    """
+    for distribution in DISTRIBUTIONS:
+        with suppress(PackageNotFoundError):
+            return Runtime(distribution, version(distribution), sys.prefix)
+    raise BenchError("no onnxruntime in this environment; name a --reference")
+
+
 def prepare(runtime: Runtime, say: Say = lambda _: None) -> Runtime:
     """Make the environment where it is not there yet; returns ``runtime``, of a ``venv`` with its version.
 
@@ -120,9 +136,13 @@ def prepare(runtime: Runtime, say: Say = lambda _: None) -> Runtime:
     Raises:
         BenchError: there is no such version for this Python, nothing that installs, or no onnxruntime in a ``venv``.
     """
+    if runtime.venv and runtime.version:
+        return runtime
     if runtime.venv:
         if not runtime.python.exists():
-            raise BenchError(f"no virtual environment at {runtime.venv}; make one with: python -m venv {runtime.venv}")
+            raise BenchError(
+                f"no virtual environment at {runtime.folder}; make one with: python -m venv {runtime.venv}"
+            )
         return replace(runtime, version=str(_facts_of(runtime.python, runtime)["onnxruntime"]))
     if (runtime.folder / FACTS).is_file():
         return runtime

@@ -17,7 +17,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from numpy.typing import NDArray
 
@@ -39,6 +39,13 @@ class RuntimeDiedError(SessionError):
     """The child with the other onnxruntime crashed or did not answer; says how."""
 
     exit_code = 1
+    outcome: Literal["crashed", "timeout"] = "crashed"
+
+
+class RuntimeSlowError(RuntimeDiedError):
+    """It did not answer in time, and was killed."""
+
+    outcome = "timeout"
 
 
 class Child:
@@ -50,7 +57,9 @@ class Child:
     """
 
     def __init__(self, runtime: Runtime, limit_s: float = LIMIT_S) -> None:
-        self.runtime, self._limit_s, self.ended = runtime, limit_s, ""
+        self.runtime, self._limit_s = runtime, limit_s
+        self.ended: RuntimeDiedError | None = None
+        """How it died, if it did."""
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         ours, theirs = socket.socketpair()
         with closing(theirs):
@@ -76,29 +85,27 @@ class Child:
             SessionError: what the session, or ONNX Runtime, said.
         """
         if self.ended:
-            raise RuntimeDiedError(self.ended)
+            raise self.ended
         try:
             self._connection.send((name, arguments))
             if not self._connection.poll(self._limit_s):
-                self._end(f"no answer after {self._limit_s:g} s")
+                raise self._died(RuntimeSlowError(f"{self.runtime.label}: no answer after {self._limit_s:g} s"))
             answer = self._connection.recv()
         except (EOFError, OSError):
-            self._process.wait()
-            self._end("")
+            code = self._process.wait()
+            how = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+            last = [line.strip()[:200] for line in self.said().splitlines() if line.strip()][-1:]
+            text = ": ".join([f"{self.runtime.label} died with {how}", *last])
+            raise self._died(RuntimeDiedError(text)) from None
         if answer[0] == "ok":
             return answer[1]
         kind = getattr(runtime.errors, answer[1], SessionError)
         raise kind(answer[2] if answer[1] else f"{self.runtime.label}: {answer[2]}")
 
-    def _end(self, why: str) -> None:
-        code = self._process.poll()
-        if not why:
-            how = f"signal {-code} ({signal.strsignal(-code)})" if code and code < 0 else f"exit code {code}"
-            last = [line for line in self.said().splitlines() if line.strip()][-1:]
-            why = f"died with {how}" + "".join(f": {line.strip()[:200]}" for line in last)
+    def _died(self, error: RuntimeDiedError) -> RuntimeDiedError:
         self.close()
-        self.ended = f"{self.runtime.label} {why}"
-        raise RuntimeDiedError(self.ended)
+        self.ended = error
+        return error
 
     def said(self) -> str:
         """What it wrote to standard output and standard error so far."""
@@ -133,13 +140,16 @@ class RemoteSession:
         manifest: its manifest.
         settings: how it is opened.
         other: the environment.
+        limit_s: see :class:`Child`.
 
     Raises:
         RuntimeDiedError, SessionError, ProviderUnavailableError: as :class:`runtime.ort_session.OrtSession`.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, settings: SessionSettings, other: Runtime) -> None:
-        self.folder, self.manifest, self.child = folder, manifest, Child(other)
+    def __init__(
+        self, folder: Path, manifest: Manifest, settings: SessionSettings, other: Runtime, limit_s: float = LIMIT_S
+    ) -> None:
+        self.folder, self.manifest, self.child = folder, manifest, Child(other, limit_s)
         self._slim = manifest.without_lists
         try:
             opened = self.child.ask("open", str(folder.absolute()), self._slim, settings)
@@ -183,6 +193,10 @@ class RemoteSession:
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         return self.child.ask("session", method, *arguments)
+
+    def end_profile(self) -> Path:
+        """See :meth:`runtime.ort_session.OrtSession.end_profile`."""
+        return self._ask("end_profile")  # type: ignore[no-any-return]
 
     def probe(self) -> RemoteProbe:
         """A :class:`runtime.probe.GraphProbe` over the scoring graph, in the child."""
@@ -242,34 +256,4 @@ class RemoteProbe:
     def close(self) -> None:
         """End a child of its own."""
         if self._own:
-            self._child.close()
-
-
-class RemoteRunner:
-    """Graphs opened, run once and closed in an environment; a child that died is replaced.
-
-    Args:
-        other: the environment.
-        settings: provider, threads, options.
-    """
-
-    def __init__(self, other: Runtime, settings: SessionSettings) -> None:
-        self.label, self._other, self._settings = other.label, other, settings
-        self._child: Child | None = None
-
-    def run(
-        self, graph: Path, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], *, optimise: bool = True
-    ) -> dict[str, NDArray[Any]]:
-        """What the graph gives for ``outputs``, by name; see :func:`runtime.probe.run_once`.
-
-        Raises:
-            RuntimeDiedError, SessionError: the runtime crashed, or refuses.
-        """
-        if self._child is None or self._child.ended:
-            self._child = Child(self._other)
-        return self._child.ask("run", str(graph), dict(feeds), list(outputs), self._settings, optimise)  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """End the child."""
-        if self._child is not None:
             self._child.close()

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from bench.deployment import Deployment
 from bench.latency.interleave import interleave, peak_memory
+from bench.latency.profile import operator_times
 from bench.machine.bandwidth import CpuBandwidth, GemmFloor, median_time
 from bench.peers.choice import choose
 from bench.peers.exports import genai_export
@@ -135,17 +136,9 @@ def profile(
             session.prefill(rows, reserve=steps + 1)
         for _ in range(0 if prefill else steps):
             session.step([5] * batch)
-        events = json.loads(session.end_profile().read_text(encoding="utf-8"))
+        found = operator_times(session.end_profile(), steps // 2)
         session.close()
-    runs = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: float(e["ts"]))[-steps // 2 :]
-    found: dict[str, list[float]] = {"whole": [sum(r["dur"] for r in runs), len(runs)]}
-    since = runs[0]["ts"]
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= since:
-            row = found.setdefault(event["args"]["op_name"], [0.0, 0.0])
-            row[0] += event["dur"]
-            row[1] += 1
-    return {n: [v / len(runs) for v in row] for n, row in sorted(found.items(), key=lambda item: -item[1][0])}
+    return {name: list(row) for name, row in found.items()}
 
 
 def open_sides(

@@ -15,7 +15,17 @@ import numpy as np
 
 from bench.gate.found import Found, exact, undecided
 from bench.gate.subject import Subject
-from export.manifest import ATTENTIONS, MANIFEST_NAME, NORMS, ONNX_TYPE, ManifestError, sha256_of, verify_files
+from export.manifest import (
+    ATTENTIONS,
+    MANIFEST_NAME,
+    NORMS,
+    ONNX_TYPE,
+    ManifestError,
+    release,
+    sha256_of,
+    verify_files,
+)
+from export.oldest_runtime import oldest_runtime
 from reports.validation import Finding
 
 LOADED_ELSEWHERE = (
@@ -129,6 +139,9 @@ def manifest(s: Subject) -> Found:
             "outputs": (set(m.outputs), {o.name for o in graph.output}),
             "weights": ({w.name for w in m.weights}, {r.name for r in s.conversion.recipes}),
         }
+        oldest = oldest_runtime(s.conversion.decode, s.conversion.scoring)[0]
+        if m.oldest_runtime and release(m.oldest_runtime) < release(oldest):
+            wanted["oldest_runtime"] = (m.oldest_runtime, oldest)
     elif s.sealed:
         from runtime.foreign import describe
 

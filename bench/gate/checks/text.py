@@ -354,7 +354,9 @@ def _genai(s: Subject, path: Path) -> list[Finding]:
         wrong: dict[str, tuple[Any, Any]] = {"filename": (decoder.get("filename"), s.manifest.decode_graph)}
         wrong |= {"sliding_window": (decoder.get("sliding_window"), None)}
     else:
-        ours, theirs = _flat(found), _flat(genai_config(s.baseline.config, s.manifest.decode_graph, s.baseline.eos))
+        m = s.manifest
+        ours = _flat(found)
+        theirs = _flat(genai_config(s.baseline.config, m.decode_graph, s.baseline.eos, m.oldest_runtime))
         wrong = {k: (ours.get(k), theirs.get(k)) for k in sorted(ours.keys() | theirs.keys())}
     return [
         Finding(where=f"genai_config.json, {key}", what=f"is {a!r}, the export has {b!r}"[:200])

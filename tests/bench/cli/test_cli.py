@@ -35,6 +35,7 @@ def test_export_inspect_generate(capsys: pytest.CaptureFixture[str], checkpoints
     assert json.loads(said)["kv"]["layers"] == 2
     code, said, _ = run(capsys, "inspect", out)
     assert (code, "every file as published" in said) == (0, True)
+    assert "1.20.1 or newer: SkipSimplifiedLayerNormalization" in " ".join(said.split())
     code, said, err = run(capsys, "generate", out, "the cat sat", "--max-new-tokens", 5)
     assert code == 0
     assert "TTFT" in err
