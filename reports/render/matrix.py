@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from reports.matrix import OUTCOMES, Difference, Matrix, MatrixRow
+from reports.matrix import OUTCOMES, Matrix, MatrixRow
 from reports.render import comparison_plots as plots
 from reports.render import comparison_words as cw
 from reports.render import matrix_words as mw
@@ -26,7 +26,7 @@ OPERATORS_SHOWN, WARNINGS_SHOWN, WARNING_CHARS = 40, 40, 600
 _FILTERS = (
     *(cw.value, cw.tidy, cw.signed, cw.signed_interval, cw.ratio_text, cw.ratio_interval, cw.metric_name),
     *(mw.parity_cell, mw.load_text, mw.peak_text, mw.speed_of, mw.row_reasons),
-    *(mw.place, mw.size_of, mw.link, mw.sentence, mw.warned, mw.operator_cells, mw.failed_first),
+    *(mw.difference_line, mw.link, mw.sentence, mw.warned, mw.operator_cells, mw.failed_first),
 )
 
 
@@ -191,15 +191,11 @@ def _table(overview: mw.Overview, rows: list[MatrixRow]) -> str:
 def _wrong(overview: mw.Overview) -> list[str]:
     found = []
     for row in overview.matrix.rows:
-        said = mw.row_reasons(row) + (_difference(row.difference) if row.difference else [])
+        said = mw.row_reasons(row) + (mw.difference_lines(row.difference) if row.difference else [])
         if said:
             more = f"; {len(said) - 5} more" if len(said) > 5 else ""
             found.append(f"**{escape(row.name, 80)}:** {'; '.join(escape(t, 400) for t in said[:5])}{more}")
     return found
-
-
-def _difference(found: Difference) -> list[str]:
-    return mw.difference_lines(found)
 
 
 def _bisection(overview: mw.Overview) -> list[str]:
@@ -210,7 +206,7 @@ def _bisection(overview: mw.Overview) -> list[str]:
     if rows := overview.neighbours(found):
         blocks.append(_table(overview, rows))
     if found.difference:
-        blocks.append("\n".join(f"- {escape(t, 400)}" for t in _difference(found.difference)))
+        blocks.append("\n".join(f"- {escape(t, 400)}" for t in mw.difference_lines(found.difference)))
     if found.profile:
         heads = ["Operator", escape(found.before, 40), escape(found.after, 40), "Difference", "Ratio"]
         cells = [[escape(c, 60) for c in mw.operator_cells(t)] for t in found.profile]

@@ -14,7 +14,7 @@ from reports.matrix import Bisection, Difference, Matrix, MatrixRow
 from reports.render import comparison_words as cw
 from reports.render import matrix_words as mw
 from reports.render import words
-from reports.render.terminal import plain_table, print_end, print_warnings, style
+from reports.render.terminal import plain_table, print_end, style
 from reports.verdict import WORDS
 
 REASONS, OPERATORS = 5, 6
@@ -37,7 +37,8 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
     if matrix.bisection:
         _bisection(matrix.bisection, overview, console)
     console.print()
-    print_warnings(matrix.notes[:20], console)
+    for note in matrix.notes[:20]:
+        console.print(Text(f"note: {words.shorten(note, 400)}", style="dim"))
     about = f"{matrix.folder} against {matrix.baseline}; {overview.sure_line}; {words.duration(matrix.duration_s)}"
     console.print(Text(words.shorten(about, 600)))
     print_end(WORDS[matrix.verdict.outcome], overview.headline, console)

@@ -43,7 +43,11 @@ _PHRASES = {
 """How a sentence begins for each state of a row, in the order in which they are told."""
 
 GLOSSARY = (
-    Term("Row", "One runtime and provider. Its folder, baseline, data and machine are those of all rows."),
+    Term(
+        "Row",
+        "One runtime and provider. A range such as 1.23.2 to 1.32.0 stands for the rows between; versions that were "
+        "not tried are not in it.",
+    ),
     Term(
         "Reference",
         "The runtime beside which each row's speed was measured, in interleaved pairs. "
@@ -52,8 +56,8 @@ GLOSSARY = (
     Term("Parity", "The gate's numeric and generation checks against PyTorch, under this runtime."),
     Term(
         "Difference",
-        "The first operator that computes something else than under the reference, from the same inputs; "
-        "rounding is allowed for.",
+        "The first operator that computes something else than under the reference, from the same inputs. The limit "
+        "allows for rounding.",
     ),
     *(t for t in words.GLOSSARY if t.term in ("KLD", "Tolerance tier", "Bound")),
     *(t for t in cw.GLOSSARY if t.term not in ("Ratio", "New", "Pair", words.NULL_CONTROL.term)),
@@ -265,18 +269,12 @@ def row_reasons(row: MatrixRow) -> list[str]:
     return list(dict.fromkeys(filter(None, (first, *told))))
 
 
-def place(found: Difference) -> str:
-    """Such as ``layer 3, GroupQueryAttention /layers.3/attn, in a decode step of a batch``."""
-    layer = "" if found.layer is None else f"layer {found.layer}"
-    node = " ".join(filter(None, (found.operator, found.node)))
-    return ", ".join(filter(None, (layer, node, found.scenario and f"in {found.scenario}")))
-
-
-def size_of(found: Difference) -> str:
-    """How far its outputs lie apart when it runs alone, and what rounding explains."""
-    error, rounding = (f"{x:.2g}" if math.isfinite(x) else words.fixed(x) for x in (found.deviation, found.expected))
-    text = f"relative error {error} on its own, rounding explains {rounding}"
-    return f"{text}; only after the runtime has optimised the graph" if found.after_optimisation else text
+def difference_line(found: Difference) -> str:
+    """Where it leaves the reference, in which run, by how much, and what rounding would explain."""
+    scenario = f" in {words.shorten(found.scenario, 80)}" if found.scenario else ""
+    limit = f" (rounding explains up to {found.expected:.2g})" if found.expected > 0 else ""
+    late = ", only after graph optimisation" if found.after_optimisation and "optimisation" not in found.what else ""
+    return f"differs from the reference{scenario}: {words.shorten(found.what, 600)}{late}{limit}"
 
 
 def reproduction(found: Difference) -> str:
@@ -288,10 +286,9 @@ def reproduction(found: Difference) -> str:
 
 
 def difference_lines(found: Difference) -> list[str]:
-    """All of it, a line a sentence."""
+    """The same, and the file that shows it."""
     file = reproduction(found)
-    lines = [f"differs at {place(found)}: {found.what}", size_of(found)]
-    return [*lines, f"reproduction: {file}"] if file else lines
+    return [difference_line(found), *([f"reproduction: {file}"] if file else [])]
 
 
 def warned(row: MatrixRow) -> str:

@@ -1,4 +1,4 @@
-"""Pages of comparisons, validations and matrices in real Chromium: sort, filter, keyboard, themes, phone, axe, errors."""
+"""Pages of comparisons, validations and matrices in real Chromium: sort, filter, keyboard, phone, axe, errors."""
 
 from __future__ import annotations
 
