@@ -41,6 +41,7 @@ from reports.validation import Validation
 from reports.validation import Verdict as Word
 from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.ort_session import accuracy_level
+from runtime.providers import PROVIDERS
 from runtime.settings import SessionSettings
 
 PLAN, ROW, REPRODUCTION = "plan.json", "row.json", "reproduce.py"
@@ -205,7 +206,7 @@ class Rows:
             peak_memory_bytes=median("peak_memory"),
             warnings=gated.warnings,
             session=subject.session,
-            notes=[*(gated.validation.notes if gated.validation else ()), *(compared.warnings if compared else ())],
+            notes=compared.warnings if compared else [],
             page=page,
             seconds=time.perf_counter() - started,
         )
@@ -239,7 +240,7 @@ class Rows:
                 return None
             file, size = self._home(side) / REPRODUCTION, 0
             if found.case is not None:
-                size = write_reproduction(found, file, runners[0], runners[1])
+                size = write_reproduction(found, file, runners[0], runners[1], PROVIDERS[side.provider].ort_name)
         finally:
             for runner in runners:
                 runner.close()
@@ -248,7 +249,7 @@ class Rows:
             node=found.node,
             operator=found.op_type,
             scenario=found.scenario,
-            what=found.what,
+            what=self._said(found.what),
             deviation=found.deviation,
             expected=found.case.limit if found.case else 0.0,
             reproduction=str(file.relative_to(self.out)) if size else "",
@@ -266,16 +267,21 @@ class Rows:
             if parity:
                 gate.run(CHECKED)
         except ProviderUnavailableError as error:
-            return Gated("unavailable", str(error))
+            return Gated("unavailable", self._said(error))
         except SessionError as error:  # while it was opened; in a check it is that check's FAIL
-            return Gated(error.outcome if isinstance(error, RuntimeDiedError) else "refused", str(error))
+            outcome = error.outcome if isinstance(error, RuntimeDiedError) else "refused"
+            return Gated(outcome, self._said(error))
         finally:
             if session is not None:
                 ended, warnings = session.child.ended, session.child.warnings()
             subject.observe()
             subject.close()
         validation = gate.validation(place=False, command=self._command) if parity else None
-        return Gated(ended.outcome if ended else "ran", str(ended or ""), validation, warnings)
+        return Gated(ended.outcome if ended else "ran", self._said(ended or ""), validation, warnings)
+
+    def _said(self, text: object) -> str:
+        """What a runtime said, without the folder's place on this machine."""
+        return str(text).replace(f"{self.subject.folder.absolute()}/", "")
 
     def _compare(self, side: Side, gated: Gated) -> Comparison:
         """Interleaved pairs of the reference and this side."""

@@ -66,7 +66,7 @@ def matrix(
 def test_wrong_crashed_and_refusing_runtimes_are_rows(
     matrix: Callable[..., tuple[int, Matrix]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = faulty_environment(tmp_path / "wrong", "rope of one layer").parents[1]
+    wrong = faulty_environment(tmp_path / "wrong", "rotary position off by one").parents[1]
     crash, refuse = environment(tmp_path / "crash", CRASH), environment(tmp_path / "refuse", REFUSE)
     warn = environment(tmp_path / "warn", WARN)
     asked = ",".join(f"venv={v}" for v in (wrong, crash, refuse, warn))
