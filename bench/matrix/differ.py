@@ -1,9 +1,10 @@
 """Where two ONNX Runtimes differ over the same folder: the layer, the node, and the run that shows it.
 
 Both run the same file, so nodes correspond one to one. In the first run whose logits or cache differ beyond rounding,
-each part of the graph is cut out and given what the *reference* computed in front of it: first each stretch between two
-layers' halves, then each node of the stretch that is out of line, then that node alone on both sides. Inputs are equal,
-so no error travels and limits are tight (:mod:`bench.matrix.rounding`). A crash or refusal is found in the same way.
+each node is cut out and given what the *reference* computed in front of it, many of them in one model; the first one
+that is out of line is confirmed alone on both sides. Inputs are equal, so no error travels and limits are tight
+(:mod:`bench.matrix.rounding`). Over long prompts, stretches between two places in the residual stream come first. A
+crash or refusal is found in the same way, and so is what only several nodes together get wrong.
 Try: ``python -m pytest tests/bench/matrix/test_differ.py``.
 """
 
@@ -29,6 +30,8 @@ BUDGET = 512 << 20
 """Bytes of inner values that are held at a time, about."""
 ALL_NODES = 512
 """New tokens up to which the values of all nodes are looked at; beyond, only where a stretch is out of line."""
+FIRST = 8
+"""Units that are looked at before it is known how large their values are."""
 Values = dict[str, NDArray[Any]]
 
 
@@ -175,7 +178,6 @@ class _Search:
         self.options = accuracy_level(manifest)
         self.level = int(next(iter(self.options.values()), "0"))
         self.quantised = manifest.quantisation is not None
-        self._together: _Hit | None = None
 
     def nothing(self, error: str) -> Difference | None:
         """Whether the other runtime opens no model of this version at all."""
@@ -188,31 +190,28 @@ class _Search:
 
     def part(self) -> Difference | None:
         """The node that differs over the reference's inputs; None where none does alone."""
-        parts, feeds = self.parts, self.scenario.feeds
-        for hit in self._sweep(parts.segments, feeds):
-            for node in self._sweep([(k,) for k in hit.unit], hit.given):
-                if found := self._difference(node.unit, node.given):
-                    return found
-            if self._together is None and self._difference(hit.unit, hit.given):
-                self._together = hit
-        if self._together is None and self.scenario.new.size <= ALL_NODES:
-            # The limit of a stretch is wider than those of its nodes.
-            for node in self._sweep(parts.units, feeds):
-                if found := self._difference(node.unit, node.given):
-                    return found
-        return None
+        if self.scenario.new.size <= ALL_NODES:
+            hits = self._sweep(self.parts.units, self.scenario.feeds)
+        else:
+            hits = self._nodes_of_segments()
+        return next((found for hit in hits if (found := self._difference(hit.unit, hit.given))), None)
 
     def whole(self, deviation: float, error: str) -> Difference:
-        """The smallest part that differs, where no node does alone; after :meth:`part`."""
-        if self._together is None:
-            return self._smallest(self.parts.segments, self.scenario.feeds, deviation, error)
-        return self._smallest([(k,) for k in self._together.unit], self._together.given, deviation, error)
+        """The smallest part that differs, where no node does alone."""
+        for hit in self._sweep(self.parts.segments, self.scenario.feeds):
+            if self._difference(hit.unit, hit.given):
+                return self._smallest([(k,) for k in hit.unit], hit.given, deviation, error)
+        return self._smallest(self.parts.segments, self.scenario.feeds, deviation, error)
+
+    def _nodes_of_segments(self) -> Iterator[_Hit]:
+        for hit in self._sweep(self.parts.segments, self.scenario.feeds):
+            yield from self._sweep([(k,) for k in hit.unit], hit.given)
 
     # -- parts on the reference's values -----------------------------------------------------------------------------
 
     def _sweep(self, units: Sequence[Unit], known: Mapping[str, NDArray[Any]]) -> Iterator[_Hit]:
         """The units that differ, in order; as many at a time as :data:`BUDGET` holds the values of."""
-        values, at, size = dict(known), 0, 1
+        values, at, size = dict(known), 0, FIRST
         while at < len(units):
             stretch = units[at : at + size]
             try:

@@ -275,49 +275,45 @@ def _heads(s: _State, worst: _Worst) -> Iterator[_State]:
     yield replace(s, skeleton=s.with_attributes(num_heads=group, kv_num_heads=1), feeds=feeds)
 
 
-def _shortened(s: _State, feeds: Values, tokens: int) -> Values | None:
-    """The lengths that a GroupQueryAttention is told, less ``tokens``; None where they cannot be had."""
+def _shortened(s: _State, feeds: Values, past: int, new: int) -> _State | None:
+    """A GroupQueryAttention that is told of so many tokens; None where its lengths are no inputs."""
     lengths, total = s.node.input[5:7]
     if lengths not in feeds or total not in feeds:
         return None
-    return {**feeds, lengths: feeds[lengths] - feeds[lengths].dtype.type(tokens), total: feeds[total] - tokens}
+    ends = np.minimum(feeds[lengths], past + new - 1).astype(np.int32)
+    feeds = {**feeds, lengths: ends, total: np.full_like(feeds[total], past + new)}
+    counted = replace(s.scenario, new=s.scenario.new[:, :new], slots=np.arange(past + new)[None] <= ends.reshape(-1, 1))
+    return replace(s, feeds=feeds, scenario=counted)
 
 
 def _past(s: _State, _worst: _Worst) -> Iterator[_State]:
     """The beginning of the past that a GroupQueryAttention reads."""
-    node = s.node
+    node, (new, total) = s.node, (s.scenario.new.shape[1], s.scenario.slots.shape[1])
     if node.op_type != "GroupQueryAttention" or node.input[3] not in s.feeds:
         return
-    length = s.feeds[node.input[3]].shape[2]
     for kept in TOKENS:
-        if kept < length and s.scenario.slots.shape[1] > length:
+        if kept < total - new:
             feeds = {**s.feeds, **{n: s.feeds[n][:, :, :kept] for n in node.input[3:5]}}
-            shorter = _shortened(s, feeds, length - kept)
-            if shorter is None or (shorter[node.input[5]] < 0).any():
-                continue
-            slots = s.scenario.slots[:, length - kept :]
-            yield replace(s, feeds=shorter, scenario=replace(s.scenario, slots=slots))
+            if (shorter := _shortened(s, feeds, kept, new)) is not None:
+                yield shorter
 
 
 def _tokens(s: _State, worst: _Worst) -> Iterator[_State]:
     """The worst token alone, or the first ones."""
-    new = s.scenario.new.shape[1]
+    new, total = s.scenario.new.shape[1], s.scenario.slots.shape[1]
     attention = s.node.op_type == "GroupQueryAttention"
-    starts = [] if attention else [(worst.at(1), 1)]
-    for first, count in [*starts, *((0, n) for n in TOKENS)]:
+    for first, count in [*([] if attention else [(worst.at(1), 1)]), *((0, n) for n in TOKENS)]:
         if count >= new:
             return
         part = slice(first, first + count)
-        feeds: Values | None = {n: _of_tokens(v, new, part) for n, v in s.feeds.items()}
-        past = s.scenario.slots.shape[1] - new
+        feeds: Values = {n: _of_tokens(v, new, part) for n, v in s.feeds.items()}
         if attention:
-            assert feeds is not None
-            feeds = {**feeds, **{n: s.feeds[n] for n in s.node.input[3:5] if n in s.feeds}}
-            feeds = _shortened(s, feeds, new - count)
-        if feeds is None:
-            return
-        scenario = replace(s.scenario, new=s.scenario.new[:, part], slots=s.scenario.slots[:, : past + count])
-        yield replace(s, feeds=feeds, scenario=scenario)
+            feeds |= {n: s.feeds[n] for n in s.node.input[3:5] if n in s.feeds}
+            if (shorter := _shortened(s, feeds, total - new, count)) is not None:
+                yield shorter
+            continue
+        slots = s.scenario.slots[:, : total - new + count]
+        yield replace(s, feeds=feeds, scenario=replace(s.scenario, new=s.scenario.new[:, part], slots=slots))
 
 
 def _of_tokens(value: NDArray[Any], new: int, part: slice) -> NDArray[Any]:
@@ -330,22 +326,20 @@ def _of_tokens(value: NDArray[Any], new: int, part: slice) -> NDArray[Any]:
 def _tables(s: _State, _worst: _Worst) -> Iterator[_State]:
     """Of embeddings and of rotary tables, the rows that are read."""
     node, weights = s.node, dict(s.weights)
-    if node.op_type in ("GroupQueryAttention", "RotaryEmbedding"):
-        for name in node.input[7:9] if node.op_type == "GroupQueryAttention" else node.input[1:3]:
-            if name in weights:
-                positions = [int(v.max()) + 1 for v in s.feeds.values() if v.dtype == np.int64 and v.size]
-                rows = max([s.scenario.slots.shape[1], *positions])
-                weights[name] = weights[name][:rows]
-        yield replace(s, weights=weights)
+    rotary = {"GroupQueryAttention": node.input[7:9], "RotaryEmbedding": node.input[1:3]}.get(node.op_type, ())
+    positions = [int(v.max()) + 1 for v in s.feeds.values() if v.dtype == np.int64 and v.size]
+    used = max([s.scenario.slots.shape[1], *positions])
+    for rows in (used, used + 1, used + 32) if rotary else ():  # a kernel may wrongly read a later one
+        yield replace(s, weights={n: v[:rows] if n in rotary else v for n, v in weights.items()})
     if node.op_type in ("Gather", "GatherBlockQuantized") and node.input[1] in s.feeds:
         ids = s.feeds[node.input[1]]
-        used, places = np.unique(ids, return_inverse=True)
+        read, places = np.unique(ids, return_inverse=True)
         tables = [n for n in (node.input[0], *node.input[2:]) if n in weights]
         feeds = {**s.feeds, node.input[1]: places.reshape(ids.shape).astype(ids.dtype)}
-        yield replace(s, weights={n: weights[n][used] if n in tables else v for n, v in weights.items()}, feeds=feeds)
+        yield replace(s, weights={n: weights[n][read] if n in tables else v for n, v in weights.items()}, feeds=feeds)
         for name in tables:  # where the id itself matters: rows that are not read become 0, which compresses
-            whole = np.zeros((int(used.max()) + 1, *weights[name].shape[1:]), weights[name].dtype)
-            whole[used] = weights[name][used]
+            whole = np.zeros((int(read.max()) + 1, *weights[name].shape[1:]), weights[name].dtype)
+            whole[read] = weights[name][read]
             weights[name] = whole
         yield replace(s, weights=weights)
 

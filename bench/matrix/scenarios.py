@@ -107,7 +107,8 @@ def scenarios(manifest: Manifest, ids: Sequence[int], reference: Run) -> Iterato
         return Scenario(name, graph, {"input_ids": new_ids, "position_ids": places, **where, **cache}, new, slots)
 
     scoring, decode = manifest.scoring_graph, manifest.decode_graph
-    prompts = [make(f"a prompt of {n} tokens", scoring, [ids[:n]], None, ()) for n in lengths]
+    graphs = [scoring] * (len(lengths) - 1) + [decode]  # the long one without the logits of every position
+    prompts = [make(f"a prompt of {n} tokens", g, [ids[:n]], None, ()) for n, g in zip(lengths, graphs, strict=True)]
     yield from prompts
     pasts = [dict(reference(s, presents)) for s in prompts[1:] or prompts]
     for prompt, past in zip(prompts[1:] or prompts, pasts, strict=True):
