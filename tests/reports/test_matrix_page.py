@@ -223,6 +223,10 @@ def test_without_pairs_nothing_is_said_about_speed():
     page = Page(render_matrix(m))
     assert "#speed" not in [a["href"] for a in page.of("a")]
     assert "forest" not in [a.get("class") for a in page.of("figure")]
+    # There is nothing to which the reference could be one.
+    assert "reference – –" not in texts["terminal"]
+    assert "1.32.0, cpu PASS same – – – –" in texts["terminal"]
+    assert "1 reference" not in page.words
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -319,6 +323,16 @@ def test_the_difference_leads_to_its_reproduction():
         update={"after_optimisation": True, "reproduction": "", "scenario": "", "what": "the head", "expected": 0.0}
     )
     assert mw.difference_lines(late) == ["differs from the reference: the head, only after graph optimisation"]
+
+
+def test_what_all_rows_note_is_told_once():
+    rows = [row("1.30.0", notes=["few samples", "slow start"]), REFERENCE.model_copy(update={"notes": ["few samples"]})]
+    m = example_matrix(rows=[*rows, row("1.20.1", outcome="refused", reason="no", verdict="FAIL")], bisection="")
+    for form in ("page", "markdown", "terminal"):
+        assert told(m)[form].count("few samples") == 1, form
+    assert told(m)["page"].count("slow start") == told(m)["terminal"].count("slow start") == 1
+    alone = example_matrix(rows=rows[:1], bisection="")
+    assert told(alone)["terminal"].count("few samples") == 1
 
 
 # -- bisection -------------------------------------------------------------------------------------------------------
