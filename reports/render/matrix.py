@@ -66,7 +66,7 @@ def render_matrix(matrix: Matrix) -> str:
 def _context(overview: mw.Overview) -> dict[str, Any]:
     m = overview.matrix
     views = [RowView(row, i, overview.short(row)) for i, row in enumerate(m.rows, 1)]
-    figures = _figures(views)
+    figures = _figures(views, overview)
     same = overview.states.get("same", [])
     neighbours = overview.neighbours(m.bisection) if m.bisection else []
     return {
@@ -100,10 +100,10 @@ def _context(overview: mw.Overview) -> dict[str, Any]:
     }
 
 
-def _figures(views: list[RowView]) -> list[tuple[str, list[tuple[RowView, Any, str]], str]]:
+def _figures(views: list[RowView], overview: mw.Overview) -> list[tuple[str, list[tuple[RowView, Any, str]], str]]:
     """Title, rows and axis of a forest plot a metric and case; one axis for all."""
     found = []
-    every = [r for v in views for r in v.row.speed if r.metric in mw.SPEED]
+    every = overview.in_order([r for v in views for r in v.row.speed if r.metric in mw.SPEED])
     axis = plots.forest_axis(every)
     for metric in mw.SPEED:
         for case in dict.fromkeys(r.case for r in every if r.metric == metric):

@@ -128,7 +128,8 @@ class Overview:
             return "No runtime was tried.", ""
         if len(same) == len(rows):
             what = "runtimes" if len(self.providers) == 1 else "rows"
-            every = f"all {len(rows)} {what}, " if len(rows) > 1 else ""
+            count = "both" if len(rows) == 2 else f"all {len(rows)}"
+            every = f"{count} {what}, " if len(rows) > 1 else ""
             return f"The same model under {every}{self.named(rows, family=True)}.", ""
         large = {s: found for s, found in self.states.items() if s in ("same", "different")}
         first = cw.joined(
@@ -199,6 +200,17 @@ class Overview:
         found = [(row, r) for row in self.matrix.rows if state(row) != "different" for r in row.speed]
         of_metric = [(row, r) for row, r in found if r.metric == metric and r.ratio is not None]
         return min(of_metric, key=lambda pair: importance(pair[1]), default=None)
+
+    def in_order(self, results: Sequence[Result]) -> list[Result]:
+        """Results by case and metric as they were asked for, whatever order they were measured in."""
+        cases, order = self.matrix.cases, list(METRICS)
+        return sorted(
+            results,
+            key=lambda r: (
+                cases.index(r.case) if r.case in cases else len(cases),
+                order.index(r.metric) if r.metric in order else len(order),
+            ),
+        )
 
     @cached_property
     def with_speed(self) -> bool:

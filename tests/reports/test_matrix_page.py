@@ -158,7 +158,7 @@ def test_report_command_renders_it_again_with_the_exit_code_of_the_verdict(rows,
         # An environment has its own name.
         (
             [row("1.30.0"), row("1.30.0", runtime="onnxruntime 1.30.0 (mine)")],
-            "The same model under all 2 runtimes, onnxruntime 1.30.0 and onnxruntime 1.30.0 (mine).",
+            "The same model under both runtimes, onnxruntime 1.30.0 and onnxruntime 1.30.0 (mine).",
             "",
         ),
     ],
@@ -262,6 +262,12 @@ def test_the_table_of_the_page_shows_parity_and_speed_as_numbers():
     assert "100.0 % ≥ 0.95 1 reference 1 reference 0.612 s 412 MB" in table
     assert "1.32.1 cpu ? INCONCLUSIVE undecided: mean_kld" in table
     assert "− missing b1-p128-n32 – 0.612 s" in table
+
+
+def test_cases_stand_in_the_order_in_which_they_were_asked_for():
+    m = example_matrix()
+    turned = m.model_copy(update={"rows": [r.model_copy(update={"speed": r.speed[::-1]}) for r in m.rows]})
+    assert render_matrix(turned) == render_matrix(m)
 
 
 def test_one_case_needs_no_name_and_shows_its_interval():
