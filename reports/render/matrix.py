@@ -66,7 +66,7 @@ def render_matrix(matrix: Matrix) -> str:
 def _context(overview: mw.Overview) -> dict[str, Any]:
     m = overview.matrix
     views = [RowView(row, i, overview.short(row)) for i, row in enumerate(m.rows, 1)]
-    figures = _figures(views)
+    figures = _figures(views, overview)
     same = overview.states.get("same", [])
     neighbours = overview.neighbours(m.bisection) if m.bisection else []
     return {
@@ -100,10 +100,10 @@ def _context(overview: mw.Overview) -> dict[str, Any]:
     }
 
 
-def _figures(views: list[RowView]) -> list[tuple[str, list[tuple[RowView, Any, str]], str]]:
+def _figures(views: list[RowView], overview: mw.Overview) -> list[tuple[str, list[tuple[RowView, Any, str]], str]]:
     """Title, rows and axis of a forest plot a metric and case; one axis for all."""
     found = []
-    every = [r for v in views for r in v.row.speed if r.metric in mw.SPEED]
+    every = overview.in_order([r for v in views for r in v.row.speed if r.metric in mw.SPEED])
     axis = plots.forest_axis(every)
     for metric in mw.SPEED:
         for case in dict.fromkeys(r.case for r in every if r.metric == metric):
@@ -159,7 +159,7 @@ def render_matrix_markdown(matrix: Matrix) -> str:
         *([_table(overview, m.rows)] if m.rows else []),
         *listed("What is wrong or open", _wrong(overview)),
         *_bisection(overview),
-        *bullets("Notes", m.notes),
+        *bullets("Notes", overview.notes),
         repeat(m.command),
     ]
     return within(blocks, LIMIT) + "\n"
@@ -175,14 +175,14 @@ def _table(overview: mw.Overview, rows: list[MatrixRow]) -> str:
             f"{SIGNS[row.verdict]} {row.verdict}",
             escape(mw.parity_cell(row), 80),
             *(escape(mw.value_text(mw.measured(row, name)), 40) for name in mw.PARITY),
-            *(mw.pressing_ratio(row, x) for x in mw.SPEED),
+            *(overview.ratio(row, x) for x in mw.SPEED),
             mw.load_text(row),
             mw.peak_text(row),
         ]
         for row in rows
     ]
     text = table(head, cells, 4)
-    if any(row.speed for row in rows):
+    if overview.with_speed:
         several = ", the most pressing case" if len(overview.matrix.cases) > 1 else ""
         text += f"\n\n<sub>Ratio to {escape(overview.matrix.reference, 80)}, above 1 is slower{several}.</sub>"
     return text

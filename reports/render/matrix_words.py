@@ -128,7 +128,8 @@ class Overview:
             return "No runtime was tried.", ""
         if len(same) == len(rows):
             what = "runtimes" if len(self.providers) == 1 else "rows"
-            every = f"all {len(rows)} {what}, " if len(rows) > 1 else ""
+            count = "both" if len(rows) == 2 else f"all {len(rows)}"
+            every = f"{count} {what}, " if len(rows) > 1 else ""
             return f"The same model under {every}{self.named(rows, family=True)}.", ""
         large = {s: found for s, found in self.states.items() if s in ("same", "different")}
         first = cw.joined(
@@ -200,6 +201,41 @@ class Overview:
         of_metric = [(row, r) for row, r in found if r.metric == metric and r.ratio is not None]
         return min(of_metric, key=lambda pair: importance(pair[1]), default=None)
 
+    def in_order(self, results: Sequence[Result]) -> list[Result]:
+        """Results by case and metric as they were asked for, whatever order they were measured in."""
+        cases, order = self.matrix.cases, list(METRICS)
+        return sorted(
+            results,
+            key=lambda r: (
+                cases.index(r.case) if r.case in cases else len(cases),
+                order.index(r.metric) if r.metric in order else len(order),
+            ),
+        )
+
+    @cached_property
+    def with_speed(self) -> bool:
+        """Whether speed was measured anywhere."""
+        return any(row.speed for row in self.matrix.rows)
+
+    def ratio(self, row: MatrixRow, metric: str) -> str:
+        """The most pressing case of a metric as one cell."""
+        return "reference" if row.reference and self.with_speed else pressing_ratio(row, metric)
+
+    @cached_property
+    def shared_notes(self) -> list[str]:
+        """Notes that every row with results has: they are about all of them, and are told once."""
+        rows = [r for r in self.matrix.rows if r.results]
+        return [n for n in rows[0].notes if all(n in r.notes for r in rows)] if len(rows) > 1 else []
+
+    def notes_of(self, row: MatrixRow) -> list[str]:
+        """The row's own notes."""
+        return [n for n in row.notes if n not in self.shared_notes]
+
+    @property
+    def notes(self) -> list[str]:
+        """The matrix's notes, and those of all rows."""
+        return list(dict.fromkeys([*self.matrix.notes, *self.shared_notes]))
+
     def neighbours(self, found: Bisection) -> list[MatrixRow]:
         """The rows of the last version before the change and of the first after it."""
         asked = [name for name in (found.before, found.after) if name]
@@ -246,8 +282,6 @@ def ratio_cell(result: Result) -> str:
 
 def pressing_ratio(row: MatrixRow, metric: str) -> str:
     """The most pressing case of a metric as one cell."""
-    if row.reference:
-        return "reference"
     found = speed_of(row, metric)
     return ratio_cell(found[0]) if found else words.DASH
 

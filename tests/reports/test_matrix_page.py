@@ -158,7 +158,7 @@ def test_report_command_renders_it_again_with_the_exit_code_of_the_verdict(rows,
         # An environment has its own name.
         (
             [row("1.30.0"), row("1.30.0", runtime="onnxruntime 1.30.0 (mine)")],
-            "The same model under all 2 runtimes, onnxruntime 1.30.0 and onnxruntime 1.30.0 (mine).",
+            "The same model under both runtimes, onnxruntime 1.30.0 and onnxruntime 1.30.0 (mine).",
             "",
         ),
     ],
@@ -223,6 +223,10 @@ def test_without_pairs_nothing_is_said_about_speed():
     page = Page(render_matrix(m))
     assert "#speed" not in [a["href"] for a in page.of("a")]
     assert "forest" not in [a.get("class") for a in page.of("figure")]
+    # There is nothing to which the reference could be one.
+    assert "reference – –" not in texts["terminal"]
+    assert "1.32.0, cpu PASS same – – – –" in texts["terminal"]
+    assert "1 reference" not in page.words
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -258,6 +262,12 @@ def test_the_table_of_the_page_shows_parity_and_speed_as_numbers():
     assert "100.0 % ≥ 0.95 1 reference 1 reference 0.612 s 412 MB" in table
     assert "1.32.1 cpu ? INCONCLUSIVE undecided: mean_kld" in table
     assert "− missing b1-p128-n32 – 0.612 s" in table
+
+
+def test_cases_stand_in_the_order_in_which_they_were_asked_for():
+    m = example_matrix()
+    turned = m.model_copy(update={"rows": [r.model_copy(update={"speed": r.speed[::-1]}) for r in m.rows]})
+    assert render_matrix(turned) == render_matrix(m)
 
 
 def test_one_case_needs_no_name_and_shows_its_interval():
@@ -319,6 +329,16 @@ def test_the_difference_leads_to_its_reproduction():
         update={"after_optimisation": True, "reproduction": "", "scenario": "", "what": "the head", "expected": 0.0}
     )
     assert mw.difference_lines(late) == ["differs from the reference: the head, only after graph optimisation"]
+
+
+def test_what_all_rows_note_is_told_once():
+    rows = [row("1.30.0", notes=["few samples", "slow start"]), REFERENCE.model_copy(update={"notes": ["few samples"]})]
+    m = example_matrix(rows=[*rows, row("1.20.1", outcome="refused", reason="no", verdict="FAIL")], bisection="")
+    for form in ("page", "markdown", "terminal"):
+        assert told(m)[form].count("few samples") == 1, form
+    assert told(m)["page"].count("slow start") == told(m)["terminal"].count("slow start") == 1
+    alone = example_matrix(rows=rows[:1], bisection="")
+    assert told(alone)["terminal"].count("few samples") == 1
 
 
 # -- bisection -------------------------------------------------------------------------------------------------------
