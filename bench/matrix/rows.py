@@ -32,12 +32,12 @@ from bench.machine.environment import machine
 from bench.machine.state import Limits
 from bench.runtimes.environments import Runtime
 from bench.runtimes.remote import RemoteSession, RuntimeDiedError
-from reports.compare import Rules
+from reports.compare import Rules, verdict_of
 from reports.comparison import Comparison, SideName
 from reports.matrix import OUTCOMES, Difference, MatrixRow, Outcome
 from reports.publish import write_atomically, write_report
 from reports.record import Case
-from reports.validation import Validation
+from reports.validation import Validation, overall
 from reports.validation import Verdict as Word
 from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.ort_session import accuracy_level
@@ -150,6 +150,19 @@ class Rows:
         self._on_row(made)
         return made
 
+    def complete_reference(self) -> None:
+        """Load time and peak memory of the reference, as the other rows' pairs measured it."""
+        at = self.plan.reference
+        found: dict[str, list[float]] = {}
+        for result in (r for row in self.made.values() for r in row.speed):
+            found.setdefault(result.metric, []).extend([result.base_median] if result.base_median else [])
+        update = {
+            field: statistics.median(found[metric])
+            for field, metric in (("load_s", "load"), ("peak_memory_bytes", "peak_memory"))
+            if found.get(metric)
+        }
+        self.made[at] = self.made[at].model_copy(update=update)
+
     def deployment(self, side: Side) -> Deployment:
         """How the folder runs on a side."""
         return replace(self.subject.deployment, runtime=side.runtime, provider=side.provider)
@@ -180,8 +193,11 @@ class Rows:
         if not reference and gated.differs and self.made[self.plan.reference].outcome == "ran":
             difference = self.difference(self.plan.reference, side)
         verdict, reasons = gated.verdict
-        if compared is not None and gated.outcome == "ran":
-            verdict, reasons = compared.verdict.outcome, compared.verdict.reasons
+        if compared is not None:
+            told = verdict_of(compared.results, compared.records)
+            reasons = [r for v, rs in ((verdict, reasons), (told.outcome, told.reasons)) if v != "PASS" for r in rs]
+            reasons = reasons or told.reasons
+            verdict = overall([*([verdict] if gated.validation else []), told.outcome])
         measured = [r for r in compared.records if r.side == "candidate" and r.outcome == "ok"] if compared else []
 
         def median(metric: str) -> float | None:

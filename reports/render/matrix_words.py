@@ -307,8 +307,7 @@ def difference_line(found: Difference) -> str:
     """Where it leaves the reference, in which run, by how much, and what rounding would explain."""
     scenario = f" in {words.shorten(found.scenario, 80)}" if found.scenario else ""
     limit = f" (rounding explains up to {found.expected:.2g})" if found.expected > 0 else ""
-    late = ", only after graph optimisation" if found.after_optimisation and "optimisation" not in found.what else ""
-    return f"differs from the reference{scenario}: {words.shorten(found.what, 600)}{late}{limit}"
+    return f"differs from the reference{scenario}: {words.shorten(found.what, 600)}{limit}"
 
 
 def reproduction(found: Difference) -> str:
