@@ -58,8 +58,12 @@ def standard(domain: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's exception says, its name where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """The first line of what another library's exception says, its name where it says nothing.
+
+    Of a long line the middle goes: ONNX Runtime's begin with a path and a C++ signature and end with the cause.
+    """
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:120]} ... {line[-175:]}"
 
 
 def release(version: str) -> tuple[int, ...]:

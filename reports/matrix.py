@@ -45,8 +45,6 @@ class Difference(Frozen):
     """One plain sentence."""
     deviation: float
     expected: float
-    after_optimisation: bool = False
-    """It is there only after the runtime has changed the graph."""
     reproduction: str = ""
     reproduction_bytes: int = 0
 

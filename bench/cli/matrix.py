@@ -197,6 +197,7 @@ def _document(rows: Rows, args: argparse.Namespace, started: float, bisection: B
     from reports.matrix import Matrix, matrix_verdict
 
     s = rows.subject
+    rows.complete_reference()
     measured = [rows.made[side] for side in sorted(rows.made, key=lambda side: (side.provider, side.runtime.key))]
     return Matrix(
         tool_version=versions().get("llama-onnx-bench", "unknown"),

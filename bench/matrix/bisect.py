@@ -134,8 +134,12 @@ def bisect(rows: Rows, first: Runtime, last: Runtime, provider: str, say: Say) -
         low, high = (low, middle) if changed(change, ends[0], row) else (middle, high)
     before, after = (rows.row(sides[k]) for k in (low, high))
     profile: list[OperatorTime] = []
-    what = ""
-    if change.case:
+    what, difference = "", None
+    if not change.case:  # the one that is right tells what the other should have computed
+        right, wrong = (low, high) if before.parity == "PASS" else (high, low)
+        if "PASS" in (before.parity, after.parity):
+            difference = rows.difference(sides[right], sides[wrong])
+    else:
         case = next(c for c in rows.plan.cases if case_key(c) == change.case)
         profile, what = profiled(rows, sides[low], sides[high], case, change.metric)
     return Bisection(
@@ -146,7 +150,7 @@ def bisect(rows: Rows, first: Runtime, last: Runtime, provider: str, say: Say) -
         after=sides[high].runtime.version,
         tried=tried,
         between=len(sides),
-        difference=after.difference,
+        difference=difference,
         profile=profile,
         profiled=what,
         summary=_summary(change, before, after, profile),

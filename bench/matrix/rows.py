@@ -32,15 +32,16 @@ from bench.machine.environment import machine
 from bench.machine.state import Limits
 from bench.runtimes.environments import Runtime
 from bench.runtimes.remote import RemoteSession, RuntimeDiedError
-from reports.compare import Rules
+from reports.compare import Rules, verdict_of
 from reports.comparison import Comparison, SideName
 from reports.matrix import OUTCOMES, Difference, MatrixRow, Outcome
 from reports.publish import write_atomically, write_report
 from reports.record import Case
-from reports.validation import Validation
+from reports.validation import Validation, overall
 from reports.validation import Verdict as Word
 from runtime.errors import ProviderUnavailableError, SessionError
 from runtime.ort_session import accuracy_level
+from runtime.providers import PROVIDERS
 from runtime.settings import SessionSettings
 
 PLAN, ROW, REPRODUCTION = "plan.json", "row.json", "reproduce.py"
@@ -129,7 +130,7 @@ class Rows:
         return json.dumps(facts, sort_keys=True, indent=1, default=str) + "\n"
 
     def row(self, side: Side, parity: bool = True, speed: bool = True) -> MatrixRow:
-        """One row: measured now, or as an earlier run left it.
+        """One row: measured now, or as an earlier run left it. The reference's has to be the first.
 
         Args:
             side: runtime and provider.
@@ -137,7 +138,7 @@ class Rows:
             speed: whether pairs are measured, unless it is the reference or the plan has no cases.
         """
         reference = side == self.plan.reference
-        speed = speed and not reference and bool(self.plan.cases)
+        speed = speed and bool(self.plan.cases) and not reference and self.made[self.plan.reference].outcome == "ran"
         kept = self.made.get(side) or self._kept(side)
         if kept is not None and (kept.parity or not parity or kept.outcome != "ran") and (kept.speed or not speed):
             self.made[side] = kept
@@ -148,6 +149,19 @@ class Rows:
         self.made[side] = made
         self._on_row(made)
         return made
+
+    def complete_reference(self) -> None:
+        """Load time and peak memory of the reference, as the other rows' pairs measured it."""
+        at = self.plan.reference
+        found: dict[str, list[float]] = {}
+        for result in (r for row in self.made.values() for r in row.speed):
+            found.setdefault(result.metric, []).extend([result.base_median] if result.base_median else [])
+        update = {
+            field: statistics.median(found[metric])
+            for field, metric in (("load_s", "load"), ("peak_memory_bytes", "peak_memory"))
+            if found.get(metric)
+        }
+        self.made[at] = self.made[at].model_copy(update=update)
 
     def deployment(self, side: Side) -> Deployment:
         """How the folder runs on a side."""
@@ -179,8 +193,11 @@ class Rows:
         if not reference and gated.differs and self.made[self.plan.reference].outcome == "ran":
             difference = self.difference(self.plan.reference, side)
         verdict, reasons = gated.verdict
-        if compared is not None and gated.outcome == "ran":
-            verdict, reasons = compared.verdict.outcome, compared.verdict.reasons
+        if compared is not None:
+            told = verdict_of(compared.results, compared.records)
+            reasons = [r for v, rs in ((verdict, reasons), (told.outcome, told.reasons)) if v != "PASS" for r in rs]
+            reasons = reasons or told.reasons
+            verdict = overall([*([verdict] if gated.validation else []), told.outcome])
         measured = [r for r in compared.records if r.side == "candidate" and r.outcome == "ok"] if compared else []
 
         def median(metric: str) -> float | None:
@@ -205,7 +222,7 @@ class Rows:
             peak_memory_bytes=median("peak_memory"),
             warnings=gated.warnings,
             session=subject.session,
-            notes=[*(gated.validation.notes if gated.validation else ()), *(compared.warnings if compared else ())],
+            notes=compared.warnings if compared else [],
             page=page,
             seconds=time.perf_counter() - started,
         )
@@ -239,7 +256,7 @@ class Rows:
                 return None
             file, size = self._home(side) / REPRODUCTION, 0
             if found.case is not None:
-                size = write_reproduction(found, file, runners[0], runners[1])
+                size = write_reproduction(found, file, runners[0], runners[1], PROVIDERS[side.provider].ort_name)
         finally:
             for runner in runners:
                 runner.close()
@@ -248,7 +265,7 @@ class Rows:
             node=found.node,
             operator=found.op_type,
             scenario=found.scenario,
-            what=found.what,
+            what=self._said(found.what),
             deviation=found.deviation,
             expected=found.case.limit if found.case else 0.0,
             reproduction=str(file.relative_to(self.out)) if size else "",
@@ -266,16 +283,21 @@ class Rows:
             if parity:
                 gate.run(CHECKED)
         except ProviderUnavailableError as error:
-            return Gated("unavailable", str(error))
+            return Gated("unavailable", self._said(error))
         except SessionError as error:  # while it was opened; in a check it is that check's FAIL
-            return Gated(error.outcome if isinstance(error, RuntimeDiedError) else "refused", str(error))
+            outcome = error.outcome if isinstance(error, RuntimeDiedError) else "refused"
+            return Gated(outcome, self._said(error))
         finally:
             if session is not None:
                 ended, warnings = session.child.ended, session.child.warnings()
             subject.observe()
             subject.close()
         validation = gate.validation(place=False, command=self._command) if parity else None
-        return Gated(ended.outcome if ended else "ran", str(ended or ""), validation, warnings)
+        return Gated(ended.outcome if ended else "ran", self._said(ended or ""), validation, warnings)
+
+    def _said(self, text: object) -> str:
+        """What a runtime said, without the folder's place on this machine."""
+        return str(text).replace(f"{self.subject.folder.absolute()}/", "")
 
     def _compare(self, side: Side, gated: Gated) -> Comparison:
         """Interleaved pairs of the reference and this side."""

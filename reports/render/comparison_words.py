@@ -325,4 +325,4 @@ def _counted(count: int) -> str:
 
 def joined(parts: Sequence[str]) -> str:
     """Such as ``a, b and c``."""
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    return "".join(parts) if len(parts) < 2 else ", ".join(parts[:-1]) + " and " + parts[-1]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from reports.matrix import OUTCOMES, Difference, Matrix, MatrixRow
+from reports.matrix import OUTCOMES, Matrix, MatrixRow
 from reports.render import comparison_plots as plots
 from reports.render import comparison_words as cw
 from reports.render import matrix_words as mw
@@ -26,7 +26,7 @@ OPERATORS_SHOWN, WARNINGS_SHOWN, WARNING_CHARS = 40, 40, 600
 _FILTERS = (
     *(cw.value, cw.tidy, cw.signed, cw.signed_interval, cw.ratio_text, cw.ratio_interval, cw.metric_name),
     *(mw.parity_cell, mw.load_text, mw.peak_text, mw.speed_of, mw.row_reasons),
-    *(mw.place, mw.size_of, mw.link, mw.sentence, mw.warned, mw.operator_cells, mw.failed_first),
+    *(mw.difference_line, mw.link, mw.sentence, mw.warned, mw.operator_cells, mw.failed_first),
 )
 
 
@@ -66,7 +66,7 @@ def render_matrix(matrix: Matrix) -> str:
 def _context(overview: mw.Overview) -> dict[str, Any]:
     m = overview.matrix
     views = [RowView(row, i, overview.short(row)) for i, row in enumerate(m.rows, 1)]
-    figures = _figures(views)
+    figures = _figures(views, overview)
     same = overview.states.get("same", [])
     neighbours = overview.neighbours(m.bisection) if m.bisection else []
     return {
@@ -85,6 +85,7 @@ def _context(overview: mw.Overview) -> dict[str, Any]:
         "same": same,
         "views": views,
         "figures": figures,
+        "several": len({r.case for v in views for r in v.row.speed}) > 1,
         "answers": [(cw.metric_title(x), overview.leading(x)) for x in mw.SPEED],
         "parity_heads": mw.PARITY,
         "speed_heads": [(x, cw.metric_name(x).capitalize()) for x in mw.SPEED],
@@ -99,10 +100,10 @@ def _context(overview: mw.Overview) -> dict[str, Any]:
     }
 
 
-def _figures(views: list[RowView]) -> list[tuple[str, list[tuple[RowView, Any, str]], str]]:
+def _figures(views: list[RowView], overview: mw.Overview) -> list[tuple[str, list[tuple[RowView, Any, str]], str]]:
     """Title, rows and axis of a forest plot a metric and case; one axis for all."""
     found = []
-    every = [r for v in views for r in v.row.speed if r.metric in mw.SPEED]
+    every = overview.in_order([r for v in views for r in v.row.speed if r.metric in mw.SPEED])
     axis = plots.forest_axis(every)
     for metric in mw.SPEED:
         for case in dict.fromkeys(r.case for r in every if r.metric == metric):
@@ -152,12 +153,13 @@ def render_matrix_markdown(matrix: Matrix) -> str:
         f"- **Machine:** {escape(words.machine_line(m.machine), 400)}",
     ]
     blocks = [
-        f"**{SIGNS[verdict]} {WORDS[verdict]}: {escape(overview.model_sentence, 600)}**",
+        f"**{SIGNS[verdict]} {WORDS[verdict]}: {escape(overview.model_sentences[0], 600)}**",
+        *([escape(overview.model_sentences[1], 600)] if overview.model_sentences[1] else []),
         "\n".join(lines),
         *([_table(overview, m.rows)] if m.rows else []),
         *listed("What is wrong or open", _wrong(overview)),
         *_bisection(overview),
-        *bullets("Notes", m.notes),
+        *bullets("Notes", overview.notes),
         repeat(m.command),
     ]
     return within(blocks, LIMIT) + "\n"
@@ -173,14 +175,14 @@ def _table(overview: mw.Overview, rows: list[MatrixRow]) -> str:
             f"{SIGNS[row.verdict]} {row.verdict}",
             escape(mw.parity_cell(row), 80),
             *(escape(mw.value_text(mw.measured(row, name)), 40) for name in mw.PARITY),
-            *(mw.pressing_ratio(row, x) for x in mw.SPEED),
+            *(overview.ratio(row, x) for x in mw.SPEED),
             mw.load_text(row),
             mw.peak_text(row),
         ]
         for row in rows
     ]
     text = table(head, cells, 4)
-    if any(row.speed for row in rows):
+    if overview.with_speed:
         several = ", the most pressing case" if len(overview.matrix.cases) > 1 else ""
         text += f"\n\n<sub>Ratio to {escape(overview.matrix.reference, 80)}, above 1 is slower{several}.</sub>"
     return text
@@ -189,15 +191,11 @@ def _table(overview: mw.Overview, rows: list[MatrixRow]) -> str:
 def _wrong(overview: mw.Overview) -> list[str]:
     found = []
     for row in overview.matrix.rows:
-        said = mw.row_reasons(row) + (_difference(row.difference) if row.difference else [])
+        said = mw.row_reasons(row) + (mw.difference_lines(row.difference) if row.difference else [])
         if said:
             more = f"; {len(said) - 5} more" if len(said) > 5 else ""
             found.append(f"**{escape(row.name, 80)}:** {'; '.join(escape(t, 400) for t in said[:5])}{more}")
     return found
-
-
-def _difference(found: Difference) -> list[str]:
-    return mw.difference_lines(found)
 
 
 def _bisection(overview: mw.Overview) -> list[str]:
@@ -208,7 +206,7 @@ def _bisection(overview: mw.Overview) -> list[str]:
     if rows := overview.neighbours(found):
         blocks.append(_table(overview, rows))
     if found.difference:
-        blocks.append("\n".join(f"- {escape(t, 400)}" for t in _difference(found.difference)))
+        blocks.append("\n".join(f"- {escape(t, 400)}" for t in mw.difference_lines(found.difference)))
     if found.profile:
         heads = ["Operator", escape(found.before, 40), escape(found.after, 40), "Difference", "Ratio"]
         cells = [[escape(c, 60) for c in mw.operator_cells(t)] for t in found.profile]

@@ -14,7 +14,7 @@ from reports.matrix import Bisection, Difference, Matrix, MatrixRow
 from reports.render import comparison_words as cw
 from reports.render import matrix_words as mw
 from reports.render import words
-from reports.render.terminal import plain_table, print_end, print_warnings, style
+from reports.render.terminal import plain_table, print_end, style
 from reports.verdict import WORDS
 
 REASONS, OPERATORS = 5, 6
@@ -33,11 +33,12 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
         console.print(Text(told, style="dim"))
         console.print(Text("  ".join(f"{cw.LOOKS[s].glyph} {s.lower()}" for s in statuses), style="dim"))
     for row in matrix.rows:
-        _details(row, console)
+        _details(row, overview, console)
     if matrix.bisection:
         _bisection(matrix.bisection, overview, console)
     console.print()
-    print_warnings(matrix.notes[:20], console)
+    for note in overview.notes[:20]:
+        console.print(Text(f"note: {words.shorten(note, 400)}", style="dim"))
     about = f"{matrix.folder} against {matrix.baseline}; {overview.sure_line}; {words.duration(matrix.duration_s)}"
     console.print(Text(words.shorten(about, 600)))
     print_end(WORDS[matrix.verdict.outcome], overview.headline, console)
@@ -68,18 +69,18 @@ def _table(overview: mw.Overview) -> Table:
             Text(f"{overview.short(row)}, {words.shorten(row.provider, 30)}"),
             Text(row.verdict, style=style(row.verdict)),
             Text(mw.parity_cell(row)),
-            *(Text(mw.pressing_ratio(row, m)) for m in mw.SPEED),
+            *(Text(overview.ratio(row, m)) for m in mw.SPEED),
             mw.load_text(row),
             mw.peak_text(row),
         )
     return table
 
 
-def _details(row: MatrixRow, console: Console) -> None:
+def _details(row: MatrixRow, overview: mw.Overview, console: Console) -> None:
     reasons = mw.row_reasons(row)
     told = [words.shorten(r, 400) for r in reasons[:REASONS]]
     told += [f"and {len(reasons) - REASONS} more reasons in the page"] * (len(reasons) > REASONS)
-    told += [words.shorten(n, 400) for n in row.notes[:REASONS]]
+    told += [words.shorten(n, 400) for n in overview.notes_of(row)[:REASONS]]
     told += filter(None, [mw.warned(row)])
     if not told and row.difference is None:
         return

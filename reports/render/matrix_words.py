@@ -43,7 +43,11 @@ _PHRASES = {
 """How a sentence begins for each state of a row, in the order in which they are told."""
 
 GLOSSARY = (
-    Term("Row", "One runtime and provider. Its folder, baseline, data and machine are those of all rows."),
+    Term(
+        "Row",
+        "One runtime and provider. A range such as 1.23.2 to 1.32.0 stands for the rows between; versions that were "
+        "not tried are not in it.",
+    ),
     Term(
         "Reference",
         "The runtime beside which each row's speed was measured, in interleaved pairs. "
@@ -52,8 +56,8 @@ GLOSSARY = (
     Term("Parity", "The gate's numeric and generation checks against PyTorch, under this runtime."),
     Term(
         "Difference",
-        "The first operator that computes something else than under the reference, from the same inputs; "
-        "rounding is allowed for.",
+        "The first operator that computes something else than under the reference, from the same inputs. The limit "
+        "allows for rounding.",
     ),
     *(t for t in words.GLOSSARY if t.term in ("KLD", "Tolerance tier", "Bound")),
     *(t for t in cw.GLOSSARY if t.term not in ("Ratio", "New", "Pair", words.NULL_CONTROL.term)),
@@ -117,18 +121,24 @@ class Overview:
         return {s: found[s] for s in _PHRASES if s in found}
 
     @property
-    def model_sentence(self) -> str:
-        """Under which runtimes is this still the model?"""
+    def model_sentences(self) -> tuple[str, str]:
+        """Under which runtimes is this still the model, and not the model: large; what else became of it: beside it."""
         rows, same = self.matrix.rows, self.states.get("same", [])
         if not rows:
-            return "No runtime was tried."
+            return "No runtime was tried.", ""
         if len(same) == len(rows):
             what = "runtimes" if len(self.providers) == 1 else "rows"
-            every = f"all {len(rows)} {what}, " if len(rows) > 1 else ""
-            return f"The same model under {every}{self.named(rows, family=True)}."
-        parts = enumerate(self.states.items())
-        told = cw.joined([f"{_PHRASES[s]} {self.named(found, family=not i)}" for i, (s, found) in parts])
-        return f"{told[:1].upper()}{told[1:]}." if same else f"Nowhere shown to be the same model: {told}."
+            count = "both" if len(rows) == 2 else f"all {len(rows)}"
+            every = f"{count} {what}, " if len(rows) > 1 else ""
+            return f"The same model under {every}{self.named(rows, family=True)}.", ""
+        large = {s: found for s, found in self.states.items() if s in ("same", "different")}
+        first = cw.joined(
+            [f"{_PHRASES[s]} {self.named(found, family=not i)}" for i, (s, found) in enumerate(large.items())]
+        )
+        rest = cw.joined([f"{_PHRASES[s]} {self.named(found)}" for s, found in self.states.items() if s not in large])
+        if not same:
+            first = f"nowhere shown to be the same model{': ' if first else ''}{first}"
+        return sentence(first), sentence(rest) if rest else ""
 
     @property
     def speed_sentence(self) -> str:
@@ -168,8 +178,13 @@ class Overview:
 
     @property
     def headline(self) -> str:
-        """All three."""
-        return " ".join(filter(None, (self.model_sentence, self.speed_sentence, self.change_sentence)))
+        """All of it."""
+        return " ".join(filter(None, (self.model_sentences[0], self.second)))
+
+    @property
+    def second(self) -> str:
+        """All but the sentence that stands large."""
+        return " ".join(filter(None, (self.model_sentences[1], self.speed_sentence, self.change_sentence)))
 
     @property
     def sure_line(self) -> str:
@@ -185,6 +200,41 @@ class Overview:
         found = [(row, r) for row in self.matrix.rows if state(row) != "different" for r in row.speed]
         of_metric = [(row, r) for row, r in found if r.metric == metric and r.ratio is not None]
         return min(of_metric, key=lambda pair: importance(pair[1]), default=None)
+
+    def in_order(self, results: Sequence[Result]) -> list[Result]:
+        """Results by case and metric as they were asked for, whatever order they were measured in."""
+        cases, order = self.matrix.cases, list(METRICS)
+        return sorted(
+            results,
+            key=lambda r: (
+                cases.index(r.case) if r.case in cases else len(cases),
+                order.index(r.metric) if r.metric in order else len(order),
+            ),
+        )
+
+    @cached_property
+    def with_speed(self) -> bool:
+        """Whether speed was measured anywhere."""
+        return any(row.speed for row in self.matrix.rows)
+
+    def ratio(self, row: MatrixRow, metric: str) -> str:
+        """The most pressing case of a metric as one cell."""
+        return "reference" if row.reference and self.with_speed else pressing_ratio(row, metric)
+
+    @cached_property
+    def shared_notes(self) -> list[str]:
+        """Notes that every row with results has: they are about all of them, and are told once."""
+        rows = [r for r in self.matrix.rows if r.results]
+        return [n for n in rows[0].notes if all(n in r.notes for r in rows)] if len(rows) > 1 else []
+
+    def notes_of(self, row: MatrixRow) -> list[str]:
+        """The row's own notes."""
+        return [n for n in row.notes if n not in self.shared_notes]
+
+    @property
+    def notes(self) -> list[str]:
+        """The matrix's notes, and those of all rows."""
+        return list(dict.fromkeys([*self.matrix.notes, *self.shared_notes]))
 
     def neighbours(self, found: Bisection) -> list[MatrixRow]:
         """The rows of the last version before the change and of the first after it."""
@@ -232,8 +282,6 @@ def ratio_cell(result: Result) -> str:
 
 def pressing_ratio(row: MatrixRow, metric: str) -> str:
     """The most pressing case of a metric as one cell."""
-    if row.reference:
-        return "reference"
     found = speed_of(row, metric)
     return ratio_cell(found[0]) if found else words.DASH
 
@@ -255,18 +303,11 @@ def row_reasons(row: MatrixRow) -> list[str]:
     return list(dict.fromkeys(filter(None, (first, *told))))
 
 
-def place(found: Difference) -> str:
-    """Such as ``layer 3, GroupQueryAttention /layers.3/attn, in a decode step of a batch``."""
-    layer = "" if found.layer is None else f"layer {found.layer}"
-    node = " ".join(filter(None, (found.operator, found.node)))
-    return ", ".join(filter(None, (layer, node, found.scenario and f"in {found.scenario}")))
-
-
-def size_of(found: Difference) -> str:
-    """How far its outputs lie apart when it runs alone, and what rounding explains."""
-    error, rounding = (f"{x:.2g}" if math.isfinite(x) else words.fixed(x) for x in (found.deviation, found.expected))
-    text = f"relative error {error} on its own, rounding explains {rounding}"
-    return f"{text}; only after the runtime has optimised the graph" if found.after_optimisation else text
+def difference_line(found: Difference) -> str:
+    """Where it leaves the reference, in which run, by how much, and what rounding would explain."""
+    scenario = f" in {words.shorten(found.scenario, 80)}" if found.scenario else ""
+    limit = f" (rounding explains up to {found.expected:.2g})" if found.expected > 0 else ""
+    return f"differs from the reference{scenario}: {words.shorten(found.what, 600)}{limit}"
 
 
 def reproduction(found: Difference) -> str:
@@ -278,10 +319,9 @@ def reproduction(found: Difference) -> str:
 
 
 def difference_lines(found: Difference) -> list[str]:
-    """All of it, a line a sentence."""
+    """The same, and the file that shows it."""
     file = reproduction(found)
-    lines = [f"differs at {place(found)}: {found.what}", size_of(found)]
-    return [*lines, f"reproduction: {file}"] if file else lines
+    return [difference_line(found), *([f"reproduction: {file}"] if file else [])]
 
 
 def warned(row: MatrixRow) -> str:

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from export.manifest import GENAI_CONFIG, read_manifest, release
+from export.manifest import GENAI_CONFIG, first_line, read_manifest, release
 from export.oldest_runtime import FORMS, IR_VERSIONS, MS, OPSETS, TRIED_FROM, ir_version_of, oldest_runtime
 
 Exports = Callable[..., Path]
@@ -94,6 +94,12 @@ def test_the_docs_have_the_table() -> None:
     wanted |= {f"IR version {number}": oldest for number, oldest in IR_VERSIONS.items()}
     for form, oldest in wanted.items():
         assert [row for row in rows if row.startswith(f"| {form} | {oldest} |")], form
+
+
+def test_the_cause_at_a_long_lines_end_is_kept() -> None:
+    said = first_line(ValueError("FAIL : Load model " + "x" * 900 + " Unsupported model IR version: 11\nmore"))
+    assert (said[:18], said[-33:], len(said)) == ("FAIL : Load model ", " Unsupported model IR version: 11", 300)
+    assert first_line(ValueError("y" * 300)) == "y" * 300
 
 
 @pytest.fixture(scope="module")

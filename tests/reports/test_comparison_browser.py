@@ -1,4 +1,4 @@
-"""Pages of comparisons and validations in real Chromium: sort, filter, keyboard, themes, phone, print, axe, errors."""
+"""Pages of comparisons, validations and matrices in real Chromium: sort, filter, keyboard, phone, axe, errors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 
 from reports.render.comparison_html import ROWS_SHOWN, render_comparison
 from reports.render.html import render_html
+from reports.render.matrix import render_matrix
 from reports.render.validation import render_validation
 from tests.reports.comparison_examples import example_comparison
+from tests.reports.matrix_examples import example_matrix
 from tests.reports.validation_examples import example_validation
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -137,10 +139,14 @@ def test_a_link_opens_its_case(open_page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("page_kind", ["comparison", "failing parity", "run", "validation", "failing validation"])
+@pytest.mark.parametrize(
+    "page_kind", ["comparison", "failing parity", "run", "validation", "failing validation", "matrix"]
+)
 def test_axe_finds_nothing_serious(open_page, make_record, scheme, page_kind):
     if page_kind == "run":
         text = render_html(make_record())
+    elif page_kind == "matrix":
+        text = render_matrix(example_matrix(bisection="speed"))
     elif "validation" in page_kind:
         text = render_validation(example_validation(failing="mean_kld" if "failing" in page_kind else ""))
     else:
@@ -189,6 +195,36 @@ def test_a_validation_is_whole_on_a_phone(open_page, failing, hostile):
     # Each number stands beside its name, which is a column's head on a wide screen.
     shown = page.locator(".cards td[data-label=limit]").first
     assert shown.evaluate("e => getComputedStyle(e, '::before').content") == '"limit "'
+
+
+@pytest.mark.parametrize("hostile", ["", "W" * 200, HOSTILE])
+@pytest.mark.parametrize("bisection", ["", "parity", "speed"])
+def test_a_matrix_is_whole_on_a_phone(open_page, bisection, hostile):
+    page = open_page(
+        render_matrix(example_matrix(bisection=bisection, hostile=hostile)), viewport={"width": 390, "height": 844}
+    )
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    # The table scrolls inside its own box, and the runtime stays in sight.
+    table = page.locator(".runtimes").first
+    assert table.evaluate("e => e.scrollWidth > e.clientWidth")
+    left = table.evaluate(
+        "e => { e.scrollLeft = 200; return e.querySelector('tbody th').getBoundingClientRect().left; }"
+    )
+    assert left == 20
+    assert page.locator(".cards").evaluate_all("all => all.every(e => e.scrollWidth === e.clientWidth)")
+
+
+def test_first_screen_of_a_matrix(open_page):
+    text = render_matrix(example_matrix())
+    for size in ((1280, 800), (390, 844)):
+        page = open_page(text, viewport=dict(zip(("width", "height"), size, strict=True)))
+        for selector in ("h1", ".second", ".counts"):
+            box = page.locator(selector).first.bounding_box()
+            assert box["y"] + box["height"] <= size[1], (size, selector)
+    # On a desktop the whole table of runtimes needs no scrolling to the side.
+    page = open_page(text)
+    assert page.locator(".runtimes").first.evaluate("e => e.scrollWidth - e.clientWidth") == 0
 
 
 def test_first_screens_of_a_validation(open_page):

@@ -12,14 +12,17 @@ from reports import case_files, publish
 from reports.base import first_document, kind_of
 from reports.comparison import CaseRecord, Comparison
 from reports.errors import RecordError
+from reports.matrix import Matrix
 from reports.record import RunRecord
 from reports.validation import Validation
 from tests.reports.comparison_examples import example_comparison
 
 
 def test_each_of_our_documents_names_itself() -> None:
-    kinds = {c: c.model_fields["kind"].default for c in (RunRecord, Comparison, Validation, CaseRecord)}
-    assert kinds == {RunRecord: "record", Comparison: "comparison", Validation: "validation", CaseRecord: "case"}
+    kinds = {c: c.model_fields["kind"].default for c in (*publish.SUBJECTS.values(), CaseRecord)}
+    assert set(publish.SUBJECTS.values()) == {RunRecord, Comparison, Validation, Matrix} == set(publish.RENDERERS)
+    assert kinds == {c: name for name, c in publish.SUBJECTS.items()} | {CaseRecord: "case"}
+    assert sorted(kinds.values()) == ["case", "comparison", "matrix", "record", "validation"]
 
 
 def test_the_field_decides(make_record: Any, tmp_path: Path) -> None:

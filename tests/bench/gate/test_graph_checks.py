@@ -121,6 +121,7 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
     "inputs": lambda m: m.update(inputs=m["inputs"][:-1]),
     "outputs": lambda m: m.update(outputs=m["outputs"][:-1]),
     "weights": lambda m: m.update(weights=m["weights"][:-1]),
+    "oldest_runtime": lambda m: m.update(oldest_runtime="1.9.0"),
 }
 
 
@@ -131,6 +132,16 @@ def test_a_false_claim_is_named(claim: str, workshop: Workshops, subjects: Calla
     result = BY_NAME["manifest"].run(subjects(shop.folder))
     assert result.status == "FAIL"
     assert f"{MANIFEST_NAME}, {claim}" in [f.where for f in result.findings]
+
+
+@pytest.mark.parametrize("version", ["", "1.99.0"])
+def test_no_claim_and_a_careful_one_are_no_findings(
+    version: str, workshop: Workshops, subjects: Callable[..., Any]
+) -> None:
+    """A folder from before there was that field, and one from before the table said less."""
+    shop = workshop()
+    shop.json(MANIFEST_NAME, lambda m: m.update(oldest_runtime=version))
+    assert BY_NAME["manifest"].run(subjects(shop.folder)).status == "PASS"
 
 
 def test_tables_shorter_than_the_context_are_named(

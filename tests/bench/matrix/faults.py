@@ -262,18 +262,19 @@ def _rolled(k: int) -> Change:
 
 
 def _not_written(k: int) -> Change:
-    """The new tokens' slots of the cache stay 0."""
+    """The new tokens' slots of the cache stay 0, wherever in the buffer they are."""
 
     def change(w: Wrong) -> None:
         x = w.raw(k)
-        new = w.add("after", "Shape", w.node.input[0], start=1, end=2)
-        axis, start = w.constant(np.array([2], np.int64)), w.constant(np.array([0], np.int64))
-        minus = w.add("after", "Neg", new)
-        end = w.constant(np.array([1 << 40], np.int64))
-        kept = w.add("after", "Slice", x, start, minus, axis)
-        lost = w.add("after", "Slice", x, minus, end, axis)
-        zero = w.add("after", "Mul", lost, w.number("after", 0.0, x))
-        w.instead(w.add("after", "Concat", kept, zero, axis=2), k)
+        zero, one = w.constant(np.int64(0)), w.constant(np.int64(1))
+        new = w.add("after", "Squeeze", w.add("after", "Shape", w.node.input[0], start=1, end=2))
+        room = w.add("after", "Squeeze", w.add("after", "Shape", x, start=2, end=3))
+        total = w.add("after", "Cast", w.node.input[6], to=7)
+        slots = w.add("after", "Range", zero, room, one)
+        first = w.add("after", "GreaterOrEqual", slots, w.add("after", "Sub", total, new))
+        lost = w.add("after", "And", first, w.add("after", "Less", slots, total))
+        lost = w.add("after", "Unsqueeze", lost, w.constant(np.array([-1], np.int64)))
+        w.instead(w.add("after", "Where", lost, w.number("after", 0.0, x), x), k)
 
     return change
 

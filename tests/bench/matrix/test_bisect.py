@@ -13,7 +13,7 @@ from bench.matrix.bisect import bisect, change_between, parse_range
 from bench.matrix.rows import Side
 from bench.runtimes.environments import Runtime, parse_runtimes
 from reports.comparison import Result
-from reports.matrix import Bisection, MatrixRow, OperatorTime
+from reports.matrix import Bisection, Difference, MatrixRow, OperatorTime
 from reports.record import Case
 
 VERSIONS = [f"1.{n}.0" for n in range(20, 33)]
@@ -43,6 +43,11 @@ class Rows:
     def __init__(self, made: dict[str, MatrixRow]) -> None:
         self.known, self.asked = made, list[tuple[str, bool, bool]]()
         self.plan = SimpleNamespace(cases=(Case(batch=1, prompt=512, new_tokens=2),), seed=1)
+
+    def difference(self, right: Side, wrong: Side) -> Difference:
+        """Whose turn it was, as its node."""
+        what = f"{right.runtime.version} against {wrong.runtime.version}"
+        return Difference(layer=3, node=what, operator="MatMul", scenario="", what=what, deviation=0.1, expected=1e-5)
 
     def row(self, side: Side, parity: bool = True, speed: bool = True) -> MatrixRow:
         self.asked.append((side.runtime.version, parity, speed))
@@ -75,6 +80,8 @@ def test_the_version_that_changed_parity_is_found_in_log2_rows(look: Any, change
     found, rows = look(made)
     assert (found.before, found.after) == (VERSIONS[changed_at - 1], VERSIONS[changed_at])
     assert found.changed == "parity"
+    assert found.difference is not None
+    assert found.difference.node == f"{found.before} against {found.after}"
     assert len(found.tried) - 2 <= 4
     between = [a for a in rows.asked if a[0] not in ("1.20.0", "1.32.0")][: len(found.tried) - 2]
     assert all(parity and not speed for _, parity, speed in between)  # speed is only measured where it matters
@@ -86,6 +93,8 @@ def test_a_folder_that_got_right_is_found_as_well(look: Any) -> None:
     found, _ = look(made)
     assert (found.before, found.after) == ("1.22.0", "1.23.0")
     assert "refuses the folder, then PASS" in found.summary
+    assert found.difference is not None
+    assert found.difference.node == "1.23.0 against 1.22.0"  # the one that is right is asked what should come out
 
 
 def test_a_speed_that_changed_names_metric_case_and_operator(look: Any) -> None:
@@ -109,12 +118,14 @@ def test_an_undecided_speed_counts_to_the_nearer_end(look: Any) -> None:
 def test_nothing_changed_is_said(look: Any) -> None:
     found, rows = look({v: row(v) for v in VERSIONS})
     assert (found.changed, found.before, found.after) == ("", "", "")
-    assert len(rows.asked) == 2 and "the same verdict (PASS)" in found.summary
+    assert len(rows.asked) == 2
+    assert "the same verdict (PASS)" in found.summary
 
 
 def test_neighbours_need_no_step(look: Any) -> None:
     found, _ = look({v: row(v, "PASS" if v < "1.28" else "FAIL") for v in VERSIONS}, "1.27.0..1.28.0")
-    assert found.tried == ["1.27.0", "1.28.0"] and found.between == 2
+    assert found.tried == ["1.27.0", "1.28.0"]
+    assert found.between == 2
 
 
 def test_parity_goes_before_speed() -> None:

@@ -107,7 +107,8 @@ def test_warnings_are_told_without_their_time() -> None:
         "VerifyEachNodeIsAssignedToAnEp] Some nodes were not assigned\x1b[m"
     )
     found = WARNING.match(line)
-    assert found is not None and found.group(1).startswith("Some nodes were not assigned")
+    assert found is not None
+    assert found.group(1).startswith("Some nodes were not assigned")
 
 
 def test_the_gate_judges_a_folder_in_another_environment(
