@@ -119,7 +119,7 @@ def write_reproduction(
             try:
                 ours = other.run(graph, feeds, names)
             except RunnerError as e:
-                return (theirs, {}, str(e)) if difference.error else None
+                return (theirs, {}, str(e).replace(f"{work}/", "")) if difference.error else None
             worst = max(gap(scenario.counted(ours[n]), scenario.counted(theirs[n])) for n in names)
             return (theirs, ours, "") if worst > case.limit and not difference.error else None
 
