@@ -138,7 +138,7 @@ def bisect(rows: Rows, first: Runtime, last: Runtime, provider: str, say: Say) -
     if not change.case:  # the one that is right tells what the other should have computed
         right, wrong = (low, high) if before.parity == "PASS" else (high, low)
         if "PASS" in (before.parity, after.parity):
-            difference = rows.difference(sides[right], sides[wrong])
+            difference = rows.difference(sides[right], sides[wrong], [])
     else:
         case = next(c for c in rows.plan.cases if case_key(c) == change.case)
         profile, what = profiled(rows, sides[low], sides[high], case, change.metric)

@@ -14,6 +14,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -189,9 +190,9 @@ class Rows:
             self.subject.baseline.close()  # PyTorch's weights are not kept beside two processes that are measured
             compared = self._compare(side, gated)
         page = self._write(side, gated.validation, compared)
-        difference = None
+        difference, notes = None, list(compared.warnings) if compared else []
         if not reference and gated.differs and self.made[self.plan.reference].outcome == "ran":
-            difference = self.difference(self.plan.reference, side)
+            difference = self.difference(self.plan.reference, side, notes)
         verdict, reasons = gated.verdict
         if compared is not None:
             told = verdict_of(compared.results, compared.records)
@@ -222,15 +223,16 @@ class Rows:
             peak_memory_bytes=median("peak_memory"),
             warnings=gated.warnings,
             session=subject.session,
-            notes=compared.warnings if compared else [],
+            notes=notes,
             page=page,
             seconds=time.perf_counter() - started,
         )
 
-    def difference(self, reference: Side, side: Side) -> Difference | None:
+    def difference(self, reference: Side, side: Side, notes: list[str]) -> Difference | None:
         """Where two runtimes differ over the folder, with a reproduction beside the row's page; None: no run shows it.
 
-        Both are asked for each part of the graph with what the reference computed in front of it.
+        Both are asked for each part of the graph with what the reference computed in front of it. ``notes`` gets a line
+        where that could not be done.
         """
         from bench.matrix.differ import differ
         from bench.matrix.reproduce import write_reproduction
@@ -251,11 +253,15 @@ class Rows:
         ]
         ids = [i for w in s.windows for i in w][:TEXT] or list(range(1, 200))
         try:
-            found = differ(s.folder, s.manifest, runners[0], runners[1], ids)
+            try:
+                found = differ(s.folder, s.manifest, runners[0], runners[1], ids)
+            except BenchError as error:
+                notes.append(f"where it differs was not looked for: {self._said(error)}")
+                return None
             if found is None:
                 return None
             file, size = self._home(side) / REPRODUCTION, 0
-            if found.case is not None:
+            with suppress(BenchError):  # it comes and goes, or only the whole graph shows it
                 size = write_reproduction(found, file, runners[0], runners[1], PROVIDERS[side.provider].ort_name)
         finally:
             for runner in runners:

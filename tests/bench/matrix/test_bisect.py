@@ -44,7 +44,7 @@ class Rows:
         self.known, self.asked = made, list[tuple[str, bool, bool]]()
         self.plan = SimpleNamespace(cases=(Case(batch=1, prompt=512, new_tokens=2),), seed=1)
 
-    def difference(self, right: Side, wrong: Side) -> Difference:
+    def difference(self, right: Side, wrong: Side, _notes: list[str]) -> Difference:
         """Whose turn it was, as its node."""
         what = f"{right.runtime.version} against {wrong.runtime.version}"
         return Difference(layer=3, node=what, operator="MatMul", scenario="", what=what, deviation=0.1, expected=1e-5)
