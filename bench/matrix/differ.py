@@ -31,7 +31,7 @@ BUDGET = 512 << 20
 ALL_NODES = 512
 """New tokens up to which the values of all nodes are looked at; beyond, those of a stretch that is out of line."""
 FIRST = 8
-"""Units that are looked at before it is known how large their values are."""
+"""Units of a long run that are looked at before it is known how large their values are."""
 Values = dict[str, NDArray[Any]]
 
 
@@ -212,7 +212,8 @@ class _Search:
 
     def _sweep(self, units: Sequence[Unit], known: Mapping[str, NDArray[Any]]) -> Iterator[_Hit]:
         """The units that differ, in order; as many at a time as :data:`BUDGET` holds the values of."""
-        values, at, size = dict(known), 0, FIRST
+        values, at = dict(known), 0
+        size = FIRST if self.scenario.new.size > ALL_NODES else 8 * FIRST
         while at < len(units):
             stretch = units[at : at + size]
             try:
