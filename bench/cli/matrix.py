@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from reports.matrix import Bisection, Matrix
 
 HELP = "under which ONNX Runtimes is this folder still the model, how fast is it there, and which version changed it?"
-DEFAULT_CASES = "b1-p128-n32,b1-p512-n2"
+DEFAULT_CASES = "b1-p128-n32,b1-p512-n8"
 LEAST_PAIRS = 5
 
 
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="interleaved pairs of each case, 5 or more (default 5; half as many more if undecided); 0: no speed",
     )
-    add("--rounds", type=at_least(2), default=5, metavar="N", help="generations measured in a process (default 5)")
+    add("--rounds", type=at_least(2), default=4, metavar="N", help="generations measured in a process (default 4)")
     add("--margin", default="", help="how much slower passes as equal: 0.03, or ttft=0.05,tpot=0.02 (default 0.03)")
     add("--seed", type=int, metavar="N", help="of the order and the prompts")
     add("--limit", type=at_least(1.0), default=900.0, metavar="S", help="stop one call after S seconds (default 900)")

@@ -75,8 +75,8 @@ class Plan:
     cases: tuple[Case, ...]
     rules: Rules
     seed: int
-    rounds: int = 5
-    warmup_cap: int = 4
+    rounds: int = 4
+    warmup_cap: int = 3
     limit_s: float = 900.0
     limits: Limits = field(default_factory=Limits)
 

@@ -178,7 +178,7 @@ def _install(runtime: Runtime, work: Path) -> None:
 def _why(said: str) -> str:
     """The line of pip or uv that says what is wrong, without colours."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in said.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"no matching|no version|no solution|could not|because", line, re.I)]
+    telling = [line for line in lines if re.search(r"could not find|no version|because", line, re.I)]
     return (telling or lines or ["no output"])[0].removeprefix("ERROR: ")[:500]
 
 
