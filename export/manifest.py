@@ -39,6 +39,8 @@ TOKENIZER_FILES = (
 SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 """What belongs to a model beside its weights: fetched from the hub, exported, hashed, compared."""
 _CHUNK = 1 << 20
+_CPP = re.compile(r" ?/onnxruntime_src/\S+:\d+ \S.*?\)(?: const)?(?: \[with [^\]]*\])? ")
+"""A file of ONNX Runtime's and the signature of its function."""
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _RELEASE = re.compile(r"(\d+(?:\.\d+)+)(?:[.-]?(dev|a|b|rc))?")
 
@@ -60,9 +62,9 @@ def standard(domain: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what another library's exception says, its name where it says nothing.
 
-    Of a long line the middle goes: ONNX Runtime's begin with a path and a C++ signature and end with the cause.
+    ONNX Runtime's place in its own sources goes, of a longer line the middle: it begins with a path, ends with the cause.
     """
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = _CPP.sub(" ", (str(error).splitlines() or [type(error).__name__])[0])
     return line if len(line) <= 300 else f"{line[:120]} ... {line[-175:]}"
 
 

@@ -194,6 +194,7 @@ def _measure(rows: Rows, sides: list[Side], args: argparse.Namespace) -> Bisecti
 def _document(rows: Rows, args: argparse.Namespace, started: float, bisection: Bisection | None) -> Matrix:
     from bench.latency.paired_run import case_key
     from bench.machine.environment import machine, versions
+    from bench.matrix.rows import against_manifest
     from reports.matrix import Matrix, matrix_verdict
 
     s = rows.subject
@@ -221,4 +222,5 @@ def _document(rows: Rows, args: argparse.Namespace, started: float, bisection: B
         verdict=matrix_verdict(measured),
         machine=machine(),
         versions=versions(),
+        notes=against_manifest(measured, s.manifest.oldest_runtime),
     )

@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -33,6 +33,7 @@ from bench.machine.environment import machine
 from bench.machine.state import Limits
 from bench.runtimes.environments import Runtime
 from bench.runtimes.remote import RemoteSession, RuntimeDiedError
+from export.manifest import release
 from reports.compare import Rules, verdict_of
 from reports.comparison import Comparison, SideName
 from reports.matrix import OUTCOMES, Difference, MatrixRow, Outcome
@@ -371,3 +372,23 @@ class Gated:
         if self.validation is None:
             return "INCONCLUSIVE", ["no check was asked for"]
         return self.validation.verdict, self.validation.reasons
+
+
+def against_manifest(rows: Iterable[MatrixRow], oldest: str) -> list[str]:
+    """Where rows and the manifest's oldest onnxruntime do not agree, a sentence each.
+
+    Args:
+        rows: measured; those of a machine that cannot run them say nothing.
+        oldest: ``Manifest.oldest_runtime``; "" where it names none.
+    """
+    if not oldest:
+        return []
+    told = []
+    for row in rows:
+        older = release(row.version) < release(oldest)
+        right = row.outcome == "ran" and row.parity == "PASS"
+        if not older and (row.outcome in ("refused", "crashed") or row.parity == "FAIL"):
+            told.append(f"the manifest says that {oldest} and later are right for this folder; {row.name} is not")
+        elif older and right:
+            told.append(f"the manifest says that nothing older than {oldest} is right; {row.name} is, on this machine")
+    return told

@@ -102,6 +102,29 @@ def test_the_cause_at_a_long_lines_end_is_kept() -> None:
     assert first_line(ValueError("y" * 300)) == "y" * 300
 
 
+@pytest.mark.parametrize(
+    ("place", "cause"),
+    [
+        (
+            "Load model from /a b/model.onnx failed:/onnxruntime_src/onnxruntime/core/graph/model.cc:181 "
+            "onnxruntime::Model::Model(onnx::ModelProto&&, const onnxruntime::ModelOptions&) ",
+            "Unsupported model IR version: 11, max supported IR version: 10",
+        ),
+        (
+            "Status Message: /onnxruntime_src/onnxruntime/contrib_ops/cpu/matmul_nbits.cc:94 onnxruntime::contrib::"
+            "MatMulNBits<T1>::MatMulNBits(const onnxruntime::OpKernelInfo&) [with T1 = float] ",
+            "nbits_ == 4 was false. Only 4b quantization is supported",
+        ),
+    ],
+)
+def test_a_place_in_onnxruntimes_sources_is_left_out(place: str, cause: str) -> None:
+    said = first_line(RuntimeError(place + cause))
+    assert "onnxruntime_src" not in said
+    assert "&" not in said
+    assert said.startswith(place[:14])
+    assert said.endswith(f" {cause}")
+
+
 @pytest.fixture(scope="module")
 def onnxruntime_1_22(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An interpreter with the last ONNX Runtime that misreads 8 bits, from the package index."""

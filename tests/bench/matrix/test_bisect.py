@@ -10,7 +10,7 @@ import pytest
 from bench.errors import BenchError
 from bench.matrix import bisect as module
 from bench.matrix.bisect import bisect, change_between, parse_range
-from bench.matrix.rows import Side
+from bench.matrix.rows import Side, against_manifest
 from bench.runtimes.environments import Runtime, parse_runtimes
 from reports.comparison import Result
 from reports.matrix import Bisection, Difference, MatrixRow, OperatorTime
@@ -126,6 +126,16 @@ def test_neighbours_need_no_step(look: Any) -> None:
     found, _ = look({v: row(v, "PASS" if v < "1.28" else "FAIL") for v in VERSIONS}, "1.27.0..1.28.0")
     assert found.tried == ["1.27.0", "1.28.0"]
     assert found.between == 2
+
+
+def test_rows_keep_the_manifest_honest() -> None:
+    rows = [row("1.21.0", outcome="refused"), row("1.22.0"), row("1.23.0"), row("1.24.0", "FAIL")]
+    assert against_manifest(rows, "1.23.0") == [
+        "the manifest says that nothing older than 1.23.0 is right; onnxruntime 1.22.0, cpu is, on this machine",
+        "the manifest says that 1.23.0 and later are right for this folder; onnxruntime 1.24.0, cpu is not",
+    ]
+    assert against_manifest(rows, "") == []
+    assert against_manifest([row("1.24.0", outcome="unavailable")], "1.23.0") == []
 
 
 def test_parity_goes_before_speed() -> None:
