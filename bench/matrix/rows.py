@@ -9,6 +9,7 @@ Try: ``llama-onnx matrix FOLDER --baseline demo --runtime onnxruntime==1.27.0,1.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
@@ -31,7 +32,7 @@ from bench.latency.paired_run import Plan as PairPlan
 from bench.latency.sides import SideSpec
 from bench.machine.environment import machine
 from bench.machine.state import Limits
-from bench.runtimes.environments import Runtime
+from bench.runtimes.environments import Runtime, environment_name
 from bench.runtimes.remote import RemoteSession, RuntimeDiedError
 from export.manifest import release
 from reports.compare import Rules, verdict_of
@@ -64,7 +65,9 @@ class Side:
     def slug(self) -> str:
         """The name of the row's folder."""
         r = self.runtime
-        name = f"{r.distribution}-{r.version}" if r.distribution else f"venv-{r.text}"
+        name = f"{r.distribution}-{r.version}" if r.distribution else environment_name(r.venv)
+        if r.venv:  # several may have one name
+            name += f"-{hashlib.sha256(str(r.folder).encode()).hexdigest()[:8]}"
         return re.sub(r"[^\w.+-]+", "-", f"{name}-{self.provider}").strip("-")
 
 

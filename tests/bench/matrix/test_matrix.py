@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from bench.cli.main import main
+from bench.matrix.rows import Side
+from bench.runtimes.environments import Runtime
 from reports.matrix import Matrix
 from tests.bench.matrix.faults import faulty_environment
 
@@ -141,6 +143,15 @@ def test_a_provider_that_is_not_here_leaves_the_row_open(
     code, made = matrix("--runtime", f"venv={warn}", "--pairs", "0", "--provider", "cpu,cuda", precision="fp16")
     assert code == 3
     assert {r.outcome for r in made.rows if r.provider == "cuda"} == {"unavailable"}
+
+
+def test_environments_of_one_name_have_rows_of_their_own() -> None:
+    here = Runtime("onnxruntime", "1.32.0", sys.prefix)
+    runtimes = [here, Runtime("onnxruntime", "1.32.0"), Runtime(venv="/a/.venv"), Runtime(venv="/b/a/.venv")]
+    slugs = [Side(r, "cpu").slug for r in runtimes]
+    assert len(set(slugs)) == 4
+    assert slugs[1] == "onnxruntime-1.32.0-cpu"
+    assert all(set(s) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for s in slugs)
 
 
 @pytest.mark.parametrize(
