@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.cli.output import show
+from bench.runtimes.environments import kept
 from export import TELEMETRY_OFF
 from runtime.settings import usable_cores
 
@@ -55,11 +57,13 @@ def run(args: argparse.Namespace) -> int:
     report = replace(diagnose(), telemetry={name: os.environ.get(name, "") for name in TELEMETRY_OFF})
     if not args.no_bandwidth:
         report = replace(report, bandwidth=measure_bandwidth(report))
-    show(args, asdict(report), lambda console: render(report, console))
+    environments = kept()
+    document = asdict(report) | {"environments": environments}
+    show(args, document, lambda console: render(report, environments, console))
     return 0
 
 
-def render(report: Report, console: Console) -> None:
+def render(report: Report, environments: Mapping[str, int | str], console: Console) -> None:
     """A page for a terminal."""
     facts = Table(title="Machine", title_justify="left", show_header=False)
     cpu = report.cpu
@@ -83,6 +87,10 @@ def render(report: Report, console: Console) -> None:
     facts.add_row("compiler", Text(report.compiler))
     others = [f"{n} {v}" for n, v in report.packages.items() if n.startswith(("onnxruntime", "torch"))]
     facts.add_row("runtimes", Text(", ".join(others)))
+    if environments["count"]:
+        size = f"{float(environments['bytes']) / 1e9:.1f} GB in {environments['folder']}"
+        text = f"{environments['count']} for --runtime, {size}; remove them with: rm -r '{environments['folder']}'"
+        facts.add_row("environments", Text(text))
     yours = [f"{name}={value}" for name, value in report.telemetry.items() if value != TELEMETRY_OFF[name]]
     facts.add_row("telemetry", Text(f"as you set it: {', '.join(yours)}" if yours else "off in every library"))
     console.print(facts)

@@ -38,6 +38,21 @@ _ASK = (
 )
 
 
+def home() -> Path:
+    """Where the environments lie."""
+    return cache_dir().absolute() / "runtimes"
+
+
+def kept() -> dict[str, int | str]:
+    """``count``, ``bytes`` and ``folder`` of all environments that were made."""
+    made = [p.parent for p in home().glob(f"*/{FACTS}")]
+    return {"count": len(made), "bytes": sum(map(_bytes_of, made)), "folder": str(home())}
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+
+
 @dataclass(frozen=True)
 class Runtime:
     """One ONNX Runtime: ``distribution`` of ``version`` from the package index, or what lies in ``venv``.
@@ -67,7 +82,7 @@ class Runtime:
         if self.venv:
             return Path(self.venv).expanduser().absolute()
         python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-        return cache_dir().absolute() / "runtimes" / f"{self.distribution}-{self.version}-{python}"
+        return home() / f"{self.distribution}-{self.version}-{python}"
 
     @property
     def python(self) -> Path:
@@ -151,8 +166,9 @@ def prepare(runtime: Runtime, say: Say = lambda _: None) -> Runtime:
         _install(runtime, work)
         facts = _facts_of(work / "bin" / "python", runtime)
         (work / FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    size = sum(p.stat().st_size for p in runtime.folder.rglob("*") if p.is_file() and not p.is_symlink())
-    say(f"made it: {size / 1e6:.0f} MB in {runtime.folder}; remove it with: rm -r '{runtime.folder}'")
+    say(
+        f"made it: {_bytes_of(runtime.folder) / 1e6:.0f} MB in {runtime.folder}; remove it with: rm -r '{runtime.folder}'"
+    )
     return runtime
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from bench.cli.main import main
 from bench.errors import BenchError
 from bench.runtimes import environments
 from bench.runtimes.environments import Runtime, here, parse_runtimes, prepare, released
@@ -99,3 +101,19 @@ def test_a_version_is_installed_alone(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert " MB in " in said[-1]
     assert prepare(made, say=said.append) == made
     assert len(said) == 2
+
+
+def test_doctor_says_what_the_environments_take(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLAMA_ONNX_CACHE", str(tmp_path))
+    made = tmp_path / "runtimes" / "onnxruntime-1.27.0-cp311"
+    made.mkdir(parents=True)
+    (made / "library.so").write_bytes(bytes(200_000_000 - 2))
+    (made / "runtime.json").write_text("{}")
+    (tmp_path / "runtimes" / ".half-made").mkdir()
+    assert main(["doctor", "--no-bandwidth", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["environments"]
+    assert told == {"count": 1, "bytes": 200_000_000, "folder": str(tmp_path / "runtimes")}
+    assert main(["doctor", "--no-bandwidth"]) == 0
+    assert "1 for --runtime, 0.2 GB in" in " ".join(capsys.readouterr().out.split())
