@@ -166,9 +166,8 @@ def prepare(runtime: Runtime, say: Say = lambda _: None) -> Runtime:
         _install(runtime, work)
         facts = _facts_of(work / "bin" / "python", runtime)
         (work / FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    say(
-        f"made it: {_bytes_of(runtime.folder) / 1e6:.0f} MB in {runtime.folder}; remove it with: rm -r '{runtime.folder}'"
-    )
+    size = f"{_bytes_of(runtime.folder) / 1e6:.0f} MB"
+    say(f"made it: {size} in {runtime.folder}; remove it with: rm -r '{runtime.folder}'")
     return runtime
 
 
