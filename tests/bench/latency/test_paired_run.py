@@ -411,6 +411,7 @@ def test_another_environment_measures_its_side(exports: Paths, tmp_path: Path):
     assert record.outcome == "ok", record.last_lines
     assert (tmp_path / "used").read_text() == "-P\n"
     assert side.described().venv == f"{tmp_path.name}/venv"  # its place is in the command alone
+    assert side.as_options()[2:4] == ["--runtime", f"venv={tmp_path}/venv"]  # parity is judged there as well
 
 
 def test_a_candidate_that_is_another_model_fails_however_fast(
