@@ -62,7 +62,8 @@ def standard(domain: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what another library's exception says, its name where it says nothing.
 
-    ONNX Runtime's place in its own sources goes, of a longer line the middle: it begins with a path, ends with the cause.
+    ONNX Runtime's place in its own sources goes, of a longer line the middle: it begins with a path and ends with the
+    cause.
     """
     line = _CPP.sub(" ", (str(error).splitlines() or [type(error).__name__])[0])
     return line if len(line) <= 300 else f"{line[:120]} ... {line[-175:]}"
