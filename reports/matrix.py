@@ -34,7 +34,7 @@ class Difference(Frozen):
     ``layer`` is the decoder layer (None: outside of the layers, or not known), ``node`` and ``operator`` the graph's,
     ``scenario`` the run that shows it (such as a decode step of a batch). ``deviation`` is the operator's relative
     error when it runs alone, ``expected`` what rounding may make of it. ``reproduction`` names the file that shows it
-    with onnx, onnxruntime and numpy alone; "" where none could be made.
+    with onnxruntime and numpy alone; "" where none could be made.
     """
 
     layer: int | None

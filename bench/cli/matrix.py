@@ -17,6 +17,7 @@ from bench.cli.numbers import at_least
 from bench.cli.output import ERR, Output, add_out, show, status
 from bench.errors import BenchError, check_writable
 from bench.progress import progress
+from export.manifest import require_folder
 from export.source import add_option
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     from bench.latency.paired_run import parse_case
     from bench.machine.lock import machine_lock
     from bench.machine.state import Limits
-    from bench.matrix.rows import Plan, Rows, Side
+    from bench.matrix.rows import Plan, Rows, Side, refuse_earlier
     from reports.compare import Rules
     from reports.publish import write_report
     from reports.render.matrix_terminal import print_matrix, print_row
@@ -135,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
     cases = tuple(dict.fromkeys(parse_case(c) for c in args.cases.split(",")))
     mode, dataset = mode_of(args.mode), load_dataset(args.dataset)
     check_writable(args.out)
+    refuse_earlier(args.out, args.resume)
+    require_folder(args.folder.expanduser())
     reference, others = runtimes_of(args)
     threads = {} if args.threads is None else {"threads": args.threads}
     where = Deployment(

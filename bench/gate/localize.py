@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,8 @@ def _inner_values(s: Subject, ids: list[int]) -> dict[str, NDArray[Any]]:
         graph = Path(work) / "inner.onnx"
         onnx.save_model(model, graph)
         # the CPU where a fallback was allowed
-        probe = s.deployment.probe(graph, s.manifest, str(s.session.get("provider", "")))
-        found = probe.run(ids, None, ["logits", *dict.fromkeys(names.values())])
-        probe.close()
+        with closing(s.deployment.probe(graph, s.manifest, str(s.session.get("provider", "")))) as probe:
+            found = probe.run(ids, None, ["logits", *dict.fromkeys(names.values())])
     return {"logits": found["logits"][0]} | {k: found[v][0] for k, v in names.items()}
 
 

@@ -287,7 +287,8 @@ class Subject:
 
         if not self.baseline.key or not self.digest:
             return None
-        facts = [self.digest, self.baseline.key, sorted(self.deployment.settings().items()), sorted(versions().items())]
+        where = [sorted(self.deployment.settings().items()), repr(self.deployment.runtime)]  # its place is no setting
+        facts = [self.digest, self.baseline.key, *where, sorted(versions().items())]
         return ResultStore(
             key_of(facts), cache_dir() / "unfinished", UNFINISHED_BYTES, self.say, "unfinished validation"
         )

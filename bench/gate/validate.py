@@ -265,7 +265,8 @@ def _run(spec: CheckSpec, subject: Subject) -> tuple[CheckResult, Found]:
             raise  # the machine's, the baseline's, the data's or the user's
         if isinstance(e, OSError) and e.errno in NO_ROOM:
             raise MachineError(f"{spec.name} could not be run: {e.strerror}; make room, then start again") from e
-        text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:240]}"
+        said = (str(e).splitlines() or [""])[0].replace(f"{subject.folder.absolute()}/", "")  # no path of this machine
+        text = f"{type(e).__name__}: {said[:240]}"
         found = stopped(spec.name, text)
     finally:
         trim()  # what one check needed is not kept beside the next one's

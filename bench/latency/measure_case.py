@@ -29,8 +29,10 @@ STEADY = 0.05
 TURN = "@turn"
 SESSION_PREFIXES = ("session.", "ep.", "mlas.")
 """Of ONNX Runtime's session configuration entries; other options are the execution provider's."""
-# By its path: `bench` may be another revision's, or not there.
-peak_bytes = runpy.run_path(str(Path(__file__).resolve().parents[1] / "process" / "peak.py"))["peak_bytes"]
+# By their paths: `bench` may be another revision's, or not there.
+_PROCESS = Path(__file__).resolve().parents[1] / "process"
+peak_bytes = runpy.run_path(str(_PROCESS / "peak.py"))["peak_bytes"]
+load_suite = runpy.run_path(str(_PROCESS / "suite.py"))["load"]
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "onnx", "llama-onnx-bench")
 
 
@@ -109,10 +111,12 @@ def warm_up(generate: Callable[[int], Any], cap: int) -> tuple[int, bool]:
 def measure(a: dict[str, Any]) -> dict[str, Any]:
     """Load, warm until two rounds agree within 5 % (at most ``warmup_cap``), then measure ``rounds`` generations.
 
-    ``a``: folder, batch, prompt, new_tokens, rounds; optional manifest, provider, threads, options, warmup_cap, seed,
-    in_turn (rounds when the parent asks for them).
+    ``a``: folder, batch, prompt, new_tokens, rounds; optional suite (where ``runtime`` lies, if not on the path),
+    manifest, provider, threads, options, warmup_cap, seed, in_turn (rounds when the parent asks for them).
     Returns metrics (seconds and bytes), warmup_rounds, steady, details, versions and facts of the model.
     """
+    if a.get("suite"):
+        load_suite(Path(a["suite"]))
     started = time.perf_counter()
     session = _open(a)
     load_s = time.perf_counter() - started

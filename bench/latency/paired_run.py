@@ -116,6 +116,14 @@ def parse_case(text: str) -> Case:
     return Case(batch=batch, prompt=prompt, new_tokens=new)
 
 
+class SideRefusedError(BenchError):
+    """Nothing of a side can be measured: its first process ended with an error that is meant for the user."""
+
+    def __init__(self, side: SideName, why: str) -> None:
+        super().__init__(f"--{side}: {why}")
+        self.side, self.why = side, why
+
+
 class PairedRun:
     """One comparison being measured into a folder.
 
@@ -221,7 +229,7 @@ class PairedRun:
         made: list[CaseRecord] = []
         for side, ended in ends.items():
             if ended.refusal and not any(r.side == side for r in self.records):
-                raise BenchError(f"--{side}: {ended.refusal}")  # nothing of this side can be measured
+                raise SideRefusedError(side, ended.refusal)
             made.append(
                 case_record(
                     ended,

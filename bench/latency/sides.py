@@ -2,8 +2,8 @@
 
 ``FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE]...[,runtime=onnxruntime==1.23.2][,venv=PATH][,rev=GITREV]``:
 ``option:`` is a session configuration entry of ONNX Runtime (or ``huge_pages``), ``runtime`` another onnxruntime, whose
-environment is made in the cache, ``venv`` another virtual environment,
-``rev`` another revision of this suite, checked out into a worktree beside the cache.
+environment is made in the cache, ``venv`` another virtual environment, ``rev`` another revision of this suite, checked
+out into a worktree beside the cache.
 """
 
 from __future__ import annotations
@@ -52,17 +52,20 @@ class SideSpec:
             return str(found.absolute())
         raise BenchError(f"no virtual environment at {self.venv}; make one with: python -m venv {self.venv}")
 
+    @property
+    def lent(self) -> bool:
+        """Whether another environment gets this suite, by :mod:`bench.process.suite`."""
+        return self.venv is not None and self.revision is None
+
     def arguments(self) -> dict[str, Any]:
         """What :mod:`bench.latency.measure_case` has to know of the side."""
         from runtime.loading import read_folder
 
         folder = Path(self.folder).expanduser().absolute()
         found = {"folder": str(folder), "provider": self.provider, "threads": self.threads, "options": self.options}
-        if (
-            self.venv is not None and self.revision is None
-        ):  # onnx may be missing there; an older revision knows no such
-            found["manifest"] = asdict(read_folder(folder, verify=False).without_lists)
-            found["any_runtime"] = self.any_runtime
+        if self.lent:
+            manifest = asdict(read_folder(folder, verify=False).without_lists)  # onnx may be missing there
+            found |= {"suite": str(ROOT), "manifest": manifest, "any_runtime": self.any_runtime}
         return found
 
     def as_options(self) -> list[str]:
@@ -154,7 +157,6 @@ def suite_root(side: SideSpec) -> Path:
 
 
 def environment(side: SideSpec) -> dict[str, str]:
-    """Environment variables of the side's processes: the suite's revision first on the path, nothing fetched."""
-    env = {**os.environ, "PYTHONPATH": str(suite_root(side)), "HF_HUB_OFFLINE": "1"}
-    env.pop("PYTHONSTARTUP", None)
-    return env
+    """Environment variables of the side's processes: nothing fetched; the suite's revision on the path, if not lent."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSTARTUP")} | {"HF_HUB_OFFLINE": "1"}
+    return env if side.lent else env | {"PYTHONPATH": str(suite_root(side))}

@@ -134,11 +134,11 @@ def bisect(rows: Rows, first: Runtime, last: Runtime, provider: str, say: Say) -
         low, high = (low, middle) if changed(change, ends[0], row) else (middle, high)
     before, after = (rows.row(sides[k]) for k in (low, high))
     profile: list[OperatorTime] = []
-    what, difference = "", None
+    what, difference, notes = "", None, list[str]()
     if not change.case:  # the one that is right tells what the other should have computed
         right, wrong = (low, high) if before.parity == "PASS" else (high, low)
         if "PASS" in (before.parity, after.parity):
-            difference = rows.difference(sides[right], sides[wrong], [])
+            difference = rows.difference(sides[right], sides[wrong], notes)
     else:
         case = next(c for c in rows.plan.cases if case_key(c) == change.case)
         profile, what = profiled(rows, sides[low], sides[high], case, change.metric)
@@ -153,7 +153,7 @@ def bisect(rows: Rows, first: Runtime, last: Runtime, provider: str, say: Say) -
         difference=difference,
         profile=profile,
         profiled=what,
-        summary=_summary(change, before, after, profile),
+        summary="; ".join([_summary(change, ends[0], before, after, profile), *notes]),
         seconds=time.perf_counter() - started,
     )
 
@@ -163,8 +163,10 @@ def _with_ends(versions: Sequence[Runtime], first: Runtime, last: Runtime) -> li
     return [first, *(v for v in versions if v not in (first, last)), last]
 
 
-def _summary(change: Change, before: MatrixRow, after: MatrixRow, profile: Sequence[OperatorTime]) -> str:
-    """One sentence."""
+def _summary(
+    change: Change, first: MatrixRow, before: MatrixRow, after: MatrixRow, profile: Sequence[OperatorTime]
+) -> str:
+    """One sentence; ``first`` is what speed was measured beside."""
     if not change.case:
         why = after.reasons[0] if after.reasons else after.reason
         return (
@@ -174,7 +176,7 @@ def _summary(change: Change, before: MatrixRow, after: MatrixRow, profile: Seque
     slower = "slower" if change.ratio > 1 else "faster"
     by = f"{100 * abs((result.ratio or 1.0) - 1) if result else 0:.1f} %"
     title = METRICS[change.metric].name if change.metric in METRICS else change.metric
-    said = f"{after.runtime} is the first where {title} of {change.case} is {slower} ({by} than {before.runtime})"
+    said = f"{after.runtime} is the first where {title} of {change.case} is {slower} ({by} than {first.runtime})"
     if profile:
         top = profile[0]
         said += f"; {top.operator} takes {top.after_us / 1e3:.1f} ms a run where it took {top.before_us / 1e3:.1f} ms"
@@ -194,7 +196,8 @@ def profiled(rows: Rows, before: Side, after: Side, case: Case, metric: str) -> 
 
 def _times(rows: Rows, side: Side, case: Case, prefill: bool) -> dict[str, float]:
     """Microseconds by operator of one run: medians over sessions, so that one disturbed second does not name it."""
-    prompts = np.random.default_rng(rows.plan.seed).integers(0, 1000, (case.batch, case.prompt)).tolist()
+    ids = rows.subject.manifest.vocab_size
+    prompts = np.random.default_rng(rows.plan.seed).integers(0, ids, (case.batch, case.prompt)).tolist()
     sessions: list[dict[str, float]] = []
     for _ in range(3):
         with tempfile.TemporaryDirectory() as work:

@@ -134,8 +134,8 @@ def differ(folder: Path, manifest: Manifest, reference: Runner, other: Runner, i
     with ExitStack() as stack:
         opened: dict[str, Subgraphs] = {}
 
-        def run(s: Scenario, outputs: Sequence[str]) -> Values:
-            return {name: kept[s.name][name] for name in outputs}
+        def run(s: Scenario, outputs: Sequence[str]) -> Values | None:
+            return {name: kept[s.name][name] for name in outputs} if s.name in kept else None
 
         for k, s in enumerate(scenarios(manifest, ids, run)):
             try:

@@ -387,9 +387,8 @@ def _script(d: Difference, s: _State, theirs: Values, error: str, good: str, bad
     if len(text) > LIMIT_BYTES:
         lines.append(f"This file is larger than {LIMIT_BYTES:,} bytes: nothing smaller was found that differs.")
     return _TEMPLATE.format(
-        header="\n".join(f"# {line}".rstrip() for line in lines),
+        header="\n".join(f"# {part}".rstrip() for line in lines for part in line.splitlines() or [""]),
         provider=provider,
-        good=good,
         inputs=list(s.feeds),
         outputs=list(theirs),
         limit=d.case.limit,

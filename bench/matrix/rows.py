@@ -14,8 +14,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ from bench.gate.registry import CHECKS
 from bench.gate.subject import Subject
 from bench.gate.validate import Gate
 from bench.latency.judged import judged_document
-from bench.latency.paired_run import PairedRun, case_key
+from bench.latency.paired_run import PairedRun, SideRefusedError, case_key
 from bench.latency.paired_run import Plan as PairPlan
 from bench.latency.sides import SideSpec
 from bench.machine.environment import machine
@@ -65,7 +64,7 @@ class Side:
     def slug(self) -> str:
         """The name of the row's folder."""
         r = self.runtime
-        name = f"{r.distribution}-{r.version}" if r.distribution else environment_name(r.venv)
+        name = f"{r.distribution or environment_name(r.venv)}-{r.version}"
         if r.venv:  # several may have one name
             name += f"-{hashlib.sha256(str(r.folder).encode()).hexdigest()[:8]}"
         return re.sub(r"[^\w.+-]+", "-", f"{name}-{self.provider}").strip("-")
@@ -85,6 +84,16 @@ class Plan:
     limits: Limits = field(default_factory=Limits)
 
 
+def refuse_earlier(out: Path, resume: bool) -> None:
+    """Nothing that was measured is overwritten.
+
+    Raises:
+        BenchError: rows without ``resume``.
+    """
+    if not resume and (out / "rows" / PLAN).is_file():
+        raise BenchError(f"{out} holds an earlier run; add --resume to go on with it, or take another --out")
+
+
 class Rows:
     """Rows being measured into a folder.
 
@@ -98,7 +107,7 @@ class Rows:
         command: how to repeat it.
 
     Raises:
-        BenchError: rows without ``resume``, or of another plan, folder or baseline.
+        BenchError: rows without ``resume``, or of another plan, folder or baseline; a case that the folder cannot hold.
     """
 
     def __init__(
@@ -112,13 +121,17 @@ class Rows:
         on_row: Callable[[MatrixRow], None] = lambda _: None,
         command: tuple[str, ...] = (),
     ) -> None:
+        refuse_earlier(out, resume)
+        if long := [c for c in plan.cases if c.prompt + c.new_tokens > subject.manifest.longest_row]:
+            raise BenchError(
+                f"--cases {case_key(long[0])} is longer than the {subject.manifest.longest_row:,} tokens that "
+                f"{subject.folder} holds; take a shorter one"
+            )
         self.subject, self.plan, self.out = subject, plan, out
         self._tick, self._on_row, self._command = tick, on_row, list(command)
         self.made: dict[Side, MatrixRow] = {}
         self._here = machine()
         file = out / "rows" / PLAN
-        if file.is_file() and not resume:
-            raise BenchError(f"{out} holds an earlier run; add --resume to go on with it, or take another --out")
         if file.is_file() and file.read_text(encoding="utf-8") != self.identity:
             raise BenchError(f"{out} was measured by another plan, or of other files; take another --out")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +158,7 @@ class Rows:
         reference = side == self.plan.reference
         speed = speed and bool(self.plan.cases) and not reference and self.made[self.plan.reference].outcome == "ran"
         kept = self.made.get(side) or self._kept(side)
-        if kept is not None and (kept.parity or not parity or kept.outcome != "ran") and (kept.speed or not speed):
+        if kept is not None and (kept.outcome != "ran" or ((kept.parity or not parity) and (kept.speed or not speed))):
             self.made[side] = kept
             return kept
         self._tick(f"{side.runtime.label}, {side.provider}")
@@ -192,7 +205,12 @@ class Rows:
         compared = None
         if speed and gated.outcome == "ran":
             self.subject.baseline.close()  # PyTorch's weights are not kept beside two processes that are measured
-            compared = self._compare(side, gated)
+            try:
+                compared = self._compare(side, gated)
+            except SideRefusedError as error:
+                if error.side == "base":
+                    raise BenchError(f"speed under {self.plan.reference.runtime.label}: {error.why}") from None
+                gated = replace(gated, outcome="refused", reason=self._said(error.why))
         page = self._write(side, gated.validation, compared)
         difference, notes = None, list(compared.warnings) if compared else []
         if not reference and gated.differs and self.made[self.plan.reference].outcome == "ran":
@@ -200,9 +218,9 @@ class Rows:
         verdict, reasons = gated.verdict
         if compared is not None:
             told = verdict_of(compared.results, compared.records)
-            reasons = [r for v, rs in ((verdict, reasons), (told.outcome, told.reasons)) if v != "PASS" for r in rs]
-            reasons = reasons or told.reasons
-            verdict = overall([*([verdict] if gated.validation else []), told.outcome])
+            judged = [*([(verdict, reasons)] if gated.validation else []), (told.outcome, told.reasons)]
+            reasons = [r for v, rs in judged if v != "PASS" for r in rs] or told.reasons
+            verdict = overall(v for v, _ in judged)
         measured = [r for r in compared.records if r.side == "candidate" and r.outcome == "ok"] if compared else []
 
         def median(metric: str) -> float | None:
@@ -265,8 +283,10 @@ class Rows:
             if found is None:
                 return None
             file, size = self._home(side) / REPRODUCTION, 0
-            with suppress(BenchError):  # it comes and goes, or only the whole graph shows it
+            try:
                 size = write_reproduction(found, file, runners[0], runners[1], PROVIDERS[side.provider].ort_name)
+            except BenchError as error:
+                notes.append(f"no reproduction: {self._said(error)}")
         finally:
             for runner in runners:
                 runner.close()
@@ -299,7 +319,7 @@ class Rows:
             return Gated(outcome, self._said(error))
         finally:
             if session is not None:
-                ended, warnings = session.child.ended, session.child.warnings()
+                ended, warnings = session.child.ended, [self._said(w) for w in session.child.warnings()]
             subject.observe()
             subject.close()
         validation = gate.validation(place=False, command=self._command) if parity else None
@@ -377,14 +397,16 @@ class Gated:
         return self.validation.verdict, self.validation.reasons
 
 
-def against_manifest(rows: Iterable[MatrixRow], oldest: str) -> list[str]:
+def against_manifest(rows: Sequence[MatrixRow], oldest: str) -> list[str]:
     """Where rows and the manifest's oldest onnxruntime do not agree, a sentence each.
+
+    A folder that is right nowhere is itself at fault: it says nothing about versions.
 
     Args:
         rows: measured; those of a machine that cannot run them say nothing.
         oldest: ``Manifest.oldest_runtime``; "" where it names none.
     """
-    if not oldest:
+    if not oldest or not any(row.parity == "PASS" for row in rows):
         return []
     told = []
     for row in rows:

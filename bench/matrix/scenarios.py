@@ -24,8 +24,8 @@ LENGTHS = (24, 96, 1000)
 CHUNK = 8
 ROWS = (1.0, 0.7, 0.4)
 """Rows of the uneven batch, as parts of the middle length."""
-Past = dict[str, NDArray[Any]]
-Run = Callable[["Scenario", Sequence[str]], Mapping[str, NDArray[Any]]]
+Past = Mapping[str, NDArray[Any]]
+Run = Callable[["Scenario", Sequence[str]], Mapping[str, NDArray[Any]] | None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def scenarios(manifest: Manifest, ids: Sequence[int], reference: Run) -> Iterato
     Args:
         manifest: of the folder.
         ids: of a text; a longer one allows longer prompts.
-        reference: runs a scenario for these outputs; asked only when a later scenario needs its cache.
+        reference: runs a scenario for these outputs; asked only when a later scenario needs its cache. None: it cannot,
+            and what goes on from there is left out.
 
     Raises:
         BenchError: a cache of a type that numpy lacks, or no text.
@@ -110,13 +111,13 @@ def scenarios(manifest: Manifest, ids: Sequence[int], reference: Run) -> Iterato
     graphs = [scoring] * (len(lengths) - 1) + [decode]  # the long one without the logits of every position
     prompts = [make(f"a prompt of {n} tokens", g, [ids[:n]], None, ()) for n, g in zip(lengths, graphs, strict=True)]
     yield from prompts
-    pasts = [dict(reference(s, presents)) for s in prompts[1:] or prompts]
-    for prompt, past in zip(prompts[1:] or prompts, pasts, strict=True):
-        n = prompt.new.shape[1]
+    pasts = [(s.new.shape[1], past) for s in prompts[1:] or prompts if (past := reference(s, presents)) is not None]
+    for n, past in pasts:
         yield make(f"a decode step after {n} tokens", decode, [ids[n : n + 1]], past, [n])
-    n = (prompts[1:] or prompts)[0].new.shape[1]
-    yield make(f"{CHUNK} new tokens after {n}", scoring, [ids[n : n + CHUNK]], pasts[0], [n])
+    for n, past in pasts[:1]:
+        yield make(f"{CHUNK} new tokens after {n}", scoring, [ids[n : n + CHUNK]], past, [n])
     del pasts
+    n = (prompts[1:] or prompts)[0].new.shape[1]
     rows = [max(2, int(part * n)) for part in ROWS]
     batch = make(
         f"an uneven batch of {len(rows)} rows, {min(rows)} to {max(rows)} tokens",
@@ -127,4 +128,5 @@ def scenarios(manifest: Manifest, ids: Sequence[int], reference: Run) -> Iterato
     )
     yield batch
     step = [ids[k + length : k + length + 1] for k, length in enumerate(rows)]
-    yield make(f"a decode step of that batch of {len(rows)}", decode, step, dict(reference(batch, presents)), rows)
+    if (held := reference(batch, presents)) is not None:
+        yield make(f"a decode step of that batch of {len(rows)}", decode, step, held, rows)

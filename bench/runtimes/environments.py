@@ -160,6 +160,10 @@ def prepare(runtime: Runtime, say: Say = lambda _: None) -> Runtime:
             )
         return replace(runtime, version=str(_facts_of(runtime.python, runtime)["onnxruntime"]))
     if (runtime.folder / FACTS).is_file():
+        if not runtime.python.exists():
+            raise BenchError(
+                f"{runtime.text}: the Python of its environment is gone; remove it with: rm -r '{runtime.folder}'"
+            )
         return runtime
     say(f"making an environment for {runtime.text}")
     with publish(runtime.folder, shared=True) as work:

@@ -60,7 +60,7 @@ class Child:
         self.runtime, self._limit_s = runtime, limit_s
         self.ended: RuntimeDiedError | None = None
         """How it died, if it did."""
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         ours, theirs = socket.socketpair()
         with closing(theirs):
             python = str(runtime.python)
@@ -97,6 +97,11 @@ class Child:
             last = [line.strip()[:200] for line in self.said().splitlines() if line.strip()][-1:]
             text = ": ".join([f"{self.runtime.label} died with {how}", *last])
             raise self._died(RuntimeDiedError(text)) from None
+        except RuntimeDiedError:
+            raise
+        except BaseException:  # such as Ctrl-C: its answer would be taken for that of the next request
+            self._died(RuntimeDiedError(f"{self.runtime.label} was interrupted"))
+            raise
         if answer[0] == "ok":
             return answer[1]
         kind = getattr(runtime.errors, answer[1], SessionError)
@@ -111,8 +116,8 @@ class Child:
         """What it wrote to standard output and standard error so far."""
         if self._errors.closed:
             return self._said
-        self._errors.seek(0)
-        return self._errors.read()
+        file = self._errors.fileno()  # the child writes at the place where it is: that must not move
+        return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
 
     def warnings(self) -> list[str]:
         """ONNX Runtime's own warnings, each once, without time stamps."""
@@ -229,7 +234,11 @@ class RemoteProbe:
     ) -> None:
         self._child, self._own = child, graph is not None
         s = settings or SessionSettings()
-        child.ask("open_probe", str(graph or ""), manifest, s.threads, s.provider, s.provider_options)
+        try:
+            child.ask("open_probe", str(graph or ""), manifest, s.threads, s.provider, s.provider_options)
+        except BaseException:
+            self.close()
+            raise
         kv = manifest.kv
         self.present_names = [f"present.{i}.{kind}" for i in range(kv.layers) for kind in ("key", "value")]
 

@@ -1,13 +1,14 @@
 """The child in another environment: opens a folder there with our own runtime, and does what its parent asks.
 
-It needs numpy and an onnxruntime; the packages ``runtime`` and ``export.manifest`` come from the parent's checkout and
-need nothing else. Requests and answers are pickled over the socket whose number is the first argument: ``(name,
-arguments)``, ``("ok", value)`` or ``("error", kind, message)``. What ONNX Runtime prints goes to standard error, which
-the parent keeps.
+It needs numpy and an onnxruntime; the packages ``runtime`` and ``export.manifest`` are the parent's and need nothing
+else (:mod:`bench.process.suite`). Requests and answers are pickled over the socket whose number is the first argument:
+``(name, arguments)``, ``("ok", value)`` or ``("error", kind, message)``. What ONNX Runtime prints goes to standard
+error, which the parent keeps.
 """
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -72,7 +73,8 @@ def answer(work: Callable[[], Any]) -> tuple[Any, ...]:
 
 def main() -> None:
     """Until the parent hangs up."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    root = Path(__file__).resolve().parents[2]
+    runpy.run_path(str(root / "bench" / "process" / "suite.py"))["load"](root)
     server: Any = Server()
     parent = Connection(int(sys.argv[1]))
     while True:

@@ -66,7 +66,7 @@ def render_matrix(matrix: Matrix) -> str:
 def _context(overview: mw.Overview) -> dict[str, Any]:
     m = overview.matrix
     views = [RowView(row, i, overview.short(row)) for i, row in enumerate(m.rows, 1)]
-    figures = _figures(views, overview)
+    forests = _forests(views, overview)
     same = overview.states.get("same", [])
     neighbours = overview.neighbours(m.bisection) if m.bisection else []
     return {
@@ -75,7 +75,7 @@ def _context(overview: mw.Overview) -> dict[str, Any]:
         "word": WORDS[m.verdict.outcome],
         "sections": [
             ("runtimes", "Runtimes"),
-            *([("speed", "Speed")] if figures else []),
+            *([("speed", "Speed")] if forests else []),
             *([("bisection", "Bisection")] if m.bisection else []),
             *([("rows", "Row by row")] if views else []),
             ("reproduce", "Reproduce"),
@@ -84,7 +84,7 @@ def _context(overview: mw.Overview) -> dict[str, Any]:
         "counts": [(v, n) for v in ("PASS", "FAIL", "INCONCLUSIVE") if (n := Counter(r.verdict for r in m.rows)[v])],
         "same": same,
         "views": views,
-        "figures": figures,
+        "forests": forests,
         "several": len({r.case for v in views for r in v.row.speed}) > 1,
         "answers": [(cw.metric_title(x), overview.leading(x)) for x in mw.SPEED],
         "parity_heads": mw.PARITY,
@@ -100,7 +100,7 @@ def _context(overview: mw.Overview) -> dict[str, Any]:
     }
 
 
-def _figures(views: list[RowView], overview: mw.Overview) -> list[tuple[str, list[tuple[RowView, Any, str]], str]]:
+def _forests(views: list[RowView], overview: mw.Overview) -> list[tuple[str, list[tuple[RowView, Any, str]], str]]:
     """Title, rows and axis of a forest plot a metric and case; one axis for all."""
     found = []
     every = overview.in_order([r for v in views for r in v.row.speed if r.metric in mw.SPEED])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -106,6 +106,46 @@ def test_a_speed_that_changed_names_metric_case_and_operator(look: Any) -> None:
     assert all(speed and not parity for _, parity, speed in rows.asked[2:-2])
 
 
+def test_a_change_is_told_beside_the_version_that_it_was_measured_beside(look: Any) -> None:
+    made = {v: row(v, ratio=1.25 if k >= 8 else 1.08 if k else 1.0) for k, v in enumerate(VERSIONS)}
+    found, _ = look(made)
+    assert found.before == "1.27.0"
+    assert "25.0 % than onnxruntime 1.20.0" in found.summary
+
+
+def test_why_a_difference_was_not_looked_for_is_said(look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rows, "difference", lambda _self, _right, _wrong, notes: notes.append("no text to look over"))
+    found, _ = look({v: row(v, "PASS" if v < "1.28" else "FAIL") for v in VERSIONS}, "1.27.0..1.28.0")
+    assert found.summary.endswith("; no text to look over")
+
+
+def test_a_profile_is_taken_over_tokens_that_the_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Session:
+        prompts: ClassVar[list[Any]] = []
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def prefill(self, prompts: Any, reserve: int) -> None:
+            self.prompts.append(prompts)
+
+        def end_profile(self) -> str:
+            return ""
+
+    rows = SimpleNamespace(
+        plan=SimpleNamespace(seed=1),
+        subject=SimpleNamespace(folder="", manifest=SimpleNamespace(vocab_size=7)),
+        deployment=lambda _: SimpleNamespace(open=lambda *_, **__: Session()),
+    )
+    monkeypatch.setattr(module, "operator_times", lambda *_: {"MatMul": (3.0, 1.0)})
+    side = Side(Runtime("onnxruntime", "1.27.0"), "cpu")
+    case = Case(batch=2, prompt=50, new_tokens=2)
+    assert module._times(rows, side, case, prefill=True) == {"MatMul": 3.0}  # type: ignore[arg-type]
+    assert {i for prompt in Session.prompts for ids in prompt for i in ids} == set(range(7))
+
+
 def test_an_undecided_speed_counts_to_the_nearer_end(look: Any) -> None:
     ratios = [1.0] * 6 + [1.05, 1.25] + [1.25] * 5
     made = {
@@ -135,6 +175,7 @@ def test_rows_keep_the_manifest_honest() -> None:
         "the manifest says that 1.23.0 and later are right for this folder; onnxruntime 1.24.0, cpu is not",
     ]
     assert against_manifest(rows, "") == []
+    assert against_manifest([row("1.23.0", "FAIL"), row("1.24.0", "FAIL")], "1.23.0") == []  # the folder is wrong
     assert against_manifest([row("1.24.0", outcome="unavailable")], "1.23.0") == []
 
 

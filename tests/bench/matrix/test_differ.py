@@ -110,6 +110,17 @@ def test_a_plain_graph_of_another_architecture(
     assert (found.layer, found.op_type) == (layer, "MatMul")
 
 
+def test_what_the_reference_cannot_run_is_left_out(exports: Callable[..., Path]) -> None:
+    """Neither it nor the step that would go on from its cache."""
+
+    def refuse(_model: Any, feeds: Mapping[str, Any], _optimise: bool) -> str | None:
+        ids = feeds.get("input_ids")
+        return "no such batch" if ids is not None and (len(ids) > 1 or ids.shape[1] > 90) else None
+
+    reference, folder = Sometimes(exports(), refuse), exports()
+    assert differ(folder, read_folder(folder, verify=False), reference, right(folder), IDS) is None
+
+
 def test_a_crash_is_followed_to_its_node(exports: Callable[..., Path]) -> None:
     def crash(model: Any, feeds: Mapping[str, Any], optimise: bool) -> str | None:
         past = [v for n, v in feeds.items() if n == "past_key_values.1.key"]

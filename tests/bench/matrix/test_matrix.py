@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bench.cli.main import main
-from bench.matrix.rows import Side
+from bench.matrix.rows import PLAN, Side
 from bench.runtimes.environments import Runtime
 from reports.matrix import Matrix
 from tests.bench.matrix.faults import faulty_environment
@@ -30,8 +30,19 @@ def refuse(*_, **__):
 onnxruntime.InferenceSession = refuse
 """
 WARN = """
-import sys
-print("2026-11-28 10:00:00.1 [W:onnxruntime:, x.cc:1 F] this kernel is slow", file=sys.stderr)
+import sys, onnxruntime
+real = onnxruntime.InferenceSession
+def opened(path, *a, **k):
+    print(f"2026-11-28 10:00:00.1 [W:onnxruntime:, x.cc:1 F] {path} is slow", file=sys.stderr, flush=True)
+    return real(path, *a, **k)
+onnxruntime.InferenceSession = opened
+"""
+REFUSE_MEASURED = """
+import sys, onnxruntime
+def refuse(*_, **__):
+    raise RuntimeError("no such kernel")
+if "measure_case.py" in " ".join(sys.orig_argv):
+    onnxruntime.InferenceSession = refuse
 """
 
 
@@ -76,7 +87,7 @@ def test_wrong_crashed_and_refusing_runtimes_are_rows(
     rows = {r.text: r for r in made.rows}
     assert code == made.exit_code == 1
     assert rows["venv=warn"].verdict == "PASS"
-    assert rows["venv=warn"].warnings == ["this kernel is slow"]
+    assert rows["venv=warn"].warnings[0] == "model.onnx is slow"
     reference = next(r for r in made.rows if r.reference)
     assert (reference.verdict, reference.outcome, reference.warnings) == ("PASS", "ran", [])
     assert [c.kind for c in reference.results if c.kind == "exact"] == []
@@ -117,6 +128,30 @@ def test_a_run_that_was_stopped_goes_on(
     assert matrix(*options, "--mode", "standard", "--resume")[0] == 2
 
 
+def test_a_row_that_was_refused_is_not_measured_again(
+    matrix: Callable[..., tuple[int, Matrix]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.matrix import rows
+
+    refuse = environment(tmp_path / "refuse", REFUSE)
+    options = ("--runtime", f"venv={refuse}", "--cases", "b1-p8-n4")  # with speed, which such a row has not
+    code, first = matrix(*options)
+    assert code == 1
+    monkeypatch.setattr(rows.Rows, "_measure", lambda *_: pytest.fail("measured again"))
+    assert matrix(*options, "--resume")[1].rows == first.rows
+
+
+def test_a_runtime_that_refuses_while_it_is_measured_is_a_row(
+    matrix: Callable[..., tuple[int, Matrix]], tmp_path: Path
+) -> None:
+    refuse = environment(tmp_path / "refuse", REFUSE_MEASURED)
+    code, made = matrix("--runtime", f"venv={refuse}", "--cases", "b1-p8-n4")
+    row = next(r for r in made.rows if not r.reference)
+    assert code == 1
+    assert (row.parity, row.outcome, row.verdict) == ("PASS", "refused", "FAIL")
+    assert "no such kernel" in row.reason
+
+
 def test_speed_is_compared_in_pairs(matrix: Callable[..., tuple[int, Matrix]], tmp_path: Path) -> None:
     slow = environment(
         tmp_path / "slow",
@@ -148,8 +183,9 @@ def test_a_provider_that_is_not_here_leaves_the_row_open(
 def test_environments_of_one_name_have_rows_of_their_own() -> None:
     here = Runtime("onnxruntime", "1.32.0", sys.prefix)
     runtimes = [here, Runtime("onnxruntime", "1.32.0"), Runtime(venv="/a/.venv"), Runtime(venv="/b/a/.venv")]
+    runtimes.append(Runtime(venv="/a/.venv", version="1.32.0"))  # another version was installed into it
     slugs = [Side(r, "cpu").slug for r in runtimes]
-    assert len(set(slugs)) == 4
+    assert len(set(slugs)) == 5
     assert slugs[1] == "onnxruntime-1.32.0-cpu"
     assert all(set(s) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for s in slugs)
 
@@ -165,6 +201,7 @@ def test_environments_of_one_name_have_rows_of_their_own() -> None:
         (("--bisect", "1.27..1.28", "--reference", "1.26"), "leave --reference out"),
         (("--runtime", "1.27", "--reference", "1.26,1.25"), "names several"),
         (("--runtime", "venv=/nowhere"), "no virtual environment at"),
+        (("--runtime", "9.9.9", "--out", __file__), "is a file"),
     ],
 )
 def test_wrong_input_is_told_before_anything_runs(
@@ -172,6 +209,32 @@ def test_wrong_input_is_told_before_anything_runs(
 ) -> None:
     assert main(["matrix", str(exports()), "--baseline", "nothing", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_what_needs_no_environment_is_refused_before_one_is_made(
+    exports: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--baseline", "demo", "--runtime", "venv=/nowhere", "--out", str(tmp_path)]
+    assert main(["matrix", str(tmp_path / "none"), *options]) == 2
+    assert "no exported folder at" in capsys.readouterr().err
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / PLAN).touch()
+    assert main(["matrix", str(exports()), *options]) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+
+
+def test_a_case_that_the_folder_cannot_hold_is_refused(
+    exports: Callable[..., Path],
+    checkpoints: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LLAMA_ONNX_LOCK", str(tmp_path / "lock"))
+    warn = environment(tmp_path / "warn", WARN)
+    command = ["matrix", str(exports()), "--baseline", str(checkpoints()), "--runtime", f"venv={warn}"]
+    assert main([*command, "--cases", "b1-p100000-n2", "--out", str(tmp_path / "out")]) == 2
+    assert "--cases b1-p100000-n2 is longer than the" in capsys.readouterr().err
 
 
 def test_json_is_one_document(

@@ -99,6 +99,20 @@ def test_it_runs_in_an_environment_whose_runtime_is_wrong(exports: Callable[...,
     assert "kv_num_heads = 1\n" in head  # of 2
 
 
+def test_a_name_in_the_graph_is_no_code(
+    exports: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault, path, folder = FAULTS["attention scale off by 2 %"], tmp_path / "reproduce.py", exports()
+    found, _ = written(folder, fault, path)
+    assert found.case is not None
+    found.case.model.graph.node[-1].name += "\nraise SystemExit(9)"
+    options = accuracy_level(read_folder(folder, verify=False))
+    right, wrong = (LocalRunner(f"onnxruntime {n}", f, options, RunnerError) for n, f in (("1", None), ("2", fault)))
+    write_reproduction(found, path, right, wrong)
+    assert "# raise SystemExit(9)" in path.read_text()
+    assert (run(path, fault, monkeypatch), run(path, None, monkeypatch)) == (1, 0)
+
+
 def test_a_crash(exports: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stops the runtime is kept; here it is an attribute that it does not take."""
     fault = Fault(faults.GQA, faults._attribute("num_heads", 3), faults.HERE)

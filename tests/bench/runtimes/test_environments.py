@@ -90,6 +90,17 @@ def test_versions_between_two_are_those_of_the_index(monkeypatch: pytest.MonkeyP
         released("onnxruntime", Version("1.26.1"), Version("1.28.0"))
 
 
+def test_an_environment_whose_python_is_gone_says_how_to_remove_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LLAMA_ONNX_CACHE", str(tmp_path))
+    (asked,) = parse_runtimes("1.27")
+    asked.folder.mkdir(parents=True)
+    (asked.folder / environments.FACTS).write_text("{}")
+    with pytest.raises(BenchError, match=r"the Python of its environment is gone; remove it with: rm -r"):
+        prepare(asked)
+
+
 @pytest.mark.slow
 def test_a_version_is_installed_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LLAMA_ONNX_CACHE", str(tmp_path))

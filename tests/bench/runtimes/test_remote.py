@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,14 @@ import pytest
 from bench.deployment import Deployment
 from bench.gate.registry import CHECKS
 from bench.gate.validate import Gate
+from bench.latency.sides import SideSpec
+from bench.latency.sides import environment as environment_of
+from bench.runtimes import remote as remote_module
 from bench.runtimes.environments import Runtime, prepare
-from bench.runtimes.remote import WARNING, RemoteSession, RuntimeDiedError, RuntimeSlowError
+from bench.runtimes.remote import WARNING, Child, RemoteSession, RuntimeDiedError, RuntimeSlowError
 from runtime.errors import ContextOverflowError, ProviderUnavailableError, SessionError
 from runtime.generate import generate
-from runtime.loading import load
+from runtime.loading import load, read_folder
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,37 @@ def test_the_child_loads_onnxruntime_and_numpy_alone(remote: RemoteSession) -> N
     assert not [p for p in ("/torch/", "/onnx/", "/transformers/", "/scipy/") if f"site-packages{p}" in mapped]
 
 
+def test_what_lies_beside_an_installed_suite_stays_out(
+    exports: Callable[..., Path], other: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In site-packages that is another onnxruntime, which would be measured in place of the environment's own."""
+    site, root = tmp_path / "site-packages", remote_module.HERE.parents[1]
+    for name in ("export", "runtime", "bench/process", "bench/runtimes", "bench/latency"):
+        shutil.copytree(root / name, site / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("onnxruntime", "numpy"):
+        (site / f"{name}.py").write_text("raise RuntimeError('another environment')\n")
+    monkeypatch.setattr(remote_module, "HERE", site / "bench" / "runtimes")
+    with Deployment(threads=1, runtime=other).open(exports()) as session:
+        assert session.score([3]).shape[0] == 1
+    side = SideSpec("base", "", str(exports()), threads=1, venv=other.venv)
+    asked = side.arguments() | {"suite": str(site), "batch": 1, "prompt": 8, "new_tokens": 4, "rounds": 1}
+    command = [other.python, "-P", site / "bench" / "latency" / "measure_case.py", json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_of(side))
+    assert '"ttft"' in done.stdout, done.stderr
+
+
+def test_a_probe_that_cannot_be_opened_leaves_no_child(
+    exports: Callable[..., Path], other: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Child] = []
+    monkeypatch.setattr(remote_module, "Child", lambda *a: made.append(Child(*a)) or made[-1])
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    manifest = read_folder(exports(), verify=False)
+    with pytest.raises(SessionError, match="cannot open"):
+        Deployment(threads=1, runtime=other).probe(tmp_path / "broken.onnx", manifest)
+    assert made[0]._process.poll() is not None
+
+
 def test_refusals_come_as_what_they_are(remote: RemoteSession) -> None:
     with pytest.raises(ContextOverflowError, match="exceed the context"):
         remote.prefill([[1] * 5], reserve=100_000)
@@ -99,6 +136,21 @@ def test_a_child_that_does_not_answer_is_killed(exports: Callable[..., Path], ot
         with pytest.raises(RuntimeSlowError, match=r"no answer after 0\.2 s"):
             session.score([3])
         assert session.child._process.poll() is not None
+
+
+def test_a_request_that_was_interrupted_answers_no_other(
+    remote: RemoteSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: float) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(remote.child._connection, "poll", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        remote.score([3])
+    assert remote.child._process.poll() is not None
+    assert remote.info.precision == "fp32"
+    with pytest.raises(RuntimeDiedError, match="was interrupted"):
+        remote.score([3])
 
 
 def test_warnings_are_told_without_their_time() -> None:
