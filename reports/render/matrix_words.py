@@ -306,7 +306,8 @@ def row_reasons(row: MatrixRow) -> list[str]:
 def difference_line(found: Difference) -> str:
     """Where it leaves the reference, in which run, by how much, and what rounding would explain."""
     scenario = f" in {words.shorten(found.scenario, 80)}" if found.scenario else ""
-    limit = f" (rounding explains up to {found.expected:.2g})" if found.expected > 0 else ""
+    explained = found.expected > 0 and math.isfinite(found.deviation)  # not a refusal, a crash or NaN
+    limit = f" (rounding explains up to {found.expected:.2g})" if explained else ""
     return f"differs from the reference{scenario}: {words.shorten(found.what, 600)}{limit}"
 
 

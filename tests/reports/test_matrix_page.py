@@ -251,6 +251,12 @@ def test_every_outcome_stands_everywhere_with_its_reason():
             assert words in text.replace("\u00a0", " ").replace("Differs", "differs"), (form, words)
 
 
+def test_no_rounding_explains_a_refusal():
+    refused = DIFFERENCE.model_copy(update={"deviation": float("inf")})
+    assert "rounding" in mw.difference_line(DIFFERENCE)
+    assert "rounding" not in mw.difference_line(refused)
+
+
 def test_the_table_of_the_page_shows_parity_and_speed_as_numbers():
     page = Page(render_matrix(example_matrix())).words
     table = page.split("Peak", 1)[1].split("Speed against the reference")[0]
