@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,8 +104,11 @@ def runtimes_of(args: argparse.Namespace) -> tuple[Runtime, list[Runtime]]:
         if len(named) != 1:
             raise BenchError("--reference names several runtimes; there can be one")
         reference = named[0]
-    made = [prepare(r, status) for r in (reference, *asked)]
-    return made[0], [r for r in made[1:] if r != made[0]]
+    first, *others = [prepare(r, status) for r in (reference, *asked)]
+    others = [r for r in others if r != first]
+    if any(r.label == first.label for r in others):
+        first = replace(first, note="reference")
+    return first, others
 
 
 def run(args: argparse.Namespace) -> int:

@@ -241,7 +241,7 @@ class Rows:
             verdict=verdict,
             reasons=reasons,
             difference=difference,
-            load_s=median("load"),
+            load_s=median("load") or gated.load_s,  # without pairs that of the one session
             peak_memory_bytes=median("peak_memory"),
             warnings=gated.warnings,
             session=subject.session,
@@ -323,7 +323,7 @@ class Rows:
             subject.observe()
             subject.close()
         validation = gate.validation(place=False, command=self._command) if parity else None
-        return Gated(ended.outcome if ended else "ran", self._said(ended or ""), validation, warnings)
+        return Gated(ended.outcome if ended else "ran", self._said(ended or ""), validation, warnings, session.load_s)
 
     def _said(self, text: object) -> str:
         """What a runtime said, without the folder's place on this machine."""
@@ -378,6 +378,7 @@ class Gated:
     reason: str = ""
     validation: Validation | None = None
     warnings: list[str] = field(default_factory=list)
+    load_s: float | None = None
 
     @property
     def differs(self) -> bool:

@@ -63,6 +63,8 @@ class Runtime:
     distribution: str = ""
     version: str = ""
     venv: str = ""
+    note: str = ""
+    """Tells it from another one of the same version."""
 
     @property
     def text(self) -> str:
@@ -73,7 +75,7 @@ class Runtime:
     def label(self) -> str:
         """For a table: ``onnxruntime 1.23.2``."""
         if self.distribution:
-            return f"{self.distribution} {self.version}" + ", this environment" * bool(self.venv)
+            return f"{self.distribution} {self.version}" + (f" ({self.note})" if self.note else "")
         return f"venv {environment_name(self.venv)}" + f" (onnxruntime {self.version})" * bool(self.version)
 
     @property

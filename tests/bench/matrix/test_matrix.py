@@ -91,6 +91,7 @@ def test_wrong_crashed_and_refusing_runtimes_are_rows(
     reference = next(r for r in made.rows if r.reference)
     assert (reference.verdict, reference.outcome, reference.warnings) == ("PASS", "ran", [])
     assert [c.kind for c in reference.results if c.kind == "exact"] == []
+    assert all(r.load_s for r in (reference, rows["venv=warn"]))
     assert rows["venv=crash"].outcome == "crashed"
     assert "signal 11" in rows["venv=crash"].reason
     assert rows["venv=refuse"].outcome == "refused"
@@ -188,6 +189,26 @@ def test_environments_of_one_name_have_rows_of_their_own() -> None:
     assert len(set(slugs)) == 5
     assert slugs[1] == "onnxruntime-1.32.0-cpu"
     assert all(set(s) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for s in slugs)
+
+
+def test_the_same_version_in_two_environments_has_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from bench.cli.matrix import runtimes_of
+    from bench.runtimes import environments
+
+    monkeypatch.setattr(environments, "prepare", lambda runtime, _say: runtime)
+    own = environments.here()
+
+    def names(*asked: str) -> list[str]:
+        reference, others = runtimes_of(SimpleNamespace(runtime=list(asked), bisect=None, reference=None))  # type: ignore[arg-type]
+        return [r.label for r in (reference, *others)]
+
+    assert names("1.27.0") == [f"{own.distribution} {own.version}", "onnxruntime 1.27.0"]
+    assert names(f"{own.distribution}=={own.version}") == [
+        f"{own.distribution} {own.version} (reference)",
+        f"{own.distribution} {own.version}",
+    ]
 
 
 @pytest.mark.parametrize(

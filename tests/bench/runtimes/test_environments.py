@@ -45,10 +45,10 @@ def test_what_names_no_runtime_is_refused(text: str, told: str) -> None:
         parse_runtimes(text)
 
 
-def test_this_environment_has_a_label_of_its_own() -> None:
+def test_this_environment_is_one_as_well() -> None:
     found = here()
     assert found.folder == Path(sys.prefix)
-    assert found.label.endswith("this environment")
+    assert found.label == f"{found.distribution} {found.version}"
     assert prepare(found) is found
 
 
