@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -180,7 +179,7 @@ def prepare(runtime: Runtime, say: Say = lambda _: None) -> Runtime:
 def _install(runtime: Runtime, work: Path) -> None:
     """onnxruntime and numpy into a new environment at ``work``."""
     uv = shutil.which("uv")
-    if uv is None and find_spec("pip") is None:
+    if uv is None and not _has_pip():
         raise BenchError(f"{runtime.text} cannot be installed: neither uv nor pip is here; pip install uv")
     venv.create(work, with_pip=False, symlinks=True)
     python = str(work / "bin" / "python")
@@ -194,6 +193,14 @@ def _install(runtime: Runtime, work: Path) -> None:
     done = subprocess.run([*command, *wanted], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise BenchError(f"{runtime.text} cannot be installed: {_why(done.stderr)}")
+
+
+def _has_pip() -> bool:
+    try:
+        version("pip")  # asking for the module would wake setuptools' hooks
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _why(said: str) -> str:

@@ -25,6 +25,7 @@ GIVEN: dict[str, Any] = {
     "engine_home": Path("engines"),
     "session_options": {"session.intra_op.allow_spinning": "0"},
     "profile": Path("profile"),
+    "log_severity": 2,
     "any_runtime": True,
 }
 
