@@ -65,16 +65,12 @@ class GraphProbe:
     ) -> None:
         if provider not in ("cpu", "cuda"):
             raise SessionError(f"a graph cannot be probed on {provider}: it would build an engine for it")
-        chosen, texts = require(provider, manifest), options_of(provider, provider_options)
+        require(provider, manifest)
         self.dtype = _cache_type(manifest)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        for key, value in accuracy_level(manifest).items():
-            options.add_session_config_entry(key, value)
-        with _said(f"cannot open {path}"):
-            session: Any = ort.InferenceSession(str(path), options, providers=provider_list(chosen, texts))
-        require_active(session, chosen)
+        settings = SessionSettings(
+            provider, threads, provider_options=provider_options, session_options=accuracy_level(manifest)
+        )
+        session = _open(path, settings)
         self._opened: Callable[[], Any] = lambda: session
         self._manifest = manifest
 
@@ -179,6 +175,23 @@ class GraphProbe:
         self._opened = _closed
 
 
+def _open(graph: Path, settings: SessionSettings, optimise: bool = True) -> Any:
+    """ONNX Runtime's own session over a file, on the provider that was asked for and no other."""
+    provider = require(settings.provider, None)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = settings.threads or usable_cores()
+    options.log_severity_level = settings.log_severity
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for key, value in (settings.session_options or {}).items():
+        options.add_session_config_entry(key, value)
+    given = options_of(settings.provider, settings.provider_options)
+    with _said(f"cannot open {graph}"):
+        session: Any = ort.InferenceSession(str(graph), options, providers=provider_list(provider, given))
+    require_active(session, provider)
+    return session
+
+
 def run_once(
     graph: Path,
     feeds: Mapping[str, NDArray[Any]],
@@ -196,19 +209,10 @@ def run_once(
         optimise: whether ONNX Runtime may change the graph.
 
     Raises:
+        ProviderUnavailableError: the provider does not load here.
         SessionError: ONNX Runtime cannot open it, or stopped.
     """
-    provider = require(settings.provider, None)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = settings.threads or usable_cores()
-    options.log_severity_level = settings.log_severity
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for key, value in (settings.session_options or {}).items():
-        options.add_session_config_entry(key, value)
-    given = options_of(settings.provider, settings.provider_options)
-    with _said(f"cannot open {graph}"):
-        session: Any = ort.InferenceSession(str(graph), options, providers=provider_list(provider, given))
+    session = _open(graph, settings, optimise)
     inputs = {i.name for i in session.get_inputs()}
     with _said("stopped"):
         found = session.run(list(outputs), {k: v for k, v in feeds.items() if k in inputs})

@@ -230,3 +230,18 @@ def test_gpu_facts_from_a_faked_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
     nvml.nvmlInit = no_driver
     assert "Not Found" in doctor.gpus().missing
+
+
+def test_a_graph_that_is_run_once_does_not_fall_back_unsaid(monkeypatch, tmp_path):
+    from runtime import probe
+    from runtime.settings import SessionSettings
+
+    class Elsewhere:
+        def __init__(self, *_, **__): ...
+
+        def get_providers(self):
+            return ["AzureExecutionProvider"]
+
+    monkeypatch.setattr(probe.ort, "InferenceSession", Elsewhere)
+    with pytest.raises(ProviderUnavailableError, match="'cpu' was asked for, but the session runs on Azure"):
+        probe.run_once(tmp_path / "x.onnx", {}, [], SessionSettings())
