@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def operator_times(profile: Path, runs: int) -> dict[str, tuple[float, float]]:
@@ -21,3 +22,22 @@ def operator_times(profile: Path, runs: int) -> dict[str, tuple[float, float]]:
             row[1] += 1
     longest = sorted(found.items(), key=lambda item: -item[1][0])
     return {name: (time / len(last), count / len(last)) for name, (time, count) in longest}
+
+
+def profiled_run(
+    session: Any, rows: list[list[int]], runs: int, counted: int, prefill: bool
+) -> dict[str, tuple[float, float]]:
+    """The same of prefills of ``rows``, or of decode steps after one.
+
+    Args:
+        session: opened with ``profile``, which ends here.
+        rows: prompts.
+        runs: prefills or steps.
+        counted: of them the last ones that count, once warm.
+        prefill: which.
+    """
+    for _ in range(runs if prefill else 1):
+        session.prefill(rows, reserve=runs + 1)
+    for _ in range(0 if prefill else runs):
+        session.step([5] * len(rows))
+    return operator_times(session.end_profile(), counted)

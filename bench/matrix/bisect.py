@@ -21,7 +21,7 @@ import numpy as np
 
 from bench.errors import BenchError
 from bench.latency.paired_run import case_key
-from bench.latency.profile import operator_times
+from bench.latency.profile import profiled_run
 from bench.matrix.rows import Rows, Side
 from bench.runtimes.environments import Runtime, parse_runtimes, prepare, released
 from reports.comparison import METRICS, Result
@@ -67,7 +67,7 @@ class Change:
 
 def state_of(row: MatrixRow) -> str:
     """How the folder ended under a runtime, in a word."""
-    return row.parity or OUTCOMES[row.outcome] if row.outcome == "ran" else OUTCOMES[row.outcome]
+    return (row.parity if row.outcome == "ran" else None) or OUTCOMES[row.outcome]
 
 
 def change_between(first: MatrixRow, last: MatrixRow) -> Change | None:
@@ -203,9 +203,6 @@ def _times(rows: Rows, side: Side, case: Case, prefill: bool) -> dict[str, float
         with tempfile.TemporaryDirectory() as work:
             where = rows.deployment(side)
             with where.open(rows.subject.folder, profile=Path(work) / "decode") as session:
-                for _ in range(PROFILED_RUNS + 1 if prefill else 1):
-                    session.prefill(prompts, reserve=PROFILED_RUNS + 1)
-                for _ in range(0 if prefill else PROFILED_RUNS):
-                    session.step([5] * case.batch)
-                sessions.append({n: t for n, (t, _) in operator_times(session.end_profile(), PROFILED_RUNS).items()})
+                times = profiled_run(session, prompts, PROFILED_RUNS + 1, PROFILED_RUNS, prefill)
+                sessions.append({name: time for name, (time, _) in times.items()})
     return {n: statistics.median(s.get(n, 0.0) for s in sessions) for s in sessions for n in s}

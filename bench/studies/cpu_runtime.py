@@ -25,7 +25,7 @@ from rich.console import Console
 
 from bench.deployment import Deployment
 from bench.latency.interleave import interleave, peak_memory
-from bench.latency.profile import operator_times
+from bench.latency.profile import profiled_run
 from bench.machine.bandwidth import CpuBandwidth, GemmFloor, median_time
 from bench.peers.choice import choose
 from bench.peers.exports import genai_export
@@ -132,11 +132,7 @@ def profile(
     rows = [list(range(1, context + 1))] * batch
     with tempfile.TemporaryDirectory() as scratch:
         session = load(folder, threads=threads, verify=False, profile=Path(scratch) / "decode")
-        for _ in range(steps if prefill else 1):
-            session.prefill(rows, reserve=steps + 1)
-        for _ in range(0 if prefill else steps):
-            session.step([5] * batch)
-        found = operator_times(session.end_profile(), steps // 2)
+        found = profiled_run(session, rows, steps, steps // 2, prefill)
         session.close()
     return {name: list(row) for name, row in found.items()}
 

@@ -139,7 +139,7 @@ def test_a_profile_is_taken_over_tokens_that_the_model_has(monkeypatch: pytest.M
         subject=SimpleNamespace(folder="", manifest=SimpleNamespace(vocab_size=7)),
         deployment=lambda _: SimpleNamespace(open=lambda *_, **__: Session()),
     )
-    monkeypatch.setattr(module, "operator_times", lambda *_: {"MatMul": (3.0, 1.0)})
+    monkeypatch.setattr("bench.latency.profile.operator_times", lambda *_: {"MatMul": (3.0, 1.0)})
     side = Side(Runtime("onnxruntime", "1.27.0"), "cpu")
     case = Case(batch=2, prompt=50, new_tokens=2)
     assert module._times(rows, side, case, prefill=True) == {"MatMul": 3.0}  # type: ignore[arg-type]
