@@ -31,6 +31,9 @@ from bench.latency.paired_run import Plan as PairPlan
 from bench.latency.sides import SideSpec
 from bench.machine.environment import machine
 from bench.machine.state import Limits
+from bench.matrix.differ import differ
+from bench.matrix.reproduce import write_reproduction
+from bench.matrix.runner import RemoteRunner
 from bench.runtimes.environments import Runtime, environment_name
 from bench.runtimes.remote import RemoteSession, RuntimeDiedError
 from export.manifest import release
@@ -256,10 +259,6 @@ class Rows:
         Both are asked for each part of the graph with what the reference computed in front of it. ``notes`` gets a line
         where that could not be done.
         """
-        from bench.matrix.differ import differ
-        from bench.matrix.reproduce import write_reproduction
-        from bench.matrix.runner import RemoteRunner
-
         s, where = self.subject, self.subject.deployment
         self._tick(f"where {side.runtime.label} differs")
         options = accuracy_level(s.manifest) | dict(where.session_options)
