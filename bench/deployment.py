@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from bench.runtimes import LIMIT_S
 from runtime.settings import SessionSettings, usable_cores
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Deployment:
     """Another onnxruntime, its environment made; None: this environment's."""
     any_runtime: bool = False
     """Open folders under an older one than their manifest demands, to see what happens."""
-    limit_s: float = 900.0
+    limit_s: float = LIMIT_S
     """The most seconds that one call may take under another onnxruntime."""
 
     @classmethod

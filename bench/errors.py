@@ -75,6 +75,11 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def last_line(errors: str) -> str:
+    """Why a command failed: the last line of its standard error."""
+    return (errors.strip().splitlines() or ["no output"])[-1].removeprefix("error: ")[:500]
+
+
 def run_child(work: Callable[[], None]) -> int:
     """The body of a child process of ours: an error of the user's is the last line on standard error and the exit code,
     for the parent to quote."""

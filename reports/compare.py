@@ -208,6 +208,8 @@ def _say(status: str, t: Tested, k: int, margin: float, unit: str, have: int, ne
     """One sentence for a tested row."""
 
     def words(log_ratio: float) -> str:
+        if (ratio := math.exp(log_ratio)) >= 2:
+            return f"{ratio:.2f} times as {'slow' if unit == 's' else 'much'}"
         change = 100 * math.expm1(log_ratio)
         worse, better = ("slower", "faster") if unit == "s" else ("more", "less")
         return f"{abs(change):.1f} % {worse if change > 0 else better}"

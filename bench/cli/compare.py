@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from bench.cli.numbers import at_least
 from bench.cli.output import add_out, show, status
-from bench.errors import BenchError
+from bench.errors import BenchError, last_line
 from bench.progress import progress
 from export.source import add_option
 
@@ -216,7 +216,6 @@ def measure_parity(args: argparse.Namespace, candidate: SideSpec) -> Validation:
     Raises:
         BenchError: the gate could not be run to its end; its last line is quoted.
     """
-    from bench.process.child import last_line
     from reports.validation import Validation
 
     out = args.out / "validation"

@@ -18,6 +18,7 @@ from bench.cli.numbers import at_least
 from bench.cli.output import ERR, Output, add_out, show, status
 from bench.errors import BenchError, check_writable
 from bench.progress import progress
+from bench.runtimes import LIMIT_S
 from export.manifest import require_folder
 from export.source import add_option
 
@@ -73,7 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=at_least(2), default=4, metavar="N", help="generations measured in a process (default 4)")
     add("--margin", default="", help="how much slower passes as equal: 0.03, or ttft=0.05,tpot=0.02 (default 0.03)")
     add("--seed", type=int, metavar="N", help="of the order and the prompts")
-    add("--limit", type=at_least(1.0), default=900.0, metavar="S", help="stop one call after S seconds (default 900)")
+    add(
+        "--limit",
+        type=at_least(1.0),
+        default=LIMIT_S,
+        metavar="S",
+        help=f"stop one call after S seconds (default {LIMIT_S:g})",
+    )
     add("--max-steal", type=at_least(0.0), default=0.02, metavar="SHARE", help="as in compare (default 0.02)")
     add("--max-others", type=at_least(0.0), default=0.10, metavar="SHARE", help="as in compare (default 0.10)")
     add("--wait", type=at_least(0.0), default=0, metavar="S", help="seconds to wait while something else measures here")
@@ -100,7 +107,7 @@ def runtimes_of(args: argparse.Namespace) -> tuple[Runtime, list[Runtime]]:
     asked = parse_runtimes(",".join(args.runtime))
     reference = here()
     if args.reference:
-        named = parse_runtimes(args.reference)
+        named = parse_runtimes(args.reference, "--reference")
         if len(named) != 1:
             raise BenchError("--reference names several runtimes; there can be one")
         reference = named[0]
@@ -162,7 +169,6 @@ def run(args: argparse.Namespace) -> int:
         rules=Rules(planned=args.pairs, most=args.pairs + args.pairs // 2, margin=margin, margins=margins),
         seed=args.seed,
         rounds=args.rounds,
-        limit_s=args.limit,
         limits=Limits(args.max_steal, args.max_others),
     )
     out = ERR if args.json else Output()

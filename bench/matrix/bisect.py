@@ -26,6 +26,7 @@ from bench.matrix.rows import Rows, Side
 from bench.runtimes.environments import Runtime, parse_runtimes, prepare, released
 from reports.comparison import METRICS, Result
 from reports.matrix import OUTCOMES, Bisection, MatrixRow, OperatorTime
+from reports.render import comparison_words as cw
 
 if TYPE_CHECKING:
     from bench.runtimes.environments import Say
@@ -45,7 +46,7 @@ def parse_range(text: str) -> tuple[Runtime, Runtime]:
     first, dots, last = text.partition("..")
     if not dots or "venv=" in text:
         raise BenchError(f"--bisect {text!r} is no range of versions; {FORM}")
-    ends = parse_runtimes(f"{first},{last}")
+    ends = parse_runtimes(f"{first},{last}", "--bisect")
     if len(ends) != 2 or ends[0].distribution != ends[1].distribution:
         raise BenchError(f"--bisect {text!r} needs one version at each end; {FORM}")
     if ends[0].key >= ends[1].key:
@@ -173,10 +174,9 @@ def _summary(
             f"{after.runtime} is the first where parity is another: {state_of(before)}, then {state_of(after)} ({why})"
         )
     result = result_of(change, after)
-    slower = "slower" if change.ratio > 1 else "faster"
-    by = f"{100 * abs((result.ratio or 1.0) - 1) if result else 0:.1f} %"
+    by = cw.change((result.ratio if result else None) or change.ratio, "s")
     title = METRICS[change.metric].name if change.metric in METRICS else change.metric
-    said = f"{after.runtime} is the first where {title} of {change.case} is {slower} ({by} than {first.runtime})"
+    said = f"{after.runtime} is the first where {title} of {change.case} changed: {by} against {first.runtime}"
     if profile:
         top = profile[0]
         said += f"; {top.operator} takes {top.after_us / 1e3:.1f} ms a run where it took {top.before_us / 1e3:.1f} ms"

@@ -83,7 +83,6 @@ class Plan:
     seed: int
     rounds: int = 4
     warmup_cap: int = 3
-    limit_s: float = 900.0
     limits: Limits = field(default_factory=Limits)
 
 
@@ -147,7 +146,8 @@ class Rows:
         plan = asdict(replace(self.plan, cases=(), rules=replace(self.plan.rules, margins={})))
         plan["cases"] = [case_key(c) for c in self.plan.cases]
         plan["margins"] = dict(self.plan.rules.margins)
-        facts = [s.digest, s.baseline.digest, s.dataset.sha256, s.settings(), plan, self._here.fingerprint]
+        facts = [s.digest, s.baseline.digest, s.dataset.sha256, s.settings(), s.deployment.limit_s, plan]
+        facts.append(self._here.fingerprint)
         return json.dumps(facts, sort_keys=True, indent=1, default=str) + "\n"
 
     def row(self, side: Side, parity: bool = True, speed: bool = True) -> MatrixRow:
@@ -218,12 +218,7 @@ class Rows:
         difference, notes = None, list(compared.warnings) if compared else []
         if not reference and gated.differs and self.made[self.plan.reference].outcome == "ran":
             difference = self.difference(self.plan.reference, side, notes)
-        verdict, reasons = gated.verdict
-        if compared is not None:
-            told = verdict_of(compared.results, compared.records)
-            judged = [*([(verdict, reasons)] if gated.validation else []), (told.outcome, told.reasons)]
-            reasons = [r for v, rs in judged if v != "PASS" for r in rs] or told.reasons
-            verdict = overall(v for v, _ in judged)
+        verdict, reasons = gated.with_speed(compared)
         measured = [r for r in compared.records if r.side == "candidate" and r.outcome == "ok"] if compared else []
 
         def median(metric: str) -> float | None:
@@ -268,7 +263,7 @@ class Rows:
                 SessionSettings(
                     of.provider, where.threads, provider_options=where.provider_options, session_options=options
                 ),
-                self.plan.limit_s,
+                where.limit_s,
             )
             for of in (reference, side)
         ]
@@ -315,7 +310,7 @@ class Rows:
             return Gated("unavailable", self._said(error))
         except SessionError as error:  # while it was opened; in a check it is that check's FAIL
             outcome = error.outcome if isinstance(error, RuntimeDiedError) else "refused"
-            return Gated(outcome, self._said(error))
+            return Gated(outcome, self._said(error), warnings=[self._said(w) for w in getattr(error, "__notes__", ())])
         finally:
             if session is not None:
                 ended, warnings = session.child.ended, [self._said(w) for w in session.child.warnings()]
@@ -346,7 +341,7 @@ class Rows:
             rules=plan.rules,
             rounds=plan.rounds,
             warmup_cap=plan.warmup_cap,
-            limit_s=plan.limit_s,
+            limit_s=where.limit_s,
             limits=plan.limits,
             turns="rounds" if side.provider == plan.reference.provider == "cpu" else "processes",
         )
@@ -395,6 +390,15 @@ class Gated:
         if self.validation is None:
             return "INCONCLUSIVE", ["no check was asked for"]
         return self.validation.verdict, self.validation.reasons
+
+    def with_speed(self, compared: Comparison | None) -> tuple[Word, list[str]]:
+        """Verdict and reasons of a row beside what its pairs say, where there are any."""
+        if compared is None:
+            return self.verdict
+        told = verdict_of(compared.results, compared.records)
+        judged = [*([self.verdict] if self.validation else []), (told.outcome, told.reasons)]
+        reasons = [r for v, rs in judged if v != "PASS" for r in rs]
+        return overall(v for v, _ in judged), reasons or told.reasons
 
 
 def against_manifest(rows: Sequence[MatrixRow], oldest: str) -> list[str]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.errors import BenchError
+from bench.errors import BenchError, last_line
 from reports.comparison import CaseOutcome, SideName
 
 LAST_LINES = 12
@@ -179,11 +179,6 @@ def output_of(command: Sequence[str], failed: str = "", timeout: float | None = 
     if done.returncode:
         raise BenchError(failed + last_line(done.stderr))
     return done.stdout
-
-
-def last_line(errors: str) -> str:
-    """Why a command failed: the last line of its standard error."""
-    return (errors.strip().splitlines() or ["no output"])[-1].removeprefix("error: ")[:500]
 
 
 def json_of(command: Sequence[str], failed: str = "", timeout: float | None = None) -> Any:

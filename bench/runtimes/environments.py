@@ -24,7 +24,7 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from bench.errors import BenchError
+from bench.errors import BenchError, last_line
 from export.cache import cache_dir, publish
 
 Say = Callable[[str], None]
@@ -102,7 +102,7 @@ def environment_name(venv: str) -> str:
     return f"{path.parent.name}/{path.name}" if path.name in (".venv", "venv") else path.name
 
 
-def parse_runtimes(text: str) -> list[Runtime]:
+def parse_runtimes(text: str, option: str = "--runtime") -> list[Runtime]:
     """``onnxruntime==1.23.2,1.27,venv=PATH`` in the order given; a bare version is of the distribution before it.
 
     Raises:
@@ -119,14 +119,14 @@ def parse_runtimes(text: str) -> list[Runtime]:
         try:
             parsed = Version(number.strip())
         except InvalidVersion:
-            raise BenchError(f"--runtime {part!r} names no version; {FORM}") from None
+            raise BenchError(f"{option} {part!r} names no version; {FORM}") from None
         if distribution not in DISTRIBUTIONS:
-            raise BenchError(f"--runtime {part!r} is neither onnxruntime nor onnxruntime-gpu; {FORM}")
+            raise BenchError(f"{option} {part!r} is neither onnxruntime nor onnxruntime-gpu; {FORM}")
         whole = ".".join(map(str, (*parsed.release, 0, 0)[: max(3, len(parsed.release))]))
         found.append(Runtime(distribution, str(parsed).replace(parsed.base_version, whole, 1)))
     twice = next((r.text for k, r in enumerate(found) if r in found[:k]), None)
     if twice:
-        raise BenchError(f"--runtime names {twice} twice")
+        raise BenchError(f"{option} names {twice} twice")
     return found
 
 
@@ -179,12 +179,10 @@ def prepare(runtime: Runtime, say: Say = lambda _: None) -> Runtime:
 def _install(runtime: Runtime, work: Path) -> None:
     """onnxruntime and numpy into a new environment at ``work``."""
     uv = shutil.which("uv")
-    if uv is None and not _has_pip():
-        raise BenchError(f"{runtime.text} cannot be installed: neither uv nor pip is here; pip install uv")
     venv.create(work, with_pip=False, symlinks=True)
     python = str(work / "bin" / "python")
     command = [uv, "pip", "install", "-q", "--python", python] if uv else []
-    command = command or [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-input"]
+    command = command or [*_pip(), "--python", python, "install", "-q", "--no-input"]
     wanted = [f"numpy=={version('numpy')}"]
     if runtime.distribution == "onnxruntime":  # what it depends on beside numpy serves its tools, not its sessions
         wanted += [runtime.text, "--no-deps"]
@@ -195,12 +193,14 @@ def _install(runtime: Runtime, work: Path) -> None:
         raise BenchError(f"{runtime.text} cannot be installed: {_why(done.stderr)}")
 
 
-def _has_pip() -> bool:
-    try:
+def _pip() -> list[str]:
+    """The command that is pip for this Python: its own, or one that uv fetches."""
+    with suppress(PackageNotFoundError):
         version("pip")  # asking for the module would wake setuptools' hooks
-    except PackageNotFoundError:
-        return False
-    return True
+        return [sys.executable, "-m", "pip"]
+    if uv := shutil.which("uv"):
+        return [uv, "tool", "run", "--python", sys.executable, "pip"]
+    raise BenchError("neither pip nor uv is here to ask the package index; install one, such as: python -m ensurepip")
 
 
 def _why(said: str) -> str:
@@ -214,25 +214,21 @@ def _facts_of(python: Path, runtime: Runtime) -> dict[str, object]:
     """Versions and providers that an environment's own onnxruntime names."""
     done = subprocess.run([str(python), "-P", "-c", _ASK], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise BenchError(f"{runtime.text}: its onnxruntime cannot be imported: {_last(done.stderr)}")
+        raise BenchError(f"{runtime.text}: its onnxruntime cannot be imported: {last_line(done.stderr)}")
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def _last(said: str) -> str:
-    return (said.strip().splitlines() or ["no output"])[-1][:300]
 
 
 def released(distribution: str, first: Version, last: Version) -> list[Runtime]:
     """Every released version from ``first`` to ``last`` that the package index has for this Python, oldest first.
 
     Raises:
-        BenchError: the index cannot be asked.
+        BenchError: the index cannot be asked, for want of pip and uv too.
     """
-    command = [sys.executable, "-m", "pip", "index", "versions", distribution]
+    command = [*_pip(), "index", "versions", distribution]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     listed = re.search(r"Available versions: (.*)", done.stdout)
     if listed is None:
-        raise BenchError(f"the package index does not tell the versions of {distribution}: {_last(done.stderr)}")
+        raise BenchError(f"the package index does not tell the versions of {distribution}: {last_line(done.stderr)}")
     versions = [Version(v.strip()) for v in listed.group(1).split(",")]
     return [Runtime(distribution, str(v)) for v in sorted(versions) if first <= v <= last]

@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 from numpy.typing import NDArray
 
 import runtime.errors
+from bench.runtimes import LIMIT_S
 from bench.runtimes.environments import Runtime
 from export.manifest import Manifest
 from runtime.errors import SessionError
@@ -30,7 +31,6 @@ from runtime.settings import SessionSettings
 
 HERE = Path(__file__).resolve().parent
 TIED = HERE.parent / "process" / "tied.py"
-LIMIT_S = 900.0
 WARNING = re.compile(r"(?:\x1b\[[0-9;]*m)?\S+ \S+ \[W:onnxruntime:[^\]]*\] ?(.*)")
 MOST_WARNINGS = 20
 
@@ -148,7 +148,8 @@ class RemoteSession:
         limit_s: see :class:`Child`.
 
     Raises:
-        RuntimeDiedError, SessionError, ProviderUnavailableError: as :class:`runtime.ort_session.OrtSession`.
+        RuntimeDiedError, SessionError, ProviderUnavailableError: as :class:`runtime.ort_session.OrtSession`; the
+            warnings before it are its notes.
     """
 
     def __init__(
@@ -158,8 +159,10 @@ class RemoteSession:
         self._slim = manifest.without_lists
         try:
             opened = self.child.ask("open", str(folder.absolute()), self._slim, settings)
-        except BaseException:
+        except BaseException as error:
             self.child.close()
+            for warning in self.child.warnings():
+                error.add_note(warning)
             raise
         self._info, self.load_s, self.choose_on_device = opened
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bench.studies.tables import markdown
+from export.manifest import release
 from reports.matrix import OUTCOMES, Matrix, MatrixRow
 
 FORMS = {
@@ -61,33 +62,38 @@ def parity(row: MatrixRow) -> str:
 
 
 def ratio(row: MatrixRow, case: str, metric: str) -> str:
-    """Speed of a row beside the reference in a cell."""
+    """Speed of a row beside the reference in a cell: the ratio in bold where it is no noise, with its interval."""
+    if row.reference:
+        return "1"
     found = next((r for r in row.speed if (r.case, r.metric) == (case, metric)), None)
     if found is None or found.ratio is None:
-        return "1" if row.reference else "-"
-    between = f" ({found.low:.2f} to {found.high:.2f})" if found.low and found.high else ""
-    return f"{found.ratio:.2f}{between}"
+        return "-"
+    told = f"{found.ratio:.2f}"
+    told = f"**{told}**" if found.status in ("REGRESSION", "IMPROVED") else told
+    return told + (f" ({found.low:.2f} to {found.high:.2f})" if found.low and found.high else "")
 
 
 def tables(made: Mapping[str, Matrix]) -> str:
-    """Parity, then speed case by case, a row a version and a column a form; in Markdown."""
-    versions = list(dict.fromkeys(r.version for m in made.values() for r in m.rows))
-    versions.sort(key=lambda v: [int(n) for n in v.split(".") if n.isdecimal()])
+    """Parity, then speed case by case, a row a runtime and a column a form; in Markdown."""
+    rows = {
+        (release(r.version), r.reference): f"{r.version}{' (reference)' * r.reference}"
+        for m in made.values()
+        for r in m.rows
+    }
+    names = [rows[key] for key in sorted(rows)]
+    found = {(name, rows[release(r.version), r.reference]): r for name, m in made.items() for r in m.rows}
 
-    def table(cell: Any) -> str:
-        rows = []
-        for version in versions:
-            found = [next((r for r in m.rows if r.version == version), None) for m in made.values()]
-            rows.append([version, *(cell(r) if r else "-" for r in found)])
-        return markdown(["onnxruntime", *made], rows)
+    def table(cell: Callable[[MatrixRow], str]) -> str:
+        lines = [[n, *(cell(found[form, n]) if (form, n) in found else "-" for form in made)] for n in names]
+        return markdown(["onnxruntime", *made], lines)
 
     text = "Parity, mean KL divergence (nats) against PyTorch, first check that failed:\n\n" + table(parity)
     cases = dict.fromkeys(c for m in made.values() for c in m.cases)
     for case in cases:
         for metric, title in (("ttft", "Prefill"), ("tpot", "Decode")):
             text += f"\n{title}, {case}, time over that under the reference (95 % interval):\n\n"
-            text += table(lambda r, case=case, metric=metric: ratio(r, case, metric))
-    memory = table(lambda r: f"{r.load_s:.2f} s, {r.peak_memory_bytes / 1e6:,.0f} MB" if r.load_s else "-")
+            text += table(partial(ratio, case=case, metric=metric))
+    memory = table(lambda r: f"{r.load_s:.2f} s, {(r.peak_memory_bytes or 0) / 1e6:,.0f} MB" if r.load_s else "-")
     return text + "\nLoad time and peak memory:\n\n" + memory if cases else text
 
 

@@ -72,8 +72,8 @@ class Overview:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether its version alone names each runtime."""
-        return all(r.runtime == f"{FAMILY} {r.version}" for r in self.matrix.rows)
+        """Whether its version alone names each runtime, the reference's twin aside."""
+        return all(r.runtime.removesuffix(" (reference)") == f"{FAMILY} {r.version}" for r in self.matrix.rows)
 
     @cached_property
     def providers(self) -> list[str]:
@@ -82,7 +82,7 @@ class Overview:
 
     def short(self, row: MatrixRow) -> str:
         """The runtime as a cell of a table names it."""
-        return words.shorten(row.version if self.plain else row.runtime, 60)
+        return words.shorten(row.runtime.removeprefix(f"{FAMILY} ") if self.plain else row.runtime, 60)
 
     def named(self, rows: Sequence[MatrixRow], family: bool = False) -> str:
         """Such as ``1.23.2 to 1.32.0``, after ``onnxruntime`` if asked; the provider where there are several."""
@@ -98,7 +98,7 @@ class Overview:
         runs: list[list[MatrixRow]] = []
         for r in rows:
             follows = runs and every.index(r) == every.index(runs[-1][-1]) + 1
-            if self.plain and follows and _older(runs[-1][-1].version, r.version):
+            if self.plain and follows and not _older(r.version, runs[-1][-1].version):
                 runs[-1].append(r)
             else:
                 runs.append([r])

@@ -68,6 +68,14 @@ def of(rows: list[module.MatrixRow], **more: object) -> mw.Overview:
 # -- the document ----------------------------------------------------------------------------------------------------
 
 
+def test_the_gallery_s_matrix_names_the_slow_version():
+    made = Matrix.read(SCHEMA.parent / "gallery" / "runtimes" / "matrix.json")
+    slowest = max((r for row in made.rows for r in row.speed if r.ratio), key=lambda r: r.ratio or 0.0)
+    (row,) = [row for row in made.rows if slowest in row.speed]
+    assert (row.version, slowest.metric, slowest.status) == ("1.29.0", "tpot", "REGRESSION")
+    assert {row.parity for row in made.rows} == {"PASS"}
+
+
 @pytest.mark.parametrize("bisection", ["", "parity", "speed"])
 def test_schema_file_is_current_and_takes_a_matrix_that_comes_back(bisection, tmp_path):
     assert SCHEMA.read_text(encoding="utf-8") == schema_text(Matrix)
@@ -124,6 +132,13 @@ def test_report_command_renders_it_again_with_the_exit_code_of_the_verdict(rows,
 
 
 # -- the answer ------------------------------------------------------------------------------------------------------
+
+
+def test_a_reference_that_is_tried_again_keeps_the_names_short():
+    twins = [row("1.31.1"), row("1.32.0", runtime="onnxruntime 1.32.0 (reference)", reference=True), row("1.32.0")]
+    told = of([row("1.30.0"), *twins])
+    assert told.model_sentences[0] == "The same model under all 4 runtimes, onnxruntime 1.30.0 to 1.32.0."
+    assert [told.short(r) for r in twins] == ["1.31.1", "1.32.0 (reference)", "1.32.0"]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ real = onnxruntime.InferenceSession.run_with_iobinding
 onnxruntime.InferenceSession.run_with_iobinding = lambda *_: os.kill(os.getpid(), signal.SIGSEGV)
 """
 REFUSE = """
-import onnxruntime
-def refuse(*_, **__):
+import sys, onnxruntime
+def refuse(path, *_, **__):
+    print(f"2026-11-28 10:00:00.1 [W:onnxruntime:, x.cc:1 F] {path} is strange", file=sys.stderr, flush=True)
     raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : Unsupported model IR version: 11, max supported: 10")
 onnxruntime.InferenceSession = refuse
 """
@@ -96,6 +97,7 @@ def test_wrong_crashed_and_refusing_runtimes_are_rows(
     assert "signal 11" in rows["venv=crash"].reason
     assert rows["venv=refuse"].outcome == "refused"
     assert "Unsupported model IR version" in rows["venv=refuse"].reason
+    assert rows["venv=refuse"].warnings == ["model.onnx is strange"]
     found = rows["venv=wrong"]
     assert (found.outcome, found.parity) == ("ran", "FAIL")
     assert found.first_failed is not None
@@ -126,7 +128,8 @@ def test_a_run_that_was_stopped_goes_on(
     assert main(["matrix", "x", "--baseline", "y", *options]) == 2
     with pytest.raises(AssertionError):  # without --resume nothing is overwritten
         assert matrix(*options)[0] == 0
-    assert matrix(*options, "--mode", "standard", "--resume")[0] == 2
+    for changed in (("--mode", "standard"), ("--limit", "800")):
+        assert matrix(*options, *changed, "--resume")[0] == 2
 
 
 def test_a_row_that_was_refused_is_not_measured_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_an_environment_that_cannot_be_made_leaves_nothing(monkeypatch: pytest.M
     with pytest.raises(BenchError, match=r"onnxruntime==9\.9\.9 cannot be installed: Could not find a version"):
         prepare(*parse_runtimes("9.9.9"))
     assert not list((tmp_path / "runtimes").iterdir())
+
+
+def test_what_is_here_installs_and_asks_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environments._pip() == [sys.executable, "-m", "pip"]
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(environments, "version", missing)
+    monkeypatch.setattr(environments.shutil, "which", lambda name: f"/bin/{name}")
+    assert environments._pip() == ["/bin/uv", "tool", "run", "--python", sys.executable, "pip"]
+    monkeypatch.setattr(environments.shutil, "which", lambda _: None)
+    with pytest.raises(BenchError, match="neither pip nor uv is here"):
+        released("onnxruntime", Version("1.26.1"), Version("1.28.0"))
 
 
 def test_versions_between_two_are_those_of_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
