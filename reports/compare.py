@@ -19,7 +19,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from reports.base import grouped
-from reports.comparison import CaseRecord, ChangeStatus, Family, PairResult, Result, Scalar, Verdict, in_kept_unit
+from reports.comparison import (
+    CaseRecord,
+    ChangeStatus,
+    Family,
+    PairResult,
+    Result,
+    Scalar,
+    Verdict,
+    in_kept_unit,
+    times_as,
+)
 from reports.errors import RecordError
 from reports.paired import LEAST_PAIRS, Prior, Tested, assess, decide, pairs_needed, trimmed
 from reports.validation import Status, Validation, overall
@@ -208,11 +218,10 @@ def _say(status: str, t: Tested, k: int, margin: float, unit: str, have: int, ne
     """One sentence for a tested row."""
 
     def words(log_ratio: float) -> str:
-        if (ratio := math.exp(log_ratio)) >= 2:
-            return f"{ratio:.2f} times as {'slow' if unit == 's' else 'much'}"
         change = 100 * math.expm1(log_ratio)
         worse, better = ("slower", "faster") if unit == "s" else ("more", "less")
-        return f"{abs(change):.1f} % {worse if change > 0 else better}"
+        told = f"{abs(change):.1f} % {worse if change > 0 else better}"
+        return times_as(math.exp(log_ratio), unit == "s") or told
 
     if status in ("REGRESSION", "IMPROVED"):
         sure = f"p = {t.p_holm[k]:.1g} after Holm"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from export.manifest import UserError
 
 
 class SessionError(UserError):
     """Base of all runtime errors."""
+
+    warnings: Sequence[str] = ()
+    """What ONNX Runtime in another environment printed before."""
 
 
 class ContextOverflowError(SessionError):

@@ -107,7 +107,7 @@ def runtimes_of(args: argparse.Namespace) -> tuple[Runtime, list[Runtime]]:
     asked = parse_runtimes(",".join(args.runtime))
     reference = here()
     if args.reference:
-        named = parse_runtimes(args.reference, "--reference")
+        named = parse_runtimes(args.reference, "--reference", "write onnxruntime==1.27.0, or venv=PATH")
         if len(named) != 1:
             raise BenchError("--reference names several runtimes; there can be one")
         reference = named[0]

@@ -46,7 +46,7 @@ def parse_range(text: str) -> tuple[Runtime, Runtime]:
     first, dots, last = text.partition("..")
     if not dots or "venv=" in text:
         raise BenchError(f"--bisect {text!r} is no range of versions; {FORM}")
-    ends = parse_runtimes(f"{first},{last}", "--bisect")
+    ends = parse_runtimes(f"{first},{last}", "--bisect", FORM)
     if len(ends) != 2 or ends[0].distribution != ends[1].distribution:
         raise BenchError(f"--bisect {text!r} needs one version at each end; {FORM}")
     if ends[0].key >= ends[1].key:
@@ -174,9 +174,14 @@ def _summary(
             f"{after.runtime} is the first where parity is another: {state_of(before)}, then {state_of(after)} ({why})"
         )
     result = result_of(change, after)
-    by = cw.change((result.ratio if result else None) or change.ratio, "s")
+    by = (
+        cw.change(result.ratio, "s").replace("\u00a0", " ")
+        if result and result.ratio
+        else "of unknown speed, not measured"
+    )
+    by += f" {'as' if 'times' in by else 'than'} under {first.runtime}" if result and result.ratio else ""
     title = METRICS[change.metric].name if change.metric in METRICS else change.metric
-    said = f"{after.runtime} is the first where {title} of {change.case} changed: {by} against {first.runtime}"
+    said = f"{after.runtime} is the first where {title} of {change.case} is {by}"
     if profile:
         top = profile[0]
         said += f"; {top.operator} takes {top.after_us / 1e3:.1f} ms a run where it took {top.before_us / 1e3:.1f} ms"

@@ -307,10 +307,10 @@ class Rows:
             if parity:
                 gate.run(CHECKED)
         except ProviderUnavailableError as error:
-            return Gated("unavailable", self._said(error))
+            return Gated("unavailable", self._said(error), warnings=[self._said(w) for w in error.warnings])
         except SessionError as error:  # while it was opened; in a check it is that check's FAIL
             outcome = error.outcome if isinstance(error, RuntimeDiedError) else "refused"
-            return Gated(outcome, self._said(error), warnings=[self._said(w) for w in getattr(error, "__notes__", ())])
+            return Gated(outcome, self._said(error), warnings=[self._said(w) for w in error.warnings])
         finally:
             if session is not None:
                 ended, warnings = session.child.ended, [self._said(w) for w in session.child.warnings()]

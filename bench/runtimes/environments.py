@@ -102,7 +102,7 @@ def environment_name(venv: str) -> str:
     return f"{path.parent.name}/{path.name}" if path.name in (".venv", "venv") else path.name
 
 
-def parse_runtimes(text: str, option: str = "--runtime") -> list[Runtime]:
+def parse_runtimes(text: str, option: str = "--runtime", form: str = FORM) -> list[Runtime]:
     """``onnxruntime==1.23.2,1.27,venv=PATH`` in the order given; a bare version is of the distribution before it.
 
     Raises:
@@ -119,14 +119,14 @@ def parse_runtimes(text: str, option: str = "--runtime") -> list[Runtime]:
         try:
             parsed = Version(number.strip())
         except InvalidVersion:
-            raise BenchError(f"{option} {part!r} names no version; {FORM}") from None
+            raise BenchError(f"{option} {part!r} names no version; {form}") from None
         if distribution not in DISTRIBUTIONS:
-            raise BenchError(f"{option} {part!r} is neither onnxruntime nor onnxruntime-gpu; {FORM}")
+            raise BenchError(f"{option} {part!r} is neither onnxruntime nor onnxruntime-gpu; {form}")
         whole = ".".join(map(str, (*parsed.release, 0, 0)[: max(3, len(parsed.release))]))
         found.append(Runtime(distribution, str(parsed).replace(parsed.base_version, whole, 1)))
     twice = next((r.text for k, r in enumerate(found) if r in found[:k]), None)
     if twice:
-        raise BenchError(f"{option} names {twice} twice")
+        raise BenchError(f"{option} names {twice} twice; {form}")
     return found
 
 
@@ -179,10 +179,11 @@ def prepare(runtime: Runtime, say: Say = lambda _: None) -> Runtime:
 def _install(runtime: Runtime, work: Path) -> None:
     """onnxruntime and numpy into a new environment at ``work``."""
     uv = shutil.which("uv")
+    pip = [] if uv else _pip(f"install {runtime.text}")
     venv.create(work, with_pip=False, symlinks=True)
     python = str(work / "bin" / "python")
     command = [uv, "pip", "install", "-q", "--python", python] if uv else []
-    command = command or [*_pip(), "--python", python, "install", "-q", "--no-input"]
+    command = command or [*pip, "--python", python, "install", "-q", "--no-input"]
     wanted = [f"numpy=={version('numpy')}"]
     if runtime.distribution == "onnxruntime":  # what it depends on beside numpy serves its tools, not its sessions
         wanted += [runtime.text, "--no-deps"]
@@ -193,14 +194,14 @@ def _install(runtime: Runtime, work: Path) -> None:
         raise BenchError(f"{runtime.text} cannot be installed: {_why(done.stderr)}")
 
 
-def _pip() -> list[str]:
+def _pip(purpose: str) -> list[str]:
     """The command that is pip for this Python: its own, or one that uv fetches."""
     with suppress(PackageNotFoundError):
         version("pip")  # asking for the module would wake setuptools' hooks
         return [sys.executable, "-m", "pip"]
     if uv := shutil.which("uv"):
         return [uv, "tool", "run", "--python", sys.executable, "pip"]
-    raise BenchError("neither pip nor uv is here to ask the package index; install one, such as: python -m ensurepip")
+    raise BenchError(f"neither pip nor uv is here to {purpose}; install one, such as: python -m ensurepip")
 
 
 def _why(said: str) -> str:
@@ -223,9 +224,9 @@ def released(distribution: str, first: Version, last: Version) -> list[Runtime]:
     """Every released version from ``first`` to ``last`` that the package index has for this Python, oldest first.
 
     Raises:
-        BenchError: the index cannot be asked, for want of pip and uv too.
+        BenchError: the index cannot be asked, or neither pip nor uv is here.
     """
-    command = [*_pip(), "index", "versions", distribution]
+    command = [*_pip(f"ask for the versions of {distribution}"), "index", "versions", distribution]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     listed = re.search(r"Available versions: (.*)", done.stdout)
     if listed is None:

@@ -148,8 +148,8 @@ class RemoteSession:
         limit_s: see :class:`Child`.
 
     Raises:
-        RuntimeDiedError, SessionError, ProviderUnavailableError: as :class:`runtime.ort_session.OrtSession`; the
-            warnings before it are its notes.
+        RuntimeDiedError, SessionError, ProviderUnavailableError: as :class:`runtime.ort_session.OrtSession`; with the
+            warnings that were printed before.
     """
 
     def __init__(
@@ -161,8 +161,8 @@ class RemoteSession:
             opened = self.child.ask("open", str(folder.absolute()), self._slim, settings)
         except BaseException as error:
             self.child.close()
-            for warning in self.child.warnings():
-                error.add_note(warning)
+            if isinstance(error, SessionError):
+                error.warnings = self.child.warnings()
             raise
         self._info, self.load_s, self.choose_on_device = opened
 

@@ -62,30 +62,27 @@ def parity(row: MatrixRow) -> str:
 
 
 def ratio(row: MatrixRow, case: str, metric: str) -> str:
-    """Speed of a row beside the reference in a cell: the ratio in bold where it is no noise, with its interval."""
+    """Speed of a row beside the reference in a cell: bold beyond the margin, with ``?`` where undecided."""
     if row.reference:
         return "1"
     found = next((r for r in row.speed if (r.case, r.metric) == (case, metric)), None)
     if found is None or found.ratio is None:
         return "-"
-    told = f"{found.ratio:.2f}"
-    told = f"**{told}**" if found.status in ("REGRESSION", "IMPROVED") else told
+    told = f"{found.ratio:.3f}"
+    told = {"REGRESSION": f"**{told}**", "IMPROVED": f"**{told}**", "EQUIVALENT": told}.get(found.status, f"{told}?")
     return told + (f" ({found.low:.2f} to {found.high:.2f})" if found.low and found.high else "")
 
 
 def tables(made: Mapping[str, Matrix]) -> str:
     """Parity, then speed case by case, a row a runtime and a column a form; in Markdown."""
-    rows = {
-        (release(r.version), r.reference): f"{r.version}{' (reference)' * r.reference}"
-        for m in made.values()
-        for r in m.rows
-    }
-    names = [rows[key] for key in sorted(rows)]
-    found = {(name, rows[release(r.version), r.reference]): r for name, m in made.items() for r in m.rows}
+    found = {(form, r.runtime, r.provider): r for form, m in made.items() for r in m.rows}
+    every = {(r.runtime, r.provider): r for r in found.values()}
+    places = sorted(every, key=lambda place: (every[place].provider, release(every[place].version), place[0]))
 
     def table(cell: Callable[[MatrixRow], str]) -> str:
-        lines = [[n, *(cell(found[form, n]) if (form, n) in found else "-" for form in made)] for n in names]
-        return markdown(["onnxruntime", *made], lines)
+        cells = [[cell(found[form, *place]) if (form, *place) in found else "-" for form in made] for place in places]
+        names = [f"{name}, {on}" if len({p for _, p in places}) > 1 else name for name, on in places]
+        return markdown(["runtime", *made], [[name, *row] for name, row in zip(names, cells, strict=True)])
 
     text = "Parity, mean KL divergence (nats) against PyTorch, first check that failed:\n\n" + table(parity)
     cases = dict.fromkeys(c for m in made.values() for c in m.cases)
@@ -93,8 +90,8 @@ def tables(made: Mapping[str, Matrix]) -> str:
         for metric, title in (("ttft", "Prefill"), ("tpot", "Decode")):
             text += f"\n{title}, {case}, time over that under the reference (95 % interval):\n\n"
             text += table(partial(ratio, case=case, metric=metric))
-    memory = table(lambda r: f"{r.load_s:.2f} s, {(r.peak_memory_bytes or 0) / 1e6:,.0f} MB" if r.load_s else "-")
-    return text + "\nLoad time and peak memory:\n\n" + memory if cases else text
+    memory = table(lambda r: f"{r.peak_memory_bytes / 1e6:,.0f} MB" if r.peak_memory_bytes else "-")
+    return text + "\nPeak memory:\n\n" + memory if cases else text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports.comparison import METRICS, UNITS, ChangeStatus, Comparison, History, HistoryStep, Result
+from reports.comparison import METRICS, UNITS, ChangeStatus, Comparison, History, HistoryStep, Result, times_as
 from reports.comparison_summary import Digest, MetricGroup
 from reports.render import parity, words
 from reports.render.words import NULL_CONTROL, Term
@@ -145,11 +145,7 @@ def direction(ratio: float, unit: str) -> str:
 def change(ratio: float, unit: str) -> str:
     """A change in words: ``4.1 % slower``, ``2.6 times as fast``; percentages are of the base's time or size."""
     timed = UNITS.get(unit, (unit,))[0] == "s"
-    if timed and ratio <= 0.5:
-        return f"{words.fixed(1 / ratio)} times as fast"
-    if ratio >= 2:
-        return f"{words.fixed(ratio)} times as {'slow' if timed else 'large'}"
-    return f"{percent(ratio - 1)} {direction(ratio, unit)}"
+    return times_as(ratio, timed) or f"{percent(ratio - 1)} {direction(ratio, unit)}"
 
 
 def step_text(history: History, step: HistoryStep) -> str:
@@ -284,8 +280,8 @@ def span(ratios: Sequence[float], unit: str) -> str:
     small, large = change(ratios[0], unit), change(ratios[-1], unit)
     if small == large:
         return large
-    if "times" in large:
-        return f"{small.partition(' times')[0]} to {large}"
+    if "times" in large:  # both ends in one unit
+        return f"{words.fixed(max(ratios[0], 1 / ratios[0]))} to {large}"
     return f"{percent(ratios[0] - 1).removesuffix(_PERCENT)} to {large}"
 
 

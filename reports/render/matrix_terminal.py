@@ -57,16 +57,21 @@ def print_row(row: MatrixRow, console: Console) -> None:
 
 
 def _table(overview: mw.Overview) -> Table:
+    where = f", {words.shorten(overview.providers[0], 30)}" if len(overview.providers) == 1 else ""
     head = (mw.FAMILY if overview.plain else "Runtime", "verdict", "parity", "decode", "prefill", "load", "peak")
-    table = plain_table(overview.title, *head)
+    table = plain_table(overview.title + where, *head)
     # A line a row at 100 columns; at 80 only the name of a failed check goes on below.
     table.padding = (0, 1, 0, 0)
     for i, column in enumerate(table.columns):
         column.justify = "left" if i < 3 else "right"
         column.no_wrap = i > 2 or i == 1 or (i == 0 and overview.plain)
+    short = overview.plain and overview.matrix.pairs  # the ratios' cells say which is the reference
     for row in overview.matrix.rows:
         table.add_row(
-            Text(f"{overview.short(row)}, {words.shorten(row.provider, 30)}"),
+            Text(
+                (row.version if short else overview.short(row))
+                + ("" if where else f", {words.shorten(row.provider, 30)}")
+            ),
             Text(row.verdict, style=style(row.verdict)),
             Text(mw.parity_cell(row)),
             *(Text(overview.ratio(row, m)) for m in mw.SPEED),

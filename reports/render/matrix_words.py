@@ -111,8 +111,13 @@ class Overview:
     @property
     def title(self) -> str:
         """Such as ``int4 under 6 runtimes``."""
-        count = len({r.runtime for r in self.matrix.rows})
+        count = self._tried
         return f"{words.shorten(self.matrix.folder, 60)} under {count} runtime{'s' * (count != 1)}"
+
+    @property
+    def _tried(self) -> int:
+        """Runtimes, the reference and its twin counted once."""
+        return len({r.version if self.plain else r.runtime for r in self.matrix.rows})
 
     @cached_property
     def states(self) -> dict[str, list[MatrixRow]]:
@@ -128,8 +133,9 @@ class Overview:
             return "No runtime was tried.", ""
         if len(same) == len(rows):
             what = "runtimes" if len(self.providers) == 1 else "rows"
-            count = "both" if len(rows) == 2 else f"all {len(rows)}"
-            every = f"{count} {what}, " if len(rows) > 1 else ""
+            tried = self._tried if len(self.providers) == 1 else len(rows)
+            count = "both" if tried == 2 else f"all {tried}"
+            every = f"{count} {what}, " if tried > 1 else ""
             return f"The same model under {every}{self.named(rows, family=True)}.", ""
         large = {s: found for s, found in self.states.items() if s in ("same", "different")}
         first = cw.joined(

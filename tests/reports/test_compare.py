@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reports import compare, paired
 from reports.compare import Rules, judge, needs_extension, verdict_of
 from reports.comparison import CaseRecord
 from tests.reports.validation_examples import example_validation
@@ -184,3 +185,22 @@ def test_a_large_family_shares_its_variances():
     assert family.size == 40
     assert family.prior_sd["tpot"] == pytest.approx(0.004, rel=0.2)
     assert family.prior_df["tpot"] > 5
+
+
+@pytest.mark.parametrize(
+    ("ratio", "unit", "told"),
+    [
+        (1.99, "s", "99.0 % slower"),
+        (2.0, "s", "2.00 times as slow"),
+        (7.93, "s", "7.93 times as slow"),
+        (0.51, "s", "49.0 % faster"),
+        (0.5, "s", "2.00 times as fast"),
+        (4.0, "B", "4.00 times as large"),
+        (0.25, "B", "75.0 % less"),
+        (248.4, "s", "248 times as slow"),
+    ],
+)
+def test_a_large_change_is_told_in_times(ratio: float, unit: str, told: str):
+    fields = (math.log(ratio), 0.01, 4.0, math.log(ratio), math.log(ratio), 1e-6, 1e-6)
+    tested = paired.Tested(*(np.array([x]) for x in fields), priors={})
+    assert compare._say("REGRESSION", tested, 0, 0.03, unit, 5, None).startswith(f"{told}, beyond the margin")

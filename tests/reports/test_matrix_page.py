@@ -137,7 +137,7 @@ def test_report_command_renders_it_again_with_the_exit_code_of_the_verdict(rows,
 def test_a_reference_that_is_tried_again_keeps_the_names_short():
     twins = [row("1.31.1"), row("1.32.0", runtime="onnxruntime 1.32.0 (reference)", reference=True), row("1.32.0")]
     told = of([row("1.30.0"), *twins])
-    assert told.model_sentences[0] == "The same model under all 4 runtimes, onnxruntime 1.30.0 to 1.32.0."
+    assert told.model_sentences[0] == "The same model under all 3 runtimes, onnxruntime 1.30.0 to 1.32.0."
     assert [told.short(r) for r in twins] == ["1.31.1", "1.32.0 (reference)", "1.32.0"]
 
 
@@ -240,7 +240,7 @@ def test_without_pairs_nothing_is_said_about_speed():
     assert "forest" not in [a.get("class") for a in page.of("figure")]
     # There is nothing to which the reference could be one.
     assert "reference – –" not in texts["terminal"]
-    assert "1.32.0, cpu PASS same – – – –" in texts["terminal"]
+    assert "1.32.0 PASS same – – – –" in texts["terminal"]
     assert "1 reference" not in page.words
 
 
@@ -451,13 +451,11 @@ def test_the_terminal_has_a_line_a_row_at_100_columns():
     table = lines[at : at + 12]
     assert [line.split()[0].rstrip(",") for line in table] == [r.version for r in example_matrix().rows]
     told_lines = [" ".join(line.split()) for line in table]
-    assert told_lines[1] == "1.22.1, cpu FAIL different: mean_kld ◀ 0.710 ◀ 0.900 0.612 s 412 MB"
-    assert told_lines[9] == "1.32.0, cpu PASS same reference reference 0.612 s 412 MB"
+    assert told_lines[1] == "1.22.1 FAIL different: mean_kld ◀ 0.710 ◀ 0.900 0.612 s 412 MB"
+    assert told_lines[9] == "1.32.0 PASS same reference reference 0.612 s 412 MB"
     assert max(map(len, table)) <= 100
     narrow = terminal(example_matrix(), 80)
-    assert re.search(
-        r"^ 1\.29\.0, cpu +INCONCLUSIVE +same +○ 1\.021 +● 0\.997 +0\.612 s +412 MB *$", narrow, flags=re.M
-    )
+    assert re.search(r"^ 1\.29\.0 +INCONCLUSIVE +same +○ 1\.021 +● 0\.997 +0\.612 s +412 MB *$", narrow, flags=re.M)
     # Neither a larger number nor the long name of an environment breaks numbers and verdicts.
     undecided = {"results": checks(undecided="top1_agreement"), "parity": "INCONCLUSIVE", "verdict": "INCONCLUSIVE"}
     large = row("1.29.0", "cuda", peak_memory_bytes=1.412e9, **undecided)
@@ -465,6 +463,8 @@ def test_the_terminal_has_a_line_a_row_at_100_columns():
     whole = r"INCONCLUSIVE +undecided:? +● 1\.004 +● 0\.997 +0\.612 s +1,412 MB"
     for one in (large, named):
         assert re.search(whole, terminal(example_matrix(rows=[one, REFERENCE]), 80))
+    recorded = terminal(Matrix.read(SCHEMA.parent / "gallery" / "runtimes" / "matrix.json"), 80)
+    assert re.search(r"^ 1\.32\.0 +PASS +same +reference +reference +1\.90 s +737 MB *$", recorded, flags=re.M)
     # The path of a reproduction is in one piece, to be copied.
     assert f"reproduction: {DIFFERENCE.reproduction} (312 kB)" in narrow
 
@@ -475,7 +475,8 @@ def test_the_terminal_ends_with_the_verdict():
     assert last.rstrip().replace("\u00a0", " ") == f"FAILED: {mw.Overview(m).headline}".replace("\u00a0", " ")
     assert "◀ improved  ● equivalent  ▶ regression  ○ inconclusive  − missing" in terminal(m)
     passed = terminal(example_matrix(rows=ALL_SAME, bisection="", notes=[]))
-    assert "1.30.0, cpu" in passed
+    assert "int4 under 3 runtimes, cpu" in passed
+    assert re.search(r"^ 1\.30\.0 +PASS", passed, flags=re.M)
     # Nothing is wrong, so no row is told again.
     assert passed.count("1.31.1") == 1
 

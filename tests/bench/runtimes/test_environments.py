@@ -77,18 +77,22 @@ def test_an_environment_that_cannot_be_made_leaves_nothing(monkeypatch: pytest.M
     assert not list((tmp_path / "runtimes").iterdir())
 
 
-def test_what_is_here_installs_and_asks_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environments._pip() == [sys.executable, "-m", "pip"]
+def test_what_is_here_installs_and_asks_the_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environments, "version", lambda _: "26.0")
+    assert environments._pip("ask") == [sys.executable, "-m", "pip"]
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(environments, "version", missing)
     monkeypatch.setattr(environments.shutil, "which", lambda name: f"/bin/{name}")
-    assert environments._pip() == ["/bin/uv", "tool", "run", "--python", sys.executable, "pip"]
+    assert environments._pip("ask") == ["/bin/uv", "tool", "run", "--python", sys.executable, "pip"]
     monkeypatch.setattr(environments.shutil, "which", lambda _: None)
-    with pytest.raises(BenchError, match="neither pip nor uv is here"):
+    with pytest.raises(BenchError, match="neither pip nor uv is here to ask for the versions of onnxruntime"):
         released("onnxruntime", Version("1.26.1"), Version("1.28.0"))
+    with pytest.raises(BenchError, match=r"neither pip nor uv is here to install onnxruntime==1\.27\.0"):
+        environments._install(Runtime("onnxruntime", "1.27.0"), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_versions_between_two_are_those_of_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
