@@ -19,19 +19,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from reports.base import grouped
-from reports.comparison import (
-    CaseRecord,
-    ChangeStatus,
-    Family,
-    PairResult,
-    Result,
-    Scalar,
-    Verdict,
-    in_kept_unit,
-    times_as,
-)
+from reports.comparison import CaseRecord, ChangeStatus, Family, PairResult, Result, Scalar, Verdict, in_kept_unit
 from reports.errors import RecordError
 from reports.paired import LEAST_PAIRS, Prior, Tested, assess, decide, pairs_needed, trimmed
+from reports.render.words import times_as
 from reports.validation import Status, Validation, overall
 
 MARGIN = 0.03

@@ -41,15 +41,6 @@ METRICS = {
 }
 """What this tool measures, in the order of a page; other tools' metrics keep their own names."""
 
-
-def times_as(ratio: float, timed: bool) -> str:
-    """``7.93 times as slow``, ``2.60 times as fast``, of sizes ``2.10 times as large``; "" below twice as much."""
-    value, word = (ratio, "slow" if timed else "large") if ratio >= 2 else (1 / ratio, "fast")
-    if ratio < 2 and not (timed and ratio <= 0.5):
-        return ""
-    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} times as {word}"
-
-
 UNITS = {
     **dict.fromkeys(("s", "sec", "second", "seconds"), ("s", 1.0)),
     **dict.fromkeys(("ms", "msec", "millisecond", "milliseconds"), ("s", 0.001)),

@@ -27,6 +27,7 @@ from bench.runtimes.environments import Runtime, parse_runtimes, prepare, releas
 from reports.comparison import METRICS, Result
 from reports.matrix import OUTCOMES, Bisection, MatrixRow, OperatorTime
 from reports.render import comparison_words as cw
+from reports.render.words import times_as
 
 if TYPE_CHECKING:
     from bench.runtimes.environments import Say
@@ -174,12 +175,10 @@ def _summary(
             f"{after.runtime} is the first where parity is another: {state_of(before)}, then {state_of(after)} ({why})"
         )
     result = result_of(change, after)
-    by = (
-        cw.change(result.ratio, "s").replace("\u00a0", " ")
-        if result and result.ratio
-        else "of unknown speed, not measured"
-    )
-    by += f" {'as' if 'times' in by else 'than'} under {first.runtime}" if result and result.ratio else ""
+    by = "of unknown speed, not measured"
+    if result and result.ratio:
+        word = "as" if times_as(result.ratio, timed=True) else "than"
+        by = f"{cw.change(result.ratio, 's')} {word} under {first.runtime}".replace("\u00a0", " ")
     title = METRICS[change.metric].name if change.metric in METRICS else change.metric
     said = f"{after.runtime} is the first where {title} of {change.case} is {by}"
     if profile:

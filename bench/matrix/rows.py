@@ -146,8 +146,8 @@ class Rows:
         plan = asdict(replace(self.plan, cases=(), rules=replace(self.plan.rules, margins={})))
         plan["cases"] = [case_key(c) for c in self.plan.cases]
         plan["margins"] = dict(self.plan.rules.margins)
-        facts = [s.digest, s.baseline.digest, s.dataset.sha256, s.settings(), s.deployment.limit_s, plan]
-        facts.append(self._here.fingerprint)
+        files = [s.digest, s.baseline.digest, s.dataset.sha256]
+        facts = [*files, s.settings(), s.deployment.limit_s, plan, self._here.fingerprint]
         return json.dumps(facts, sort_keys=True, indent=1, default=str) + "\n"
 
     def row(self, side: Side, parity: bool = True, speed: bool = True) -> MatrixRow:
@@ -306,10 +306,10 @@ class Rows:
             session = opened
             if parity:
                 gate.run(CHECKED)
-        except ProviderUnavailableError as error:
-            return Gated("unavailable", self._said(error), warnings=[self._said(w) for w in error.warnings])
         except SessionError as error:  # while it was opened; in a check it is that check's FAIL
-            outcome = error.outcome if isinstance(error, RuntimeDiedError) else "refused"
+            outcome: Outcome = "unavailable" if isinstance(error, ProviderUnavailableError) else "refused"
+            if isinstance(error, RuntimeDiedError):
+                outcome = error.outcome
             return Gated(outcome, self._said(error), warnings=[self._said(w) for w in error.warnings])
         finally:
             if session is not None:

@@ -178,12 +178,12 @@ def prepare(runtime: Runtime, say: Say = lambda _: None) -> Runtime:
 
 def _install(runtime: Runtime, work: Path) -> None:
     """onnxruntime and numpy into a new environment at ``work``."""
-    uv = shutil.which("uv")
-    pip = [] if uv else _pip(f"install {runtime.text}")
-    venv.create(work, with_pip=False, symlinks=True)
     python = str(work / "bin" / "python")
-    command = [uv, "pip", "install", "-q", "--python", python] if uv else []
-    command = command or [*pip, "--python", python, "install", "-q", "--no-input"]
+    if uv := shutil.which("uv"):
+        command = [uv, "pip", "install", "-q", "--python", python]
+    else:
+        command = [*_pip(f"install {runtime.text}"), "--python", python, "install", "-q", "--no-input"]
+    venv.create(work, with_pip=False, symlinks=True)
     wanted = [f"numpy=={version('numpy')}"]
     if runtime.distribution == "onnxruntime":  # what it depends on beside numpy serves its tools, not its sessions
         wanted += [runtime.text, "--no-deps"]

@@ -78,11 +78,14 @@ def tables(made: Mapping[str, Matrix]) -> str:
     found = {(form, r.runtime, r.provider): r for form, m in made.items() for r in m.rows}
     every = {(r.runtime, r.provider): r for r in found.values()}
     places = sorted(every, key=lambda place: (every[place].provider, release(every[place].version), place[0]))
+    several = len({provider for _, provider in places}) > 1
 
     def table(cell: Callable[[MatrixRow], str]) -> str:
-        cells = [[cell(found[form, *place]) if (form, *place) in found else "-" for form in made] for place in places]
-        names = [f"{name}, {on}" if len({p for _, p in places}) > 1 else name for name, on in places]
-        return markdown(["runtime", *made], [[name, *row] for name, row in zip(names, cells, strict=True)])
+        lines = []
+        for name, provider in places:
+            rows = [found.get((form, name, provider)) for form in made]
+            lines.append([f"{name}, {provider}" if several else name, *(cell(r) if r else "-" for r in rows)])
+        return markdown(["runtime", *made], lines)
 
     text = "Parity, mean KL divergence (nats) against PyTorch, first check that failed:\n\n" + table(parity)
     cases = dict.fromkeys(c for m in made.values() for c in m.cases)

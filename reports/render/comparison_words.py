@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports.comparison import METRICS, UNITS, ChangeStatus, Comparison, History, HistoryStep, Result, times_as
+from reports.comparison import METRICS, UNITS, ChangeStatus, Comparison, History, HistoryStep, Result
 from reports.comparison_summary import Digest, MetricGroup
 from reports.render import parity, words
 from reports.render.words import NULL_CONTROL, Term
@@ -145,7 +145,7 @@ def direction(ratio: float, unit: str) -> str:
 def change(ratio: float, unit: str) -> str:
     """A change in words: ``4.1 % slower``, ``2.6 times as fast``; percentages are of the base's time or size."""
     timed = UNITS.get(unit, (unit,))[0] == "s"
-    return times_as(ratio, timed) or f"{percent(ratio - 1)} {direction(ratio, unit)}"
+    return words.times_as(ratio, timed) or f"{percent(ratio - 1)} {direction(ratio, unit)}"
 
 
 def step_text(history: History, step: HistoryStep) -> str:

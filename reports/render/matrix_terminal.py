@@ -67,11 +67,9 @@ def _table(overview: mw.Overview) -> Table:
         column.no_wrap = i > 2 or i == 1 or (i == 0 and overview.plain)
     short = overview.plain and overview.matrix.pairs  # the ratios' cells say which is the reference
     for row in overview.matrix.rows:
+        name = row.version if short else overview.short(row)
         table.add_row(
-            Text(
-                (row.version if short else overview.short(row))
-                + ("" if where else f", {words.shorten(row.provider, 30)}")
-            ),
+            Text(name if where else f"{name}, {words.shorten(row.provider, 30)}"),
             Text(row.verdict, style=style(row.verdict)),
             Text(mw.parity_cell(row)),
             *(Text(overview.ratio(row, m)) for m in mw.SPEED),

@@ -111,10 +111,9 @@ class Overview:
     @property
     def title(self) -> str:
         """Such as ``int4 under 6 runtimes``."""
-        count = self._tried
-        return f"{words.shorten(self.matrix.folder, 60)} under {count} runtime{'s' * (count != 1)}"
+        return f"{words.shorten(self.matrix.folder, 60)} under {self._tried} runtime{'s' * (self._tried != 1)}"
 
-    @property
+    @cached_property
     def _tried(self) -> int:
         """Runtimes, the reference and its twin counted once."""
         return len({r.version if self.plain else r.runtime for r in self.matrix.rows})

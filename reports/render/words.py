@@ -104,6 +104,13 @@ def fixed(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def times_as(ratio: float, timed: bool) -> str:
+    """``7.93 times as slow``, ``2.60 times as fast``, of sizes ``2.10 times as large``; "" below twice as much."""
+    if ratio >= 2:
+        return f"{fixed(ratio)} times as {'slow' if timed else 'large'}"
+    return f"{fixed(1 / ratio)} times as fast" if timed and ratio <= 0.5 else ""
+
+
 def ms(seconds: float | None) -> str:
     """Milliseconds with their unit; a dash where nothing was measured."""
     return DASH if seconds is None else f"{fixed(seconds * 1e3)} ms"
