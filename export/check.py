@@ -11,6 +11,7 @@ from collections import Counter
 import onnx
 from transformers import PretrainedConfig
 
+from export.architectures import architecture_of
 from export.errors import GraphCheckError
 from export.manifest import ATTENTIONS, NORMS
 from export.sizes import head_dim_of
@@ -34,10 +35,19 @@ FORBIDDEN = (
 
 NODE_BUDGET = {"GroupQueryAttention": (11, 20), "Attention": (26, 40)}
 """Most nodes: for each layer, and besides."""
+HEAD_NORM_NODES = {"GroupQueryAttention": 9, "Attention": 2}
+"""More of them in a layer whose queries and keys are normalised head by head: norms, and what splits QKV for them."""
+WINDOW_NODES = 12
+"""More of them for the mask of an attention window."""
+
+
+def norms_of(config: PretrainedConfig) -> int:
+    """Norms of a decoder, the last one included."""
+    return len(architecture_of(config).layer_norms) * int(config.num_hidden_layers) + 1
 
 
 def expected_counts(config: PretrainedConfig, spec: ExportSpec) -> dict[str, int]:
-    """Operators that a LLaMA of this configuration must have in that form, by operator type."""
+    """Operators that a decoder of this configuration must have in that form, by operator type."""
     layers = config.num_hidden_layers
     heads = config.num_attention_heads * head_dim_of(config)
     columns = {"o": heads, "down": config.intermediate_size}
@@ -57,12 +67,12 @@ def expected_counts(config: PretrainedConfig, spec: ExportSpec) -> dict[str, int
     if spec.embedding != "float":
         counts["GatherBlockQuantized"] = 1
     if spec.attention == "Attention":
-        own = {"Attention": layers, "RMSNormalization": 2 * layers + 1}
+        own = {"Attention": layers, "RMSNormalization": norms_of(config)}
         own |= dict.fromkeys(("RotaryEmbedding", "TensorScatter"), 2 * layers)
     else:
         own = {
             "GroupQueryAttention": layers,
-            "SimplifiedLayerNormalization": 1,
+            "SimplifiedLayerNormalization": norms_of(config) - 2 * layers,
             "SkipSimplifiedLayerNormalization": 2 * layers,
         }
     return {op: n for op, n in {**own, **counts}.items() if n}
@@ -77,6 +87,8 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSp
     Raises:
         GraphCheckError: names every difference at once.
     """
+    architecture = architecture_of(config)
+    windows: dict[int | None, int] = Counter(architecture.windows(config))
     found = Counter(node.op_type for node in model.graph.node)
     expected = expected_counts(config, spec)
     wrong = [f"{found[op]} {op} where the config demands {n}" for op, n in expected.items() if found[op] != n]
@@ -86,9 +98,11 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSp
     forbidden = set(FORBIDDEN) - ({"Range", "Where"} if standard else set())
     forbidden |= {"MatMul", "MatMulNBits"} - set(expected)
     wrong += [f"{found[op]} {op} left over" for op in sorted(forbidden) if found[op]]
-    biases = 2 * config.num_hidden_layers * bool(getattr(config, "attention_bias", False))
-    biases += 3 * config.num_hidden_layers * bool(getattr(config, "mlp_bias", False))
+    biases = sum(node.op_type == "Add" and node.input[0].endswith("_proj.bias") for node in model.graph.node)
     per_layer, fixed = NODE_BUDGET[spec.attention]
+    if architecture.head_norms:
+        per_layer += HEAD_NORM_NODES[spec.attention]
+    fixed += WINDOW_NODES * (standard and architecture.attention_window(config) is not None)
     per_layer += 18 * (spec.zero_points == "float")
     fixed += 4 * (spec.lm_head == "int4") + (spec.float_type == "bf16") + expected.get("DequantizeLinear", 0)
     budget = per_layer * config.num_hidden_layers + fixed + biases
@@ -111,6 +125,18 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSp
             eps = values.get("epsilon", 0.0)
             if abs(eps - config.rms_norm_eps) > 1e-6 * config.rms_norm_eps:
                 wrong.append(f"{node.name}: epsilon is {eps}, not {config.rms_norm_eps}")
+    if not standard and (have := _windows(model)) != windows:
+        wrong.append(f"attention windows are {have} (window: layers), not {dict(windows)}")
     if wrong:
         raise GraphCheckError("the exported graph is not the model: " + "; ".join(wrong))
     return {op: found[op] for op in expected}
+
+
+def _windows(model: onnx.ModelProto) -> dict[int | None, int]:
+    """How many GroupQueryAttention nodes have which window."""
+    found: Counter[int | None] = Counter()
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            window = next((a.i for a in node.attribute if a.name == "local_window_size"), -1)
+            found[None if window < 0 else window] += 1
+    return dict(found)

@@ -22,8 +22,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from export.architectures import architecture_of
 from export.errors import UnsupportedModelError
-from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
+from export.fused import MARKER_DOMAIN, MS, FusedOnnxConfig
 from export.manifest import ONNX_TYPE, Weight
 from export.oldest_runtime import ir_version_of
 from export.sizes import head_dim_of
@@ -42,7 +43,6 @@ CACHE_LENGTH = 4096
 ALIGNMENT = 4096
 """ONNX Runtime maps external data into memory only at page boundaries."""
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ONNX_DTYPE = {**ONNX_TYPE, "uint8": int(TensorProto.UINT8)}
 ONNX_DTYPE |= {"int8": int(TensorProto.INT8), "int4": int(TensorProto.INT4)}
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "uint8": torch.uint8}
@@ -60,39 +60,9 @@ class Conversion:
     data_bytes: int
 
 
-def require_llama(config: PretrainedConfig) -> None:
-    """Refuse, by name, what the fused export would get wrong.
-
-    Raises:
-        UnsupportedModelError: another architecture, activation or rotary scheme.
-    """
-    if config.model_type != "llama":
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} is not LLaMA; the fused export takes 'llama' (LlamaForCausalLM) only. "
-            f"optimum's unfused graph is there with --target plain"
-        )
-    if config.hidden_act not in ("silu", "swish"):
-        raise UnsupportedModelError(f"activation {config.hidden_act!r} is not supported; LLaMA uses 'silu'")
-    scaling = getattr(config, "rope_scaling", None) or {}
-    rope = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope not in ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"rope scaling {rope!r} depends on the length of the prompt, which a fixed table cannot hold; "
-            f"supported: {', '.join(ROPE_TYPES)}"
-        )
-    if head_dim_of(config) % 16 != 0:
-        raise UnsupportedModelError(
-            f"head size {head_dim_of(config)} is not a multiple of 16, which rotary GroupQueryAttention requires"
-        )
-    if getattr(config, "pretraining_tp", 1) not in (None, 1):
-        raise UnsupportedModelError("pretraining_tp > 1 splits the matrix products; set it to 1 in config.json")
-
-
 def rope_tables(config: PretrainedConfig) -> dict[str, Tensor]:
     """Cosine and sine tables ``[context, head_dim / 2]`` in fp32, as transformers' own rotary module computes them."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    rotary = LlamaRotaryEmbedding(config)
+    rotary = architecture_of(config).rotary(config)
     positions = torch.arange(config.max_position_embeddings)[None]
     tables = rotary(torch.zeros(1, dtype=torch.float32), positions)
     half = head_dim_of(config) // 2
@@ -174,7 +144,7 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
 
 def _trace(config: PretrainedConfig, spec: ExportSpec, last_logits: bool) -> onnx.ModelProto:
     dtype, attention = TORCH_DTYPE[spec.float_type], spec.attention
-    onnx_config = FusedLlamaOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
+    onnx_config = FusedOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
     onnx_config.last_logits = last_logits
     onnx_config.attention = attention
     onnx_config.guarded = spec.provider == "any"  # CUDA has no ArgMax over integers
@@ -448,7 +418,7 @@ def _lower(model: onnx.ModelProto, weights: _Weights, data_file: str) -> onnx.Mo
 
 
 def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conversion:
-    """Build both graphs of a LLaMA without reading a single weight.
+    """Build both graphs of a decoder without reading a single weight.
 
     Args:
         config: the checkpoint's configuration.
@@ -456,10 +426,13 @@ def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conve
         data_file: name of the external-data file that both graphs will point at.
 
     Raises:
-        UnsupportedModelError: from :func:`require_llama`.
+        UnsupportedModelError, BrokenCheckpointError: see :class:`export.architectures.base.Architecture`.
     """
-    require_llama(config)
-    shapes = parameter_shapes(config) | dict.fromkeys(ROPE, _rope_shape(config))
+    architecture = architecture_of(config)
+    architecture.require(config)
+    shapes = parameter_shapes(config)
+    architecture.require_tensors(shapes)
+    shapes |= dict.fromkeys(ROPE, _rope_shape(config))
     if spec.precision in BITS and not any(
         spec.bits_of(name, config.num_hidden_layers) for name in shapes if name.endswith("_proj.weight")
     ):

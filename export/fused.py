@@ -1,4 +1,4 @@
-"""LLaMA with fused operators, through optimum's own extension points: ONNX Runtime's, or opset 24's standard ones.
+"""A decoder with fused operators, through optimum's own extension points: ONNX Runtime's, or opset 24's standard ones.
 
 A subclass of optimum's ``LlamaOnnxConfig`` brings its own model patcher. While the patcher is active, the decoder
 layers call ``torch.autograd.Function``s whose ``symbolic`` emits ONNX Runtime's fused operators directly. No graph
@@ -12,13 +12,15 @@ is compared with the *unpatched* model. Linear layers become marker operators th
 from __future__ import annotations
 
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers.models.llama.modeling_llama as modeling_llama
 from optimum.exporters.onnx.model_configs import LlamaOnnxConfig
 from optimum.exporters.onnx.model_patcher import ModelPatcher
 from torch import Tensor, nn
+
+from export.architectures import architecture_of
 
 MARKER_DOMAIN = "llama_onnx_bench"
 MS = "com.microsoft"
@@ -50,49 +52,95 @@ def _absent(g: Any) -> Any:
     return none
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """The numbers of an attention; ``epsilon`` is of the norms of single heads, ``window`` counts tokens."""
+
+    queries: int
+    keys: int
+    size: int
+    scale: float
+    window: int | None
+    epsilon: float
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Columns of the query, the key and the value."""
+        return self.queries * self.size, self.keys * self.size, self.keys * self.size
+
+
+def _constant(g: Any, *values: int) -> Any:
+    return g.op("Constant", value_t=torch.tensor(values))
+
+
+def _split(g: Any, qkv: Any, heads: _Heads) -> list[Any]:
+    """Query, key and value of packed QKV, head by head: ``[batch, new, heads, size]``."""
+    parts = g.op("Split", qkv, _constant(g, *heads.widths), axis_i=-1, outputs=3)
+    numbers = (heads.queries, heads.keys, heads.keys)
+    return [g.op("Reshape", part, _constant(g, 0, -1, n, heads.size)) for part, n in zip(parts, numbers, strict=True)]
+
+
 class _CachedAttention(torch.autograd.Function):
     """Attention over packed QKV ``[batch, new, ...]`` with rotary embedding inside: output, present key and value.
 
-    ``rest`` holds the operator's own inputs, then heads, key and value heads, size of a head and scale.
+    ``rest`` holds the weights of the norms of single heads, None or ``[size]`` for queries and keys, then the
+    operator's own inputs.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, past_key: Tensor, past_value: Tensor, *rest: Any
+        ctx: Any, heads: _Heads, qkv: Tensor, past_key: Tensor, past_value: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        *_, heads, kv_heads, head_dim, _scale = rest
         batch, new = qkv.shape[:2]
-        shape = (batch, kv_heads, past_key.shape[2] + new, head_dim)
+        shape = (batch, heads.keys, past_key.shape[2] + new, heads.size)
         key, value = (qkv.new_zeros(1).expand(shape) for _ in range(2))  # no memory for a long cache
-        return qkv.new_zeros((batch, new, heads * head_dim)), key, value
+        return qkv.new_zeros((batch, new, heads.widths[0])), key, value
 
 
-def _cached(qkv: Any, past_key: Any, made: tuple[Any, Any, Any], heads: int, kv_heads: int, head_dim: int) -> Any:
+def _cached(qkv: Any, past_key: Any, made: tuple[Any, Any, Any], heads: _Heads) -> Any:
     """The outputs of an attention with their types."""
     out, *presents = made
-    out.setType(_hidden(qkv, heads * head_dim))
+    out.setType(_hidden(qkv, heads.widths[0]))
     for present in presents:
-        present.setType(past_key.type().with_sizes([None, kv_heads, None, head_dim]))
+        present.setType(past_key.type().with_sizes([None, heads.keys, None, heads.size]))
     return made
 
 
 class _GroupQueryAttention(_CachedAttention):
-    """com.microsoft::GroupQueryAttention; its own inputs: lengths, total length, cosine and sine tables."""
+    """com.microsoft::GroupQueryAttention; its own inputs: lengths, total length, cosine and sine tables.
+
+    It takes the weights of the norms of single heads, too, but has no kernel for that on the CPU (1.32): the norms are
+    nodes, which ONNX Runtime's optimiser may fold where the provider has one.
+    """
 
     @staticmethod
-    def symbolic(g: Any, qkv: Any, past_key: Any, past_value: Any, *rest: Any) -> Any:
-        *inputs, heads, kv_heads, head_dim, scale = rest
+    def symbolic(
+        g: Any, heads: _Heads, qkv: Any, past_key: Any, past_value: Any, q_norm: Any, k_norm: Any, *inputs: Any
+    ) -> Any:
+        queries, keys, values = qkv, _absent(g), _absent(g)
+        if heads.epsilon:
+            q, k, v = _split(g, qkv, heads)
+            normed = [
+                g.op("SimplifiedLayerNormalization", x, w, axis_i=-1, epsilon_f=heads.epsilon, stash_type_i=1)
+                for x, w in ((q, q_norm), (k, k_norm))
+            ]
+            queries, keys, values = (
+                g.op("Reshape", x, _constant(g, 0, -1, width))
+                for x, width in zip((*normed, v), heads.widths, strict=True)
+            )
+        window = {} if heads.window is None else {"local_window_size_i": heads.window}
         made = g.op(
             f"{MS}::GroupQueryAttention",
-            *(qkv, _absent(g), _absent(g), past_key, past_value, *inputs),
-            num_heads_i=heads,
-            kv_num_heads_i=kv_heads,
-            scale_f=scale,
+            *(queries, keys, values, past_key, past_value, *inputs),
+            num_heads_i=heads.queries,
+            kv_num_heads_i=heads.keys,
+            scale_f=heads.scale,
             do_rotary_i=1,
             rotary_interleaved_i=0,
+            **window,
             outputs=3,
         )
-        return _cached(qkv, past_key, made, heads, kv_heads, head_dim)
+        return _cached(qkv, past_key, made, heads)
 
 
 class _StandardAttention(_CachedAttention):
@@ -103,25 +151,25 @@ class _StandardAttention(_CachedAttention):
     """
 
     @staticmethod
-    def symbolic(g: Any, qkv: Any, past_key: Any, past_value: Any, *rest: Any) -> Any:
-        mask, write_indices, cos, sin, position_ids, heads, kv_heads, head_dim, scale = rest
-
-        def constant(*values: int) -> Any:
-            return g.op("Constant", value_t=torch.tensor(values))
-
-        sizes = constant(heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-        parts = g.op("Split", qkv, sizes, axis_i=-1, outputs=3)
-        q, k, v = (
-            g.op("Transpose", g.op("Reshape", part, constant(0, -1, n, head_dim)), perm_i=[0, 2, 1, 3])
-            for part, n in zip(parts, (heads, kv_heads, kv_heads), strict=True)
-        )
+    def symbolic(
+        g: Any, heads: _Heads, qkv: Any, past_key: Any, past_value: Any, q_norm: Any, k_norm: Any, *inputs: Any
+    ) -> Any:
+        mask, write_indices, cos, sin, position_ids = inputs
+        q, k, v = _split(g, qkv, heads)
+        if heads.epsilon:
+            q, k = (
+                g.op("RMSNormalization", x, w, axis_i=-1, epsilon_f=heads.epsilon, stash_type_i=1)
+                for x, w in ((q, q_norm), (k, k_norm))
+            )
+        q, k, v = (g.op("Transpose", x, perm_i=[0, 2, 1, 3]) for x in (q, k, v))
         q, k = (g.op("RotaryEmbedding", x, cos, sin, position_ids, interleaved_i=0) for x in (q, k))
         key, value = (
             g.op("TensorScatter", old, new, write_indices, axis_i=2) for old, new in ((past_key, k), (past_value, v))
         )
-        y = g.op("Attention", q, key, value, mask, scale_f=scale)
-        out = g.op("Reshape", g.op("Transpose", y, perm_i=[0, 2, 1, 3]), constant(0, -1, heads * head_dim))
-        return _cached(qkv, past_key, (out, key, value), heads, kv_heads, head_dim)
+        y = g.op("Attention", q, key, value, mask, scale_f=heads.scale)
+        flat = _constant(g, 0, -1, heads.widths[0])
+        out = g.op("Reshape", g.op("Transpose", y, perm_i=[0, 2, 1, 3]), flat)
+        return _cached(qkv, past_key, (out, key, value), heads)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -166,18 +214,19 @@ def _attention(self: Any, x: Tensor, mask: tuple[Tensor, ...], rope: tuple[Tenso
     config = self.config
     layer = cache.layers[self.layer_idx]
     qkv = _linear(x, self.q_proj, self.k_proj, self.v_proj)
-    operator = _StandardAttention if len(rope) == 3 else _GroupQueryAttention
-    out, layer.keys, layer.values = operator.apply(
-        qkv,
-        layer.keys,
-        layer.values,
-        *mask,
-        *rope,
+    architecture = architecture_of(config)
+    norms = (self.q_norm, self.k_norm) if architecture.head_norms else ()
+    heads = _Heads(
         config.num_attention_heads,
         config.num_key_value_heads,
         self.head_dim,
         float(self.scaling),
+        architecture.windows(config)[self.layer_idx],
+        norms[0].variance_epsilon if norms else 0.0,
     )
+    weights = [norm.weight for norm in norms] or [None, None]
+    operator = _StandardAttention if len(rope) == 3 else _GroupQueryAttention
+    out, layer.keys, layer.values = operator.apply(heads, qkv, layer.keys, layer.values, *weights, *mask, *rope)
     return _linear(out, self.o_proj)
 
 
@@ -206,11 +255,11 @@ def _decoder_layer(
     return _linear(gate * _linear(x, self.mlp.up_proj), self.mlp.down_proj), residual
 
 
-class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
-    """Replaces what a LLaMA computes by fused operators while ``with`` is active; restores everything after."""
+class FusedPatcher(ModelPatcher):  # type: ignore[misc]
+    """Replaces what a decoder computes by fused operators while ``with`` is active; restores everything after."""
 
     def __init__(self, config: Any, model: Any, model_kwargs: dict[str, Any] | None = None) -> None:
-        # The exporter would trace the default 0 as a tensor, which LlamaForCausalLM.forward reads as an index.
+        # The exporter would trace the default 0 as a tensor, which the model's forward reads as an index.
         super().__init__(config, model, {**(model_kwargs or {}), "logits_to_keep": 0})
 
     def __enter__(self) -> None:
@@ -222,7 +271,7 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
         guarded = self.real_config.guarded
         seen: dict[str, Tensor] = {}
 
-        def mask_to_lengths(*, attention_mask: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        def mask_to_lengths(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
             one: Any = _LeftPaddingGuard.apply(attention_mask) if guarded else 1
             lengths = (attention_mask.sum(dim=1) - one).to(torch.int32)
             total = torch._shape_as_tensor(attention_mask)[1].to(torch.int32)
@@ -231,14 +280,18 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
 
         slots = torch.arange(self.real_config.cache_length) if standard else torch.empty(0)
 
-        def slot_mask(*, attention_mask: Tensor, input_embeds: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        def slot_mask(window: int | None, attention_mask: Tensor, input_embeds: Tensor) -> tuple[Tensor, Tensor]:
             first = seen["write_indices"]
             new: Any = torch._shape_as_tensor(input_embeds)[1]
             last = first[:, None] + torch.arange(new)  # the slot of each new token, [batch, new]
-            allowed = (slots <= last[:, None, :, None]) & attention_mask.to(torch.bool)[:, None, None]
+            own = last[:, None, :, None]
+            allowed = (slots <= own) & attention_mask.to(torch.bool)[:, None, None]
+            if window is not None:
+                allowed = allowed & (slots >= own - (window - 1))
             # Half of the least number: a query that may see nothing (left padding) must not become NaN.
             low = torch.full((), torch.finfo(input_embeds.dtype).min / 2, dtype=input_embeds.dtype)
-            seen["last"] = (attention_mask * slots).amax(dim=1) - first
+            if "last" not in seen:
+                seen["last"] = (attention_mask * slots).amax(dim=1) - first
             return torch.where(allowed, torch.zeros((), dtype=input_embeds.dtype), low), first
 
         def final_norm(_self: Any, hidden: tuple[Tensor, Tensor]) -> Tensor:
@@ -264,7 +317,24 @@ class FusedLlamaPatcher(ModelPatcher):  # type: ignore[misc]
         def tables(_hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
             return (model.rope_cos, model.rope_sin, *((position_ids,) if standard else ()))
 
-        patch(modeling_llama, "create_causal_mask", slot_mask if standard else mask_to_lengths)
+        masks: dict[int | None, tuple[Tensor, ...]] = {}
+        architecture = architecture_of(self._model.config)
+        window = architecture.attention_window(self._model.config)
+        for name, tokens in (("create_causal_mask", None), ("create_sliding_window_causal_mask", window)):
+
+            def mask(
+                *, attention_mask: Tensor, input_embeds: Tensor, tokens: int | None = tokens, **_: Any
+            ) -> tuple[Tensor, ...]:
+                # GroupQueryAttention has its window as an attribute: its inputs are the same in every layer.
+                key = tokens if standard else None
+                if key not in masks:
+                    masks[key] = (
+                        slot_mask(tokens, attention_mask, input_embeds) if standard else mask_to_lengths(attention_mask)
+                    )
+                return masks[key]
+
+            if hasattr(architecture.modeling, name):
+                patch(architecture.modeling, name, mask)
         if standard:
             forward = self._model.forward
 
@@ -335,8 +405,8 @@ class _TakePosition(torch.autograd.Function):
         return out
 
 
-class FusedLlamaOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
-    """optimum's LLaMA configuration for the fused graph.
+class FusedOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
+    """optimum's LLaMA configuration for the fused graph of every architecture that has one.
 
     GroupQueryAttention derives positions from the mask, so there is no ``position_ids``; the standard operators take
     it, and ``write_indices``, the slots of the first new tokens. Past and present lengths are independent axes for
@@ -346,7 +416,7 @@ class FusedLlamaOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
     ``[batch, sequence, vocab]`` of all. ``guarded`` makes left-padded batches an error of the graph.
     """
 
-    _MODEL_PATCHER = FusedLlamaPatcher
+    _MODEL_PATCHER = FusedPatcher
     last_logits = True
     attention = "GroupQueryAttention"
     guarded = True

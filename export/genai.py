@@ -19,7 +19,7 @@ def genai_config(config: PretrainedConfig, graph: str, eos: tuple[int, ...], old
     """
     ids: list[int] = list(eos) or [0]
     model: dict[str, Any] = {
-        "type": "llama",
+        "type": config.model_type,
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "bos_token_id": config.bos_token_id if config.bos_token_id is not None else ids[0],

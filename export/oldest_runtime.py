@@ -26,7 +26,7 @@ class Form:
         operator, domain: the operator.
         oldest: ONNX Runtime's first version that computes it right.
         before: what older ones do with it.
-        attributes: values that make the form; {} for every node of the operator.
+        attributes: values, or ranges of them, that make the form; {} for every node of the operator.
         ir_version: 0, or what a graph of ours with it is stamped with, so that older ones, which read another meaning
             into it, refuse the file ("Unsupported model IR version").
     """
@@ -35,22 +35,35 @@ class Form:
     domain: str
     oldest: str
     before: str
-    attributes: Mapping[str, int] = field(default_factory=dict)
+    attributes: Mapping[str, int | range] = field(default_factory=dict)
     ir_version: int = 0
 
     def __str__(self) -> str:
-        return " ".join([self.operator, *(f"{key}={value}" for key, value in self.attributes.items())])
+        named = (key if isinstance(value, range) else f"{key}={value}" for key, value in self.attributes.items())
+        return " ".join([self.operator, *named])
 
     def fits(self, node: Any) -> bool:
         """Whether a node (``onnx.NodeProto``) has this form."""
         if (node.op_type, standard(node.domain)) != (self.operator, self.domain):
             return False
         values = {a.name: a.i for a in node.attribute}
-        return all(values.get(key) == value for key, value in self.attributes.items())
+        return all(
+            values.get(key, -1) in (wanted if isinstance(wanted, range) else (wanted,))
+            for key, wanted in self.attributes.items()
+        )
 
 
+_ANY_WINDOW = range(1, 1 << 31)
 FORMS = (
     Form("GroupQueryAttention", MS, "1.20.0", "get wrong for several new tokens on a past"),
+    Form(
+        "GroupQueryAttention",
+        MS,
+        "1.24.1",
+        "read as a window of one token more",
+        {"local_window_size": _ANY_WINDOW},
+        ir_version=12,
+    ),
     Form("SkipSimplifiedLayerNormalization", MS, "1.20.1", "refuse in fp16"),
     Form("MatMulNBits", MS, "1.20.0", "compute as infinity in fp16 with accuracy level 4"),
     Form("MatMulNBits", MS, "1.23.0", "refuse or, 1.22, get wrong on some CPUs", {"bits": 8}, ir_version=11),

@@ -23,6 +23,7 @@ import onnx
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from export.architectures import ARCHITECTURES, architecture_of
 from export.cache import publish, require_space
 from export.check import check_graph
 from export.convert import EMBEDDING, OPSET, ROPE, TORCH_DTYPE, Conversion, cache_length_of, convert
@@ -88,7 +89,7 @@ def load_config(source: Source) -> PretrainedConfig:
     if not isinstance(config, PretrainedConfig):
         raise BrokenCheckpointError(f"{source.folder}/config.json cannot be used: it describes no model")
     config.return_dict = True  # how a program wants its outputs is no part of the model
-    if config.model_type == "llama":
+    if config.model_type in ARCHITECTURES:
         _check_numbers(config, f"{source.folder}/config.json")
     return config
 
@@ -131,7 +132,8 @@ def _check_numbers(config: PretrainedConfig, where: str) -> None:
     if config.num_attention_heads % config.num_key_value_heads:
         raise refuse("num_key_value_heads", f"a divisor of {config.num_attention_heads} heads")
     if getattr(config, "partial_rotary_factor", None) not in (None, 1, 1.0):
-        raise UnsupportedModelError(f"{where}: partial_rotary_factor rotates part of a head; LLaMA rotates all of it")
+        name = ARCHITECTURES[config.model_type].name
+        raise UnsupportedModelError(f"{where}: partial_rotary_factor rotates part of a head; {name} rotates all of it")
 
 
 def eos_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
@@ -234,7 +236,7 @@ class _Export:
         spec, config = self.spec, self.config
         self.status("tracing the graph")
         conversion = convert(config, spec, DATA_FILE)
-        check_names(conversion.recipes, self.checkpoint, config.tie_word_embeddings, conversion.shapes)
+        check_names(conversion, self.checkpoint, architecture_of(config).class_name, config.tie_word_embeddings)
         require_space(self.out, conversion.data_bytes, "the export")
         counts = check_graph(conversion.decode, config, spec)
         check_graph(conversion.scoring, config, spec)

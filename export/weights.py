@@ -192,12 +192,14 @@ class Checkpoint:
         return entry, self._places[file][""] + entry["data_offsets"][0]
 
 
-def check_names(
-    recipes: Iterable[Weight], checkpoint: Checkpoint, tied: bool, shapes: dict[str, tuple[int, ...]]
-) -> None:
+def check_names(conversion: Conversion, checkpoint: Checkpoint, class_name: str, tied: bool) -> None:
     """Check that of the recipes' sources nothing is missing, extra or misshapen in the checkpoint.
 
-    ``shapes`` is what the configuration demands of each source.
+    Args:
+        conversion: recipes, and the shape that the configuration demands of each source.
+        checkpoint: of the model.
+        class_name: of the model in transformers.
+        tied: whether its head is the embedding.
 
     Raises:
         BrokenCheckpointError: names the tensors concerned.
@@ -206,7 +208,7 @@ def check_names(
     def shown(names: list[str]) -> str:
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-    wanted = {s for r in recipes for s in r.sources}
+    shapes, wanted = conversion.shapes, {s for r in conversion.recipes for s in r.sources}
     known = set(checkpoint.where)
     missing = sorted(wanted - known)
     prefixes = {n.removesuffix(m) for m in missing for n in known if n.endswith(m)}
@@ -218,7 +220,7 @@ def check_names(
     if missing and all(m.removeprefix("model.") in known for m in missing if m.startswith("model.")):
         raise BrokenCheckpointError(
             f"{checkpoint.folder}: names of tensors lack 'model.', so this is a model saved without its head; "
-            f"save the LlamaForCausalLM"
+            f"save the {class_name}"
         )
     if missing:
         raise BrokenCheckpointError(f"{checkpoint.folder} lacks the tensors {shown(missing)}; is the checkpoint whole?")
@@ -226,7 +228,7 @@ def check_names(
     extra = sorted(n for n in known - wanted if not n.endswith(ignored) and not (tied and n == "lm_head.weight"))
     if extra:
         raise BrokenCheckpointError(
-            f"{checkpoint.folder} has tensors that a LLaMA of this config does not use: {shown(extra)}; "
+            f"{checkpoint.folder} has tensors that a {class_name} of this config does not use: {shown(extra)}; "
             f"does config.json belong to these weights?"
         )
     for source in sorted(wanted):

@@ -24,8 +24,8 @@ CALIBRATION = (" ".join(WORDS[k * k % 7 * 3 % 16] + " " + WORDS[k * 5 % 16] for 
 TEMPLATE = "{% for m in messages %}<u> {{ m['content'] }} </u>{% endfor %}{% if add_generation_prompt %} <a>{% endif %}"
 
 
-def tiny_config(**changes: Any) -> Any:
-    from transformers import LlamaConfig
+def tiny_config(model_type: str = "llama", **changes: Any) -> Any:
+    from transformers import AutoConfig
 
     settings: dict[str, Any] = {
         "vocab_size": 331,
@@ -39,7 +39,7 @@ def tiny_config(**changes: Any) -> Any:
         "eos_token_id": 2,
         "tie_word_embeddings": False,
     }
-    return LlamaConfig(**(settings | changes))
+    return AutoConfig.for_model(model_type, **(settings | changes))
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -56,10 +56,10 @@ def save_tokenizer(folder: Path) -> None:
 
 def make_checkpoint(folder: Path, seed: int = 0, shards: str = "5GB", **changes: Any) -> Path:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config(**changes))
+    model = AutoModelForCausalLM.from_config(tiny_config(**changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Large enough that a wrong operator shows, norms and biases away from their trivial values.

@@ -320,9 +320,10 @@ class Baseline:
     def rope_rows(self, kind: str, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """``cos`` or ``sin`` ``[rows, head_dim / 2]`` in fp64 from transformers' frequencies, and what fp32 angles may
         be off at each place (half a unit in the last place of the angle, and of the result)."""
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+        from export.architectures import ARCHITECTURES
 
-        rotary = LlamaRotaryEmbedding(self.config)
+        # Third-party graphs may have tables for an architecture that is not described here: LLaMA's are the usual ones.
+        rotary: Any = ARCHITECTURES.get(self.config.model_type, ARCHITECTURES["llama"]).rotary(self.config)
         angles = np.arange(rows, dtype=np.float64)[:, None] * rotary.inv_freq.double().numpy()[None]
         function = np.cos if kind == "cos" else np.sin
         return function(angles) * float(rotary.attention_scaling), np.abs(angles) * 2.0**-23 + 2.0**-22

@@ -155,8 +155,10 @@ def inner_names(model: Any) -> dict[str, str]:
     for k, node in enumerate(attentions):
         standard = node.op_type == "Attention"
         packed, out = node.input[0], node.output[0]
+        if standard or node.input[1]:
+            packed = _packed(packed, made)
         if standard:
-            packed, out = _packed(packed, made), _flat(out, readers)
+            out = _flat(out, readers)
         names[f"qkv.{k}"], names[f"attention.{k}"] = packed, out
         source = made.get(packed)
         while source is not None and source.op_type not in NORMS:
@@ -177,8 +179,9 @@ def inner_names(model: Any) -> dict[str, str]:
 
 
 def _packed(value: str, made: dict[str, Any]) -> str:
-    """The packed QKV that the query of an Attention was split from."""
-    while (node := made.get(value)) is not None and node.op_type in ("RotaryEmbedding", "Transpose", "Reshape"):
+    """The packed QKV that the query of an attention was split from."""
+    between = ("RotaryEmbedding", "Transpose", "Reshape", "SimplifiedLayerNormalization", "RMSNormalization")
+    while (node := made.get(value)) is not None and node.op_type in between:
         value = node.input[0]
     if node is not None and node.op_type == "Split":
         return str(node.input[0])

@@ -28,7 +28,7 @@ from transformers import LlamaConfig
 import export.weights
 from export.convert import TORCH_DTYPE, convert
 from export.errors import BrokenCheckpointError
-from export.fused import MARKER_DOMAIN, MS, FusedLlamaOnnxConfig
+from export.fused import MARKER_DOMAIN, MS, FusedOnnxConfig
 from export.manifest import Weight, read_manifest
 from export.pipeline import export_model
 from export.spec import ExportSpec
@@ -59,7 +59,7 @@ def traced(folder: Path, target: str, last_logits: bool) -> onnx.ModelProto:
         ("rope_cos", "rope_sin"), LlamaRotaryEmbedding(config)(torch.zeros(1), everywhere), strict=True
     ):
         model.model.register_buffer(name, table[0, :, :half].contiguous())
-    onnx_config = FusedLlamaOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
+    onnx_config = FusedOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
     onnx_config.last_logits = last_logits
     onnx_config.attention = "Attention" if target == "tensorrt" else "GroupQueryAttention"
     onnx_config.cache_length = length = config.max_position_embeddings if target == "tensorrt" else 1
@@ -440,7 +440,7 @@ def test_the_patched_model_is_whole_again(checkpoints: Folders) -> None:
     ids = torch.tensor([[3, 4, 5, 6]])
     with torch.no_grad():
         before = model(ids).logits.clone()
-        config = FusedLlamaOnnxConfig(
+        config = FusedOnnxConfig(
             copy.deepcopy(model.config), task="text-generation", use_past=True, use_past_in_inputs=True
         )
         with config.patch_model_for_export(model):

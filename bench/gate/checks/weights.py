@@ -78,12 +78,13 @@ def _new(audited: set[tuple[str, str]], role: str, expected: str, tensor: Any) -
 
 
 def _audit(s: Subject, reader: TensorReader, places: dict[str, str], tensors: dict[str, Any]) -> Iterator[Finding]:
+    from export.architectures import architecture_of
     from export.weights import check_names
 
     conversion, checkpoint = s.conversion, s.baseline.tensors
     with s.baseline.at_fault():
-        tied = s.baseline.config.tie_word_embeddings
-        check_names(conversion.recipes, checkpoint, tied, conversion.shapes)
+        config = s.baseline.config
+        check_names(conversion, checkpoint, architecture_of(config).class_name, config.tie_word_embeddings)
     recipes = {r.name: r for r in conversion.recipes}
     for expected, found in places.items():
         recipe = recipes.get(expected.partition("#")[0])
