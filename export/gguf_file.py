@@ -16,12 +16,18 @@ from typing import Any
 from export.errors import BrokenCheckpointError, ExportError, UnsupportedModelError
 from export.manifest import first_line
 
-_LLAMA_TENSOR = re.compile(
+_TENSOR = (
     r"(token_embd|output|output_norm|rope_freqs)\.weight"
     r"|blk\.\d+\.(attn_norm|attn_q|attn_k|attn_v|attn_output|ffn_norm|ffn_gate|ffn_up|ffn_down)\.weight"
 )
-CONVERSION = 3
-"""Part of the names under which conversions are kept: 1 lost rope scaling, 2 most of the tokenizer."""
+_TENSORS = {
+    "llama": re.compile(_TENSOR),
+    "qwen2": re.compile(rf"{_TENSOR}|blk\.\d+\.attn_[qkv]\.bias"),
+    "qwen3": re.compile(rf"{_TENSOR}|blk\.\d+\.attn_[qk]_norm\.weight"),
+}
+"""What the files of an architecture hold, by llama.cpp's names; Mistral's are of the architecture "llama"."""
+CONVERSION = 4
+"""Part of the names under which conversions are kept: 1 lost rope scaling, 2 most of the tokenizer, 3 head sizes."""
 _ROPE_FACTORS = "rope_freqs.weight"
 # What every LLaMA 3.1 and 3.2 was trained with; only the factor differs (8 and 32).
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -36,7 +42,7 @@ def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
     """
     import torch
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
     from transformers.utils import logging as hf_logging
 
     from export.gguf_tokenizer import gguf_tokenizer
@@ -51,11 +57,17 @@ def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
             return None if field is None else field.contents()
 
         _whole(path, value)
-        scaling = _rope_scaling(path, reader.tensors, value)
+        changes = _lost_by_transformers(path, reader.tensors, value)
         read = gguf_tokenizer(path, value)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        if config.model_type == "mistral":  # by the name alone; it is a LLaMA's file, and read as nothing else
+            other = ("model_type", "sliding_window")
+            config = LlamaConfig(**{k: v for k, v in config.to_dict().items() if k not in other})
+        config.update(changes)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
+            config=config,
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=False,
@@ -64,15 +76,14 @@ def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
         raise
     except Exception as e:
         raise BrokenCheckpointError(
-            f"{path} cannot be read as GGUF ({first_line(e)}); is it whole, and a LLaMA?"
+            f"{path} cannot be read as GGUF ({first_line(e)}); is it whole, and of an architecture that "
+            "transformers reads?"
         ) from None
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
         raise BrokenCheckpointError(
             f"{path} lacks {len(missing)} tensors, the first {missing[0]}; download or convert it again"
         )
-    if scaling:
-        model.config.rope_scaling = scaling
     for settings in (model.config, model.generation_config):
         settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = read.bos, read.eos, read.pad
     if len(read.ends) > 1:
@@ -92,20 +103,39 @@ def _whole(path: Path, value: Callable[[str], Any]) -> None:
         )
 
 
-def _rope_scaling(path: Path, tensors: Any, value: Callable[[str], Any]) -> dict[str, Any] | None:
-    """transformers' ``rope_scaling`` for a LLaMA file; None for no scaling, and for other architectures."""
-    if value("general.architecture") != "llama":
-        return None
-    strange = sorted(t.name for t in tensors if not _LLAMA_TENSOR.fullmatch(t.name))
+def _lost_by_transformers(path: Path, tensors: Any, value: Callable[[str], Any]) -> dict[str, Any]:
+    """Settings of a file that transformers does not read; {} for an architecture that has no fused export.
+
+    Raises:
+        UnsupportedModelError: something that would be lost.
+    """
+    kind = str(value("general.architecture"))
+    if kind not in _TENSORS:
+        return {}
+    strange = sorted(t.name for t in tensors if not _TENSORS[kind].fullmatch(t.name))
     if strange:
         raise UnsupportedModelError(
-            f"{path} holds {len(strange)} tensors that no LLaMA has (the first: {strange[0]}) and that would be lost; "
-            "export the original checkpoint folder instead"
+            f"{path} holds {len(strange)} tensors that no {kind} model has (the first: {strange[0]}) and that would be "
+            "lost; export the original checkpoint folder instead"
         )
-    kind, factor = value("llama.rope.scaling.type") or "none", value("llama.rope.scaling.factor")
+    window, context = value(f"{kind}.attention.sliding_window"), value(f"{kind}.context_length")
+    if window and window < context:
+        raise UnsupportedModelError(
+            f"{path} has an attention window of {window} tokens, which is not read from GGUF; export the original "
+            "checkpoint folder instead"
+        )
+    size = value(f"{kind}.attention.key_length")
+    found: dict[str, Any] = {"head_dim": int(size)} if size else {}
+    scaling = _rope_scaling(path, kind, tensors, value)
+    return found | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _rope_scaling(path: Path, arch: str, tensors: Any, value: Callable[[str], Any]) -> dict[str, Any] | None:
+    """transformers' ``rope_scaling``; None for no scaling."""
+    kind, factor = value(f"{arch}.rope.scaling.type") or "none", value(f"{arch}.rope.scaling.factor")
     factors = next((t.data for t in tensors if t.name == _ROPE_FACTORS), None)
     if factors is not None:
-        return _llama3(path, factors, float(value("llama.rope.freq_base") or 10000.0))
+        return _llama3(path, factors, float(value(f"{arch}.rope.freq_base") or 10000.0))
     if kind == "none" or (kind == "linear" and factor in (None, 1.0)):
         return None
     if kind == "linear":

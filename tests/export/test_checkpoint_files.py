@@ -108,17 +108,19 @@ def gguf_file(
     base: float = 10000.0,
     eos: int | None = 2,
     more: Callable[[Any], Any] = lambda _: None,
+    kind: str = "llama",
+    dim: int = DIM,
 ) -> Path:
-    """A random LLaMA, fp32; ``more`` gets the writer."""
+    """A random LLaMA (or ``kind``), fp32; ``more`` gets the writer."""
     import gguf
     from tokenizers import pre_tokenizers
 
-    w = gguf.GGUFWriter(path, "llama")
+    w = gguf.GGUFWriter(path, kind)
     w.add_context_length(160)
     w.add_block_count(LAYERS)
     w.add_embedding_length(HIDDEN)
     w.add_feed_forward_length(INNER)
-    w.add_rope_dimension_count(DIM)
+    w.add_rope_dimension_count(dim)
     w.add_rope_freq_base(base)
     w.add_head_count(HEADS)
     w.add_head_count_kv(KV)
@@ -150,10 +152,10 @@ def gguf_file(
     for i in range(LAYERS):
         shapes |= {
             f"blk.{i}.attn_norm": (HIDDEN,),
-            f"blk.{i}.attn_q": (HEADS * DIM, HIDDEN),
-            f"blk.{i}.attn_k": (KV * DIM, HIDDEN),
-            f"blk.{i}.attn_v": (KV * DIM, HIDDEN),
-            f"blk.{i}.attn_output": (HIDDEN, HEADS * DIM),
+            f"blk.{i}.attn_q": (HEADS * dim, HIDDEN),
+            f"blk.{i}.attn_k": (KV * dim, HIDDEN),
+            f"blk.{i}.attn_v": (KV * dim, HIDDEN),
+            f"blk.{i}.attn_output": (HIDDEN, HEADS * dim),
             f"blk.{i}.ffn_norm": (HIDDEN,),
             f"blk.{i}.ffn_gate": (INNER, HIDDEN),
             f"blk.{i}.ffn_up": (INNER, HIDDEN),
@@ -191,6 +193,45 @@ def llama3_factors(base: float, factor: float) -> np.ndarray[Any, Any]:
     return np.array(factors, dtype=np.float32)
 
 
+def own_tensors(kind: str, dim: int) -> dict[str, np.ndarray[Any, Any]]:
+    """What the layers of an architecture have beside LLaMA's."""
+    rng = np.random.default_rng(1)
+    shapes = {
+        "qwen2": {"attn_q.bias": HEADS * dim, "attn_k.bias": KV * dim, "attn_v.bias": KV * dim},
+        "qwen3": {"attn_q_norm.weight": dim, "attn_k_norm.weight": dim},
+    }[kind]
+    return {f"blk.{i}.{n}": rng.normal(1, 0.3, s).astype(np.float32) for i in range(LAYERS) for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("qwen2", DIM), ("qwen3", 32)])
+def test_gguf_of_qwen(kind: str, dim: int, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    own = own_tensors(kind, dim)
+    path = gguf_file(tmp_path / "a.gguf", kind=kind, dim=dim, extra=own, more=lambda w: w.add_key_length(dim))
+    folder = resolve(str(path)).folder
+    config = config_of(path)
+    assert (config["model_type"], config["head_dim"], config["rope_scaling"]) == (kind, dim, None)
+    assert config["sliding_window"] is None
+    written = load_file(folder / "model.safetensors")
+    names = {"attn_q.bias": "q_proj.bias", "attn_k_norm.weight": "k_norm.weight", "attn_q_norm.weight": "q_norm.weight"}
+    for gguf_name, name in names.items():
+        if f"blk.1.{gguf_name}" in own:
+            assert np.array_equal(written[f"model.layers.1.self_attn.{name}"], own[f"blk.1.{gguf_name}"])
+    export_model(ExportSpec(str(path)), tmp_path / "out")
+    assert np.abs(scores(tmp_path / "out") - baseline(folder)).max() < 1e-4
+
+
+def test_gguf_of_mistral_has_the_window_that_it_says(tmp_path: Path) -> None:
+    """llama.cpp's converter calls it a LLaMA and writes no window; transformers would take 4,096 for the name alone."""
+    path = gguf_file(tmp_path / "a.gguf", more=lambda w: w.add_name("mistral"))
+    assert config_of(path).get("sliding_window") is None
+    export_model(ExportSpec(str(path)), tmp_path / "out")
+    assert np.abs(scores(tmp_path / "out") - baseline(resolve(str(path)).folder)).max() < 1e-4
+    plain = resolve(str(gguf_file(tmp_path / "b.gguf"))).folder
+    assert np.array_equal(baseline(resolve(str(path)).folder), baseline(plain))
+
+
 def test_gguf_as_it_is(tmp_path: Path) -> None:
     assert config_of(gguf_file(tmp_path / "a.gguf"))["rope_scaling"] is None
     assert config_of(gguf_file(tmp_path / "b.gguf", scaling="none"))["rope_scaling"] is None
@@ -222,6 +263,12 @@ def test_gguf_with_linear_scaling(tmp_path: Path) -> None:
             "rotary factors",
         ),
         ({"extra": {"blk.0.attn_q.bias": np.ones(64, np.float32)}}, UnsupportedModelError, r"blk\.0\.attn_q\.bias"),
+        ({"more": lambda w: w.add_sliding_window(64)}, UnsupportedModelError, "attention window of 64 tokens"),
+        (
+            {"kind": "qwen2", "scaling": "yarn", "extra": own_tensors("qwen2", DIM)},
+            UnsupportedModelError,
+            r"scales its rotary embedding \(yarn\)",
+        ),
         (
             {"more": lambda w: (w.add_uint16("split.count", 3), w.add_uint16("split.no", 0))},
             UnsupportedModelError,
