@@ -48,9 +48,10 @@ def by_layer_types(config: PretrainedConfig) -> Windows:
 
 def _checked(window: Any, config: PretrainedConfig) -> int | None:
     """None for a window that no token of the context reaches the end of."""
-    if window is not None and (type(window) is not int or window < 1):
+    # transformers itself keeps everything for a window of 1 ([-0:]).
+    if window is not None and (type(window) is not int or window < 2):
         raise BrokenCheckpointError(
-            f"config.json: sliding_window is {str(window)[:40]}, not a whole number above 0; download it again"
+            f"config.json: sliding_window is {str(window)[:40]}, not a whole number above 1; download it again"
         )
     return window if window and window < config.max_position_embeddings else None
 
