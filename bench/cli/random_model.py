@@ -12,14 +12,15 @@ from pathlib import Path
 from bench.cli.output import show
 from bench.progress import progress
 
-HELP = "write a checkpoint with the shape of a real LLaMA and random weights"
+HELP = "write a checkpoint with the shape of a real model and random weights"
+SHAPES = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "mistral-7b-v0.1", "qwen2.5-7b", "qwen3-8b")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which shape, and where."""
     add = parser.add_argument
     add("out", type=Path, help="the folder to create")
-    add("--config", default="llama-2-7b", help="llama-2-7b (default), llama-2-13b or llama-2-70b")
+    add("--config", default="llama-2-7b", help=f"{', '.join(SHAPES)} (default llama-2-7b)")
     add("--precision", default="fp16", help="fp32, fp16 (default) or bf16")
     add("--layers", type=int, metavar="N", help="fewer layers than the real model has")
     add("--seed", type=int, default=0, metavar="N", help="of the weights (default 0)")

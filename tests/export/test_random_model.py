@@ -15,16 +15,19 @@ from torch import Tensor
 
 import export.random_model
 from bench.cli.main import main
+from bench.cli.random_model import SHAPES
 from export.convert import parameter_shapes
 from export.errors import DestinationError, ExportError
 from export.pipeline import export_model
 from export.random_model import CONFIGS, config_of, make_random_model
+from export.sizes import head_dim_of
 from export.spec import ExportSpec
 from runtime.loading import load
 from runtime.torch_session import TorchSession
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
+    "model_type": "llama",
     "vocab_size": 331,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -38,7 +41,10 @@ TINY: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 # As published with the models; grouped-query attention and the head of its own are in them.
-PARAMETERS = {"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192}
+PARAMETERS = {
+    **{"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192},
+    **{"mistral-7b-v0.1": 7_241_732_096, "qwen2.5-7b": 7_615_616_512, "qwen3-8b": 8_190_735_360},
+}
 
 
 @pytest.fixture
@@ -117,7 +123,7 @@ def test_the_seed_decides_and_nothing_else(tiny: str, tmp_path: Path) -> None:
 
 def test_pieces_of_a_large_matrix_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are filled in pieces of 16 Mi numbers: each with new ones, none left out."""
-    values = export.random_model._values((40, 1 << 20), torch.bfloat16, torch.Generator().manual_seed(0))
+    values = export.random_model._values("w", (40, 1 << 20), torch.bfloat16, torch.Generator().manual_seed(0))
     firsts = values[::16, :1000].float()
     assert not torch.equal(firsts[0], firsts[1])
     assert not torch.equal(firsts[1], firsts[2])
@@ -260,14 +266,20 @@ def test_published_parameter_counts(name: str) -> None:
     config = config_of(name)
     assert sum(int(np.prod(shape)) for shape in parameter_shapes(config).values()) == PARAMETERS[name]
     with torch.device("meta"):
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        own = LlamaForCausalLM(config_of(name, 2)).state_dict()
+        own = AutoModelForCausalLM.from_config(config_of(name, 2)).state_dict()
     assert {n: tuple(t.shape) for n, t in own.items()} == parameter_shapes(config_of(name, 2))
     assert config_of(name, 2).num_hidden_layers == 2
     assert config_of(name).num_hidden_layers == CONFIGS[name]["num_hidden_layers"]  # not changed by the line before
-    assert (config.vocab_size, config.max_position_embeddings, config.rms_norm_eps) == (32000, 4096, 1e-5)
-    assert (config.bos_token_id, config.eos_token_id, config.head_dim) == (1, 2, 128)
+    assert {k: getattr(config, k) for k in CONFIGS[name] if k != "sliding_window"} == {
+        k: v for k, v in CONFIGS[name].items() if k != "sliding_window"
+    }
+    assert head_dim_of(config) == 128
+
+
+def test_the_help_names_every_shape() -> None:
+    assert set(SHAPES) == CONFIGS.keys()
 
 
 def test_command_line(
