@@ -69,13 +69,15 @@ class Graph:
         bind_cache: Callable[[Any], None],
         wanted: int,
         places: NDArray[np.int64] | None = None,
+        start: int = 0,
     ) -> tuple[NDArray[Any], Any]:
         """Run new tokens with everything bound anew; logits ``[rows, wanted, vocab]``, and the binding.
 
-        ``places`` are the tokens' positions, None for those that the mask says.
+        ``places`` are the tokens' positions, None for those that the mask says; ``start`` counts the tokens of each row
+        that are in the cache already.
         """
-        places = positions(mask) if places is None else places
-        feed = {"input_ids": ids, "position_ids": places, **placed(self.manifest.kv, mask)}
+        places = positions(mask)[:, start:] if places is None else places
+        feed = {"input_ids": ids, "position_ids": np.ascontiguousarray(places), **placed(self.manifest.kv, mask, start)}
         binding = self.bind(feed, bind_cache)
         logits = self.bind_logits(binding, wanted, len(ids))
         self.run(binding)

@@ -1,4 +1,5 @@
-"""One batch whose logits come to the host: prefill in one run or row by row, and the step that everything is bound for.
+"""One batch whose logits come to the host: prefill in one run, or row by row in chunks, and the step that everything is
+bound for.
 
 What a decode step does: write one id per row, extend the mask, run the bound graph. KV and logits buffers are bound
 once per batch; what comes from the host is bound at each step, since a GPU provider copies it when it is bound.
@@ -22,6 +23,12 @@ _ROW_TOKENS = 16
 """Shortest prompt of a CPU batch whose rows are prefilled one by one."""
 
 
+def spans(length: int, chunk: int) -> list[tuple[int, int]]:
+    """Where the fewest chunks of at most ``chunk`` tokens (0: any number) begin and end; about equally long."""
+    parts = -(-length // chunk) if chunk else 1
+    return [(k * length // parts, (k + 1) * length // parts) for k in range(parts)]
+
+
 class HostDecoder:
     """One batch over one KV cache.
 
@@ -30,10 +37,14 @@ class HostDecoder:
         decode: the graph that takes one token a row; may be the same.
         cache: of this batch.
         shapes: what TensorRT's engines were built for; None elsewhere.
+        chunk: most tokens of a prompt that one run takes on the CPU; 0 for all.
     """
 
-    def __init__(self, prefill: Graph, decode: Graph, cache: SharedCache | GrowingCache, shapes: Shapes | None) -> None:
+    def __init__(
+        self, prefill: Graph, decode: Graph, cache: SharedCache | GrowingCache, shapes: Shapes | None, chunk: int = 0
+    ) -> None:
         self._prefill, self._decode, self._cache, self._shapes = prefill, decode, cache, shapes
+        self._chunk = chunk
         self._manifest = decode.manifest
         self._last_only = self._manifest.decode_logits == "last"
         self._mask: NDArray[np.int64]
@@ -62,15 +73,13 @@ class HostDecoder:
     def _one_by_one(self, lengths: Sequence[int]) -> bool:
         """Whether rows are prefilled one after another.
 
-        On the CPU one row keeps both cores busy, a batch only outgrows the caches and computes its padding; below
-        :data:`_ROW_TOKENS` reading the weights is what takes the time, and a batch reads them once.
+        On the CPU one row keeps every core busy, a batch only outgrows the caches and computes its padding; below
+        :data:`_ROW_TOKENS` reading the weights is what takes the time, and a batch reads them once. In chunks it has to
+        be: the CPU's GroupQueryAttention takes several new tokens on a past in a batch of 1 only.
         """
-        return (
-            len(lengths) > 1
-            and self._prefill.device == "cpu"
-            and isinstance(self._cache, SharedCache)
-            and min(lengths) >= _ROW_TOKENS
-        )
+        if self._prefill.device != "cpu" or not isinstance(self._cache, SharedCache):
+            return False
+        return (len(lengths) > 1 and min(lengths) >= _ROW_TOKENS) or 0 < self._chunk < max(lengths)
 
     def _prefill_batch(self, padded: NDArray[np.int64], mask: NDArray[np.int64], last: NDArray[np.int64]) -> Logits:
         """All rows in one run; ``last`` is each row's last valid column."""
@@ -80,13 +89,15 @@ class HostDecoder:
         return fp32(logits[:, 0] if self._last_only else logits[np.arange(len(padded)), last])
 
     def _prefill_rows(self, padded: NDArray[np.int64], lengths: Sequence[int]) -> Logits:
-        """Each row alone, into its place in the shared cache."""
+        """Each row alone, chunk by chunk, into its place in the shared cache."""
         assert isinstance(self._cache, SharedCache)
         out = np.empty((len(padded), self._manifest.vocab_size), np.float32)
         for row, length in enumerate(lengths):
-            ids, mask = padded[row : row + 1, :length].copy(), np.ones((1, length), np.int64)
             bind_row = partial(self._cache.bind_row, row=row)
-            logits, _ = self._prefill.once(ids, mask, bind_row, 1 if self._last_only else length)
+            for start, stop in spans(length, self._chunk):
+                ids, mask = padded[row : row + 1, start:stop].copy(), np.ones((1, stop), np.int64)
+                wanted = 1 if self._last_only else stop - start
+                logits, _ = self._prefill.once(ids, mask, bind_row, wanted, start=start)
             out[row] = logits[0, -1]
         return out
 

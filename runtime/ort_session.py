@@ -36,7 +36,7 @@ from runtime.providers import (
 )
 from runtime.sampling import GREEDY, Sampling
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, right_pad
-from runtime.settings import SessionSettings, usable_cores
+from runtime.settings import PREFILL_CHUNK, SessionSettings, usable_cores
 from runtime.tensorrt import Shapes, engine_options, require_inside
 from runtime.trim import give_back
 from runtime.turns import Guarded, guarded
@@ -87,6 +87,9 @@ class OrtSession(PipelineMixin, Guarded):
         self._engine_home, self._build_s = settings.engine_home, 0.0
         self._session_options = accuracy_level(manifest) | dict(settings.session_options or {})
         self._profile, self._log_severity = settings.profile, settings.log_severity
+        chunked = self._provider.device == "cpu" and manifest.kv.shared_buffer
+        chunk = PREFILL_CHUNK if settings.prefill_chunk is None else settings.prefill_chunk
+        self._chunk = chunk if chunked else 0
         self._scoring: Graph | None = None
         self._one_graph = settings.one_graph and manifest.scoring_graph != manifest.decode_graph
         self._cache: SharedCache | GrowingCache | None = None
@@ -206,6 +209,7 @@ class OrtSession(PipelineMixin, Guarded):
                 "next_token": f"chosen on the {'device' if self.choose_on_device else 'host'}",
                 **({"cuda_graph": self._cuda_graph} if self._provider.name == "cuda" else {}),
                 **({"cuda_graphs_used_up": self._captures.made} if self._captures.used_up else {}),
+                **({"prefill": f"in chunks of at most {self._chunk} tokens"} if self._chunk else {}),
                 "huge_pages_mb": self._huge_bytes >> 20,
                 **{f"option {key}": value for key, value in self._session_options.items()},
                 "attention": ", ".join(f"{op} on {ep}" for ep, op in self._where.attention.items())
@@ -268,7 +272,7 @@ class OrtSession(PipelineMixin, Guarded):
         self._reset()
         self._require_inside("prefill", len(ids), max(lengths))
         self._cache = self._cache_for(len(ids), max(lengths) + reserve)
-        host = HostDecoder(self._prefill, self._decode, self._cache, self._shapes)
+        host = HostDecoder(self._prefill, self._decode, self._cache, self._shapes, self._chunk)
         last = host.prefill(ids, lengths, reserve)
         self._host = host
         self._begun(lengths, reserve)

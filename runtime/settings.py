@@ -34,6 +34,10 @@ MOST_THREADS = 1024
 """More than any machine has cores; ONNX Runtime takes minutes to start a hundred thousand."""
 
 
+PREFILL_CHUNK = 512
+"""Tokens of a prompt that one run takes on the CPU (docs/measurements/prefill.md)."""
+
+
 @dataclass(frozen=True)
 class SessionSettings:
     """What :class:`runtime.ort_session.OrtSession` is opened with.
@@ -53,12 +57,14 @@ class SessionSettings:
         profile: where ONNX Runtime writes its profile of the decode graph (beginning of the file's name); None for no
             profile. See :meth:`runtime.ort_session.OrtSession.end_profile`.
         log_severity: of what ONNX Runtime prints on standard error: 2 warnings, 3 errors.
+        prefill_chunk: on the CPU, most tokens of a prompt that one run takes, the others follow over the KV cache; 0
+            takes all, None is :data:`PREFILL_CHUNK`. Graphs whose cache grows by Concat take all.
         one_graph: hold the decode or the scoring graph, whichever was asked last, never both: each packs the weights
             anew. Going from one to the other opens it again.
         any_runtime: open the folder under an ONNX Runtime older than its manifest demands, to see what happens.
 
     Raises:
-        SessionError: a number of threads below 1, or a profile with ``one_graph``.
+        SessionError: a number of threads below 1, a negative chunk, or a profile with ``one_graph``.
     """
 
     provider: str = "cpu"
@@ -73,6 +79,7 @@ class SessionSettings:
     session_options: Mapping[str, str] | None = None
     profile: Path | None = None
     log_severity: int = 3
+    prefill_chunk: int | None = None
     one_graph: bool = False
     any_runtime: bool = False
 
@@ -80,6 +87,10 @@ class SessionSettings:
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise SessionError(
                 f"{self.threads} threads make no sense; give 1 to {MOST_THREADS}, or none for every core"
+            )
+        if self.prefill_chunk is not None and self.prefill_chunk < 0:
+            raise SessionError(
+                f"a prefill chunk of {self.prefill_chunk} tokens makes no sense; give 0 for the whole prompt"
             )
         if self.one_graph and self.profile is not None:
             raise SessionError("a profile is the decode graph's from opening to end; it cannot be made with one_graph")
@@ -98,5 +109,6 @@ class MoreSettings(TypedDict, total=False):
     session_options: Mapping[str, str] | None
     profile: Path | None
     log_severity: int
+    prefill_chunk: int | None
     one_graph: bool
     any_runtime: bool

@@ -34,6 +34,11 @@ _PROCESS = Path(__file__).resolve().parents[1] / "process"
 peak_bytes = runpy.run_path(str(_PROCESS / "peak.py"))["peak_bytes"]
 load_suite = runpy.run_path(str(_PROCESS / "suite.py"))["load"]
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "onnx", "llama-onnx-bench")
+OWN_SETTINGS: dict[str, Any] = {
+    "huge_pages": lambda value: str(value).lower() in ("1", "true", "yes"),
+    "prefill_chunk": int,
+}
+"""Settings of :func:`runtime.load` that change speed alone, not ONNX Runtime's."""
 
 
 def _prompts(vocabulary: int, batch: int, prompt: int, seed: int) -> list[list[int]]:
@@ -47,8 +52,8 @@ def _open(a: dict[str, Any]) -> Any:
 
     more: dict[str, Any] = {}  # only what is given: an older revision of the suite does not know the others
     for key, value in (a.get("options") or {}).items():
-        if key == "huge_pages":
-            more[key] = str(value).lower() in ("1", "true", "yes")
+        if key in OWN_SETTINGS:
+            more[key] = OWN_SETTINGS[key](value)
         else:
             kind = "session_options" if key.startswith(SESSION_PREFIXES) else "provider_options"
             more.setdefault(kind, {})[key] = str(value)

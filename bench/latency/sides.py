@@ -1,9 +1,9 @@
 """What ``--base`` and ``--candidate`` name: a folder, how to run it, and in which environment.
 
 ``FOLDER[,provider=cpu][,threads=2][,option:KEY=VALUE]...[,runtime=onnxruntime==1.23.2][,venv=PATH][,rev=GITREV]``:
-``option:`` is a session configuration entry of ONNX Runtime (or ``huge_pages``), ``runtime`` another onnxruntime, whose
-environment is made in the cache, ``venv`` another virtual environment, ``rev`` another revision of this suite, checked
-out into a worktree beside the cache.
+``option:`` is a session configuration entry of ONNX Runtime (or ``huge_pages``, ``prefill_chunk``), ``runtime`` another
+onnxruntime, whose environment is made in the cache, ``venv`` another virtual environment, ``rev`` another revision of
+this suite, checked out into a worktree beside the cache.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ class SideSpec:
 
     def as_options(self) -> list[str]:
         """The same as options of ``llama-onnx validate``; settings that change speed alone are left out."""
-        from bench.latency.measure_case import SESSION_PREFIXES
+        from bench.latency.measure_case import OWN_SETTINGS, SESSION_PREFIXES
 
         found = ["--provider", self.provider]
         found += ["--runtime", f"venv={self.venv}"] if self.venv else []
         found += ["--threads", str(self.threads)] if self.threads else []
         for key, value in self.options.items():
-            if key != "huge_pages":
+            if key not in OWN_SETTINGS:
                 kind = "session" if key.startswith(SESSION_PREFIXES) else "provider"
                 found += [f"--{kind}-option", f"{key}={value}"]
         return found

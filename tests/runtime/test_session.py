@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from runtime.errors import ContextOverflowError, ProviderUnavailableError, SessionError, UnknownProviderError
+from runtime.host_decode import spans
 from runtime.loading import load
 from runtime.session import Session
 from runtime.torch_session import TorchSession
@@ -103,6 +104,47 @@ def test_long_rows_are_prefilled_alone_to_the_last_bit(session: Any) -> None:
     together = session.prefill(rows).copy()
     for row, logits in zip(rows, together, strict=True):
         np.testing.assert_array_equal(session.prefill([row])[0], logits)
+
+
+def test_chunks_are_as_long_as_each_other_and_none_is_too_long() -> None:
+    assert spans(100, 0) == [(0, 100)] == spans(100, 100)
+    assert spans(1025, 512) == [(0, 341), (341, 683), (683, 1025)]
+    for length in range(1, 70):
+        cuts = spans(length, 7)
+        assert [a for a, _ in cuts] == [0, *(b for _, b in cuts)][:-1]
+        assert (cuts[-1][1], len(cuts)) == (length, -(-length // 7))
+        assert all(1 <= b - a <= 7 for a, b in cuts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model_type": "mistral", "sliding_window": 24}, {"model_type": "qwen3", "head_dim": 32}],
+    ids=["llama", "mistral", "qwen3"],
+)
+@pytest.mark.parametrize("target", ["ort", "tensorrt"])
+def test_a_prompt_in_chunks_is_the_prompt(target: str, changes: dict[str, Any], exports: Callable[..., Path]) -> None:
+    """Long and short rows, beyond a window, and the steps after them; the shortest chunk is one token."""
+    folder = exports(spec={"target": target}, **changes)
+    rng = np.random.default_rng(5)
+    rows = [rng.integers(0, 331, n).tolist() for n in (90, 3, 41)]
+    steps = rng.integers(0, 331, (4, 3)).tolist()
+
+    def logits(chunk: int) -> list[Any]:
+        with load(folder, threads=1, prefill_chunk=chunk) as opened:
+            assert opened.info.details.get("prefill") == (f"in chunks of at most {chunk} tokens" if chunk else None)
+            return [opened.prefill(rows, reserve=4).copy(), *(opened.step(ids).copy() for ids in steps)]
+
+    whole = logits(0)
+    for chunk in (1, 32, 40):
+        for a, b in zip(logits(chunk), whole, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+def test_a_graph_that_grows_its_cache_takes_a_prompt_whole(decoders: Callable[[str], tuple[Path, Path]]) -> None:
+    _, folder = decoders("gpt_neo")
+    with load(folder, threads=1, prefill_chunk=8) as opened:
+        assert "prefill" not in opened.info.details
+        opened.prefill([list(range(3, 40))])
 
 
 def test_steps_equal_one_scoring_pass(session: Any) -> None:

@@ -26,6 +26,7 @@ GIVEN: dict[str, Any] = {
     "session_options": {"session.intra_op.allow_spinning": "0"},
     "profile": Path("profile"),
     "log_severity": 2,
+    "prefill_chunk": 7,
     "any_runtime": True,
 }
 
@@ -51,6 +52,11 @@ def test_load_hands_every_setting_over(exports: Callable[..., Path], monkeypatch
         SessionSettings(**GIVEN, one_graph=True)
     with pytest.raises(FrozenInstanceError):
         seen[0][2].threads = 1
+
+
+def test_a_negative_chunk_is_refused() -> None:
+    with pytest.raises(SessionError, match="-1 tokens makes no sense; give 0 for the whole prompt"):
+        SessionSettings(prefill_chunk=-1)
 
 
 def test_session_entries_reach_onnx_runtime(exports: Callable[..., Path]) -> None:
