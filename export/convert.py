@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from export.architectures import architecture_of
+from export.architectures.base import Windows
 from export.errors import UnsupportedModelError
 from export.fused import MARKER_DOMAIN, MS, FusedOnnxConfig
 from export.manifest import ONNX_TYPE, Weight
@@ -107,6 +108,11 @@ def cache_length_of(config: PretrainedConfig, spec: ExportSpec) -> int:
     return length
 
 
+def kept_windows(config: PretrainedConfig, spec: ExportSpec) -> Windows:
+    """The manifest's ``kv.windows``."""
+    return architecture_of(config).windows(config) if spec.window_cache else ()
+
+
 def _rope_shape(config: PretrainedConfig) -> tuple[int, int]:
     return config.max_position_embeddings, head_dim_of(config) // 2
 
@@ -147,6 +153,7 @@ def _trace(config: PretrainedConfig, spec: ExportSpec, last_logits: bool) -> onn
     onnx_config = FusedOnnxConfig(config, task="text-generation", use_past=True, use_past_in_inputs=True)
     onnx_config.last_logits = last_logits
     onnx_config.attention = attention
+    onnx_config.window_cache = spec.window_cache
     onnx_config.guarded = spec.provider == "any"  # CUDA has no ArgMax over integers
     model = _skeleton(config, dtype)
     standard = attention == "Attention"
@@ -430,6 +437,10 @@ def convert(config: PretrainedConfig, spec: ExportSpec, data_file: str) -> Conve
     """
     architecture = architecture_of(config)
     architecture.require(config)
+    if spec.window_cache and architecture.attention_window(config) is None:
+        raise UnsupportedModelError(
+            "--window-cache: no layer of this model has an attention window shorter than its context"
+        )
     shapes = parameter_shapes(config)
     architecture.require_tensors(shapes)
     shapes |= dict.fromkeys(ROPE, _rope_shape(config))

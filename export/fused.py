@@ -54,7 +54,10 @@ def _absent(g: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Heads:
-    """The numbers of an attention; ``epsilon`` is of the norms of single heads, ``window`` counts tokens."""
+    """The numbers of an attention.
+
+    ``epsilon`` is of the norms of single heads, ``window`` counts tokens; ``evicts``: the cache is as long as it.
+    """
 
     queries: int
     keys: int
@@ -62,6 +65,7 @@ class _Heads:
     scale: float
     window: int | None
     epsilon: float
+    evicts: bool
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -129,6 +133,7 @@ class _GroupQueryAttention(_CachedAttention):
                 for x, width in zip((*normed, v), heads.widths, strict=True)
             )
         window = {} if heads.window is None else {"local_window_size_i": heads.window}
+        window |= {"sliding_window_cache_i": 1} if heads.evicts else {}
         made = g.op(
             f"{MS}::GroupQueryAttention",
             *(queries, keys, values, past_key, past_value, *inputs),
@@ -210,23 +215,26 @@ def _linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     return out
 
 
+def _heads(attention: Any, window: int | None, evicts: bool) -> _Heads:
+    """The numbers of transformers' attention module."""
+    norm = getattr(attention, "q_norm", None)
+    return _Heads(
+        attention.config.num_attention_heads,
+        attention.config.num_key_value_heads,
+        attention.head_dim,
+        float(attention.scaling),
+        window,
+        norm.variance_epsilon if norm is not None else 0.0,
+        evicts and window is not None,
+    )
+
+
 def _attention(self: Any, x: Tensor, mask: tuple[Tensor, ...], rope: tuple[Tensor, ...], cache: Any) -> Tensor:
-    config = self.config
     layer = cache.layers[self.layer_idx]
     qkv = _linear(x, self.q_proj, self.k_proj, self.v_proj)
-    architecture = architecture_of(config)
-    norms = (self.q_norm, self.k_norm) if architecture.head_norms else ()
-    heads = _Heads(
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        self.head_dim,
-        float(self.scaling),
-        architecture.windows(config)[self.layer_idx],
-        norms[0].variance_epsilon if norms else 0.0,
-    )
-    weights = [norm.weight for norm in norms] or [None, None]
+    norms = [self.q_norm.weight, self.k_norm.weight] if self.heads.epsilon else [None, None]
     operator = _StandardAttention if len(rope) == 3 else _GroupQueryAttention
-    out, layer.keys, layer.values = operator.apply(heads, qkv, layer.keys, layer.values, *weights, *mask, *rope)
+    out, layer.keys, layer.values = operator.apply(self.heads, qkv, layer.keys, layer.values, *norms, *mask, *rope)
     return _linear(out, self.o_proj)
 
 
@@ -355,7 +363,9 @@ class FusedPatcher(ModelPatcher):  # type: ignore[misc]
 
             patch(self._model, "forward", with_write_indices)
         patch(model.rotary_emb, "forward", tables)
-        for layer in model.layers:
+        windows = architecture.windows(self._model.config)
+        for layer, own in zip(model.layers, windows, strict=True):
+            patch(layer.self_attn, "heads", _heads(layer.self_attn, own, self.real_config.window_cache and last_only))
             patch(layer, "forward", types.MethodType(_decoder_layer, layer))
         patch(model.norm, "forward", types.MethodType(final_norm, model.norm))
         patch(self._model.lm_head, "forward", lambda x: _linear(x, self._model.lm_head))
@@ -413,7 +423,8 @@ class FusedOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
     GroupQueryAttention (a preallocated buffer is longer than the tokens in it); the standard operators' cache, and the
     mask over it, is ``cache_length`` slots long, as TensorRT demands.
     ``last_logits`` chooses between logits ``[batch, 1, vocab]`` of the last valid position and
-    ``[batch, sequence, vocab]`` of all. ``guarded`` makes left-padded batches an error of the graph.
+    ``[batch, sequence, vocab]`` of all. With ``window_cache`` the former drops keys that no window reaches any more;
+    the latter, which is for whole texts, does not. ``guarded`` makes left-padded batches an error of the graph.
     """
 
     _MODEL_PATCHER = FusedPatcher
@@ -421,6 +432,7 @@ class FusedOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
     attention = "GroupQueryAttention"
     guarded = True
     cache_length = 0
+    window_cache = False
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:

@@ -104,7 +104,8 @@ class KVLayout:
     """Shape of the KV cache: per layer a key and a value of ``[batch, kv_heads, capacity, head_dim]``.
 
     ``shared_buffer`` says that past and present may be bound to the same memory; ``cache_length`` is the capacity where
-    the graph fixes it.
+    the graph fixes it. ``windows``, one a layer, are the tokens that the decode graph keeps at least of a layer which
+    drops older ones, None where it keeps all; () where every layer does.
     """
 
     layers: int
@@ -113,6 +114,7 @@ class KVLayout:
     dtype: str
     shared_buffer: bool
     cache_length: int | None = None
+    windows: tuple[int | None, ...] = ()
 
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row occupies over all layers, key and value."""

@@ -64,6 +64,7 @@ FORMS = (
         {"local_window_size": _ANY_WINDOW},
         ir_version=12,
     ),
+    Form("GroupQueryAttention", MS, "1.29.0", "refuse", {"sliding_window_cache": 1}),
     Form("SkipSimplifiedLayerNormalization", MS, "1.20.1", "refuse in fp16"),
     Form("MatMulNBits", MS, "1.20.0", "compute as infinity in fp16 with accuracy level 4"),
     Form("MatMulNBits", MS, "1.23.0", "refuse or, 1.22, get wrong on some CPUs", {"bits": 8}, ir_version=11),

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from export.architectures import ARCHITECTURES, architecture_of
 from export.cache import publish, require_space
 from export.check import check_graph
-from export.convert import EMBEDDING, OPSET, ROPE, TORCH_DTYPE, Conversion, cache_length_of, convert
+from export.convert import EMBEDDING, OPSET, ROPE, TORCH_DTYPE, Conversion, cache_length_of, convert, kept_windows
 from export.errors import BrokenCheckpointError, DestinationError, UnsupportedModelError
 from export.genai import genai_config
 from export.manifest import (
@@ -428,6 +428,7 @@ def _facts(
             dtype=spec.float_type,
             shared_buffer=True,
             cache_length=None if gqa else cache_length_of(config, spec),
+            windows=kept_windows(config, spec),
         ),
         "fused_ops": counts,
         "node_count": len(graph.node),

@@ -48,6 +48,7 @@ class ExportSpec:
         embedding: ``float`` or ``int8``.
         cache_length: tokens that a row of the KV cache holds, prompt and answer, where the graph fixes it (standard
             operators); None: the smaller of the context and 4,096.
+        window_cache: whether layers with an attention window keep no more tokens than it has (GroupQueryAttention).
 
     Raises:
         ExportError: a value that is not known, or a combination that makes no sense.
@@ -67,6 +68,7 @@ class ExportSpec:
     lm_head: str | None = None
     embedding: str | None = None
     cache_length: int | None = None
+    window_cache: bool = False
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, PRECISIONS)
@@ -109,6 +111,10 @@ class ExportSpec:
                 )
             if self.cache_length < 2:
                 raise ExportError(f"--cache-length {self.cache_length} holds no prompt and answer; give 2 or more")
+        if self.window_cache and self.attention != "GroupQueryAttention":
+            raise ExportError(
+                "--window-cache belongs to GroupQueryAttention (--target ort); the KV cache of other graphs is whole"
+            )
         one_of("activations", self.float_type, FLOATS)
         one_of("embedding", str(self.embedding), ("float", "int8"))
         one_of("lm-head", str(self.lm_head), ("float", *BITS))
@@ -202,6 +208,8 @@ class ExportSpec:
         fields = asdict(self)
         if self.attention != "Attention":  # which has no say
             del fields["cache_length"]
+        if not self.window_cache:  # as before there was such a field
+            del fields["window_cache"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

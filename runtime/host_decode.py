@@ -75,9 +75,14 @@ class HostDecoder:
 
         On the CPU one row keeps every core busy, a batch only outgrows the caches and computes its padding; below
         :data:`_ROW_TOKENS` reading the weights is what takes the time, and a batch reads them once. In chunks it has to
-        be: the CPU's GroupQueryAttention takes several new tokens on a past in a batch of 1 only.
+        be: the CPU's GroupQueryAttention takes several new tokens on a past in a batch of 1 only. A cache that drops
+        what no window reaches takes no padding on any provider.
         """
-        if self._prefill.device != "cpu" or not isinstance(self._cache, SharedCache):
+        if not isinstance(self._cache, SharedCache):
+            return False
+        if self._manifest.kv.windows:
+            return len(lengths) > 1 or 0 < self._chunk < max(lengths)
+        if self._prefill.device != "cpu":
             return False
         return (len(lengths) > 1 and min(lengths) >= _ROW_TOKENS) or 0 < self._chunk < max(lengths)
 

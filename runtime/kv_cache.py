@@ -33,6 +33,17 @@ def tiled(part: NDArray[Any], length: int) -> NDArray[Any]:
     return np.ascontiguousarray(np.tile(part, (1, 1, repeat, 1))[:, :, :length])
 
 
+def _slots(capacity: int, window: int | None, device: str) -> int:
+    """Slots of a layer whose graph drops what no window reaches any more (``sliding_window_cache``).
+
+    Never fewer than the window. On the CPU the kept tokens move up when the slots are full, so a quarter more of them
+    makes that rare; CUDA takes exactly the window.
+    """
+    if window is None:
+        return capacity
+    return max(window, min(capacity, window + max(BLOCK, window // 4))) if device == "cpu" else window
+
+
 class SharedCache:
     """Buffers ``[batch, kv_heads, capacity, head_dim]`` per layer, on the session's device.
 
@@ -43,16 +54,17 @@ class SharedCache:
             the graph fixes.
         limit: the model's context length.
         device: ``cpu`` or ``cuda``.
+        whole: every layer keeps every token, as the scoring graph does.
     """
 
-    def __init__(self, layout: KVLayout, batch: int, tokens: int, limit: int, device: str) -> None:
+    def __init__(self, layout: KVLayout, batch: int, tokens: int, limit: int, device: str, whole: bool = False) -> None:
         self.batch = self._rows = batch
         self.capacity = layout.cache_length or min(-(-tokens // BLOCK) * BLOCK, limit)
-        self._fixed = layout.cache_length is not None
-        shape = [batch, layout.kv_heads, self.capacity, layout.head_dim]
-        self._row_bytes = math.prod(shape[1:]) * DTYPE_BYTES[layout.dtype]
+        self._fixed, self._item_bytes = layout.cache_length is not None, DTYPE_BYTES[layout.dtype]
         self._values: dict[str, Any] = {}
-        for layer in range(layout.layers):
+        windows = () if whole else layout.windows
+        for layer, window in enumerate(windows or (None,) * layout.layers):
+            shape = [batch, layout.kv_heads, _slots(self.capacity, window, device), layout.head_dim]
             for kind in ("key", "value"):
                 # Zeroed once: what lies past a row's length has no weight in any attention, but NaNs would spread.
                 if layout.dtype == "bf16":
@@ -112,7 +124,7 @@ class SharedCache:
         for name, value in self._values.items():
             shape = [1, *value.shape()[1:]]
             kind = value.element_type()
-            at = value.data_ptr() + row * self._row_bytes
+            at = value.data_ptr() + row * math.prod(shape) * self._item_bytes
             device = value.device_name()
             binding.bind_input(f"past_key_values.{name}", device, 0, kind, shape, at)
             binding.bind_output(f"present.{name}", device, 0, kind, shape, at)

@@ -73,7 +73,8 @@ class OrtSession(PipelineMixin, Guarded):
         on_gpu = self._provider.device == "cuda"
         wants_device = on_gpu if settings.choose_on_device is None else settings.choose_on_device
         last_only = manifest.kv.shared_buffer and manifest.decode_logits == "last"
-        self.choose_on_device = wants_device and last_only
+        # A cache that drops old tokens is filled row by row, which the host does.
+        self.choose_on_device = wants_device and last_only and not manifest.kv.windows
         # The standard operators' graph computes its mask from shapes, on the host: nothing to capture.
         captures = self.choose_on_device and manifest.attention == "GroupQueryAttention"
         self._cuda_graph = settings.cuda_graph and self._provider.name == "cuda" and captures
@@ -247,9 +248,10 @@ class OrtSession(PipelineMixin, Guarded):
         self._captures = Captures(None, False)
         self._decode = self._prefill = self._scoring = None  # type: ignore[assignment]
 
-    def _new_cache(self, batch: int, tokens: int) -> SharedCache | GrowingCache:
-        if self.manifest.kv.shared_buffer:
-            return SharedCache(self.manifest.kv, batch, tokens, self.manifest.context_length, self._provider.device)
+    def _new_cache(self, batch: int, tokens: int, whole: bool = False) -> SharedCache | GrowingCache:
+        kv = self.manifest.kv
+        if kv.shared_buffer:
+            return SharedCache(kv, batch, tokens, self.manifest.context_length, self._provider.device, whole)
         return GrowingCache(self.manifest.kv, batch, self._provider.device)
 
     def _cache_for(self, batch: int, tokens: int) -> SharedCache | GrowingCache:
@@ -377,7 +379,7 @@ class OrtSession(PipelineMixin, Guarded):
         check_prompts([ids], 0, self.info)
         scoring = self._need_scoring()
         self._drop()
-        cache = self._new_cache(1, len(ids))
+        cache = self._new_cache(1, len(ids), whole=True)
         padded, mask = right_pad([ids])
         logits, _ = scoring.once(padded, mask, cache.bind, len(ids))
         return fp32(logits[0])

@@ -145,7 +145,7 @@ class GraphProbe:
             found: NDArray[Any] = self.run(ids, [(tiled(k, length), tiled(v, length)) for k, v in first])["logits"][0]
             return found
         session = self._opened()
-        cache = SharedCache(kv, 1, length + len(ids), self._manifest.context_length, "cpu")
+        cache = SharedCache(kv, 1, length + len(ids), self._manifest.context_length, "cpu", whole=True)
         for layer, pair in enumerate(first):
             cache.lay(layer, pair, length)
         inputs = {i.name for i in session.get_inputs()}

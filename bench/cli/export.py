@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="target tensorrt: tokens that a row of the KV cache holds, prompt and answer (default: the context, at "
         "most 4096)",
     )
+    add(
+        "--window-cache",
+        action="store_true",
+        help="target ort: layers with an attention window (Mistral, Qwen) keep no more tokens than it has",
+    )
     add_option(add)
     add("--force", action="store_true", help="replace an earlier export at OUT")
     weights = parser.add_argument_group("int8 and int4")

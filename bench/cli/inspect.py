@@ -67,7 +67,8 @@ def render(manifest: Manifest, console: Console) -> None:
         "KV cache": f"{kv.layers} layers x {kv.kv_heads} heads x {kv.head_dim}, {kv.dtype}, "
         f"{kv.bytes_per_token():,} bytes a token, "
         + ("past and present in one buffer" if kv.shared_buffer else "joined by Concat")
-        + (f" of {kv.cache_length:,} slots" if kv.cache_length else ""),
+        + (f" of {kv.cache_length:,} slots" if kv.cache_length else "")
+        + (f", {sum(w is not None for w in kv.windows)} layers keep their window only" if kv.windows else ""),
         "files": ", ".join(f"{name} ({entry.size:,})" for name, entry in manifest.files.items()),
     }
     if ours:

@@ -107,7 +107,8 @@ def scenarios(manifest: Manifest, ids: Sequence[int], reference: Run) -> Iterato
         where = placed(kv, slots.astype(np.int64), 0) | {"write_indices": write}
         return Scenario(name, graph, {"input_ids": new_ids, "position_ids": places, **where, **cache}, new, slots)
 
-    scoring, decode = manifest.scoring_graph, manifest.decode_graph
+    scoring = manifest.scoring_graph
+    decode = scoring if kv.windows else manifest.decode_graph  # a cache that drops tokens has another layout
     graphs = [scoring] * (len(lengths) - 1) + [decode]  # the long one without the logits of every position
     prompts = [make(f"a prompt of {n} tokens", g, [ids[:n]], None, ()) for n, g in zip(lengths, graphs, strict=True)]
     yield from prompts

@@ -14,7 +14,7 @@ import pytest
 
 from export.architectures import ARCHITECTURES
 from export.convert import convert
-from export.errors import BrokenCheckpointError, UnsupportedModelError
+from export.errors import BrokenCheckpointError, ExportError, UnsupportedModelError
 from export.manifest import read_manifest
 from export.pipeline import export_model
 from export.spec import ExportSpec
@@ -143,6 +143,52 @@ def test_a_window_is_an_attribute_where_tokens_reach_beyond_it(
     assert [next((a.i for a in n.attribute if a.name == "local_window_size"), None) for n in nodes] == attributes
     assert read_manifest(folder).oldest_runtime == oldest
     assert graph.ir_version == (12 if window == 24 else 8)
+
+
+WINDOWED = {
+    "mistral": ({"model_type": "mistral", "sliding_window": 24, "max_position_embeddings": 640}, [88, 88]),
+    "qwen2": ({"model_type": "qwen2", **WINDOWS, "max_window_layers": 1, "max_position_embeddings": 640}, [512, 88]),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_cache_of_the_windows_length(
+    name: str, checkpoints: Callable[..., Path], exports: Callable[..., Path]
+) -> None:
+    """Prompts in chunks and steps far beyond what the cache holds, an uneven batch, rows that leave it."""
+    changes, slots = WINDOWED[name]
+    folder = exports(spec={"window_cache": True}, **changes)
+    manifest = read_manifest(folder)
+    assert manifest.oldest_runtime == "1.29.0"
+    ids = np.random.default_rng(6).integers(0, 331, 500).tolist()
+    rows = [ids[:5], ids[:300], ids[:33]]
+    whole = TorchSession(checkpoints(**changes), attention="eager", threads=1).score(ids)
+    for chunk in (0, 50):
+        with load(folder, threads=1, prefill_chunk=chunk) as ours:
+            close(ours.score(ids), whole)
+            close(ours.prefill([ids[:90]], reserve=400)[0], whole[89])
+            for k in range(90, 490):
+                close(ours.step([ids[k]])[0], whole[k])
+            assert [v.shape()[2] for v in ours._cache._values.values()][::2] == slots  # type: ignore[union-attr]
+            found = ours.prefill(rows, reserve=150).copy()
+            close(found, np.stack([whole[len(row) - 1] for row in rows]))
+            for k in range(50):
+                found = ours.step([ids[len(row) + k] for row in rows])
+                close(found, np.stack([whole[len(row) + k] for row in rows]))
+            ours.keep([0, 2])
+            for k in range(50, 150):
+                found = ours.step([ids[len(row) + k] for row in rows[::2]])
+                close(found, np.stack([whole[len(row) + k] for row in rows[::2]]))
+
+
+def test_a_cache_of_the_windows_length_needs_windows(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    for changes in ({}, {"model_type": "mistral", "sliding_window": 160}):
+        with pytest.raises(UnsupportedModelError, match="--window-cache: no layer of this model has"):
+            export_model(ExportSpec(str(checkpoints(**changes)), window_cache=True), tmp_path / "out")
+    for target in ("tensorrt", "plain"):
+        with pytest.raises(ExportError, match="--window-cache belongs to GroupQueryAttention"):
+            ExportSpec("a/b", target=target, window_cache=True)
+    assert ExportSpec("a/b", window_cache=True).digest != ExportSpec("a/b").digest
 
 
 def without(folder: Path, to: Path, **keys: Any) -> Path:

@@ -126,6 +126,8 @@ def manifest(s: Subject) -> Found:
         "model_type": (m.model_type, config.model_type),
     }
     if s.ours:
+        from export.convert import kept_windows
+
         graph = s.conversion.decode.graph
         past = next(i for i in graph.input if i.name == "past_key_values.0.key")
         wanted |= {
@@ -133,6 +135,7 @@ def manifest(s: Subject) -> Found:
             "precision": (m.precision, s.spec.precision),
             "activations": (m.activations, s.spec.float_type),
             "kv.dtype": (m.kv.dtype, s.spec.float_type),
+            "kv.windows": (m.kv.windows, kept_windows(config, s.spec)),
             "attention": (m.attention, s.spec.attention),
             "padding": (m.padding, "right" if s.spec.attention == "GroupQueryAttention" else "any"),
             "inputs": (set(m.inputs), {i.name for i in graph.input}),
