@@ -21,6 +21,10 @@ class BrokenCheckpointError(ExportError):
     """A checkpoint whose files are damaged or incomplete."""
 
 
+class MissingOptimumError(ExportError):
+    """Asked for what only optimum does, where it cannot be imported (under transformers 5)."""
+
+
 class DestinationError(ExportError):
     """OUT exists and is something else, or the disk is too small."""
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from optimum.exporters.onnx.model_configs import LlamaOnnxConfig
-from optimum.exporters.onnx.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from export.architectures import architecture_of
+from export.optimum_adapter import ModelPatcher, OnnxConfig
+from export.spelling import cache_in, embeddings_in
 
 MARKER_DOMAIN = "llama_onnx_bench"
 MS = "com.microsoft"
@@ -251,13 +251,12 @@ def _decoder_layer(
     self: Any,
     hidden_states: Tensor | tuple[Tensor, Tensor],
     attention_mask: tuple[Tensor, ...],
-    past_key_values: Any,
     position_embeddings: tuple[Tensor, ...],
-    **_: Any,
+    **given: Any,
 ) -> tuple[Tensor, Tensor]:
     standard = len(position_embeddings) == 3
     x, residual = _norm(self.input_layernorm, hidden_states, standard)
-    x = _attention(self.self_attn, x, attention_mask, position_embeddings, past_key_values)
+    x = _attention(self.self_attn, x, attention_mask, position_embeddings, cache_in(given))
     x, residual = _norm(self.post_attention_layernorm, (x, residual), standard)
     gate = self.mlp.act_fn(_linear(x, self.mlp.gate_proj))
     return _linear(gate * _linear(x, self.mlp.up_proj), self.mlp.down_proj), residual
@@ -330,14 +329,14 @@ class FusedPatcher(ModelPatcher):  # type: ignore[misc]
         window = architecture.attention_window(self._model.config)
         for name, tokens in (("create_causal_mask", None), ("create_sliding_window_causal_mask", window)):
 
-            def mask(
-                *, attention_mask: Tensor, input_embeds: Tensor, tokens: int | None = tokens, **_: Any
-            ) -> tuple[Tensor, ...]:
+            def mask(*, attention_mask: Tensor, tokens: int | None = tokens, **given: Any) -> tuple[Tensor, ...]:
                 # GroupQueryAttention has its window as an attribute: its inputs are the same in every layer.
                 key = tokens if standard else None
                 if key not in masks:
                     masks[key] = (
-                        slot_mask(tokens, attention_mask, input_embeds) if standard else mask_to_lengths(attention_mask)
+                        slot_mask(tokens, attention_mask, embeddings_in(given))
+                        if standard
+                        else mask_to_lengths(attention_mask)
                     )
                 return masks[key]
 
@@ -415,8 +414,8 @@ class _TakePosition(torch.autograd.Function):
         return out
 
 
-class FusedOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
-    """optimum's LLaMA configuration for the fused graph of every architecture that has one.
+class FusedOnnxConfig(OnnxConfig):  # type: ignore[misc]
+    """The export configuration of the fused graph of every architecture that has one.
 
     GroupQueryAttention derives positions from the mask, so there is no ``position_ids``; the standard operators take
     it, and ``write_indices``, the slots of the first new tokens. Past and present lengths are independent axes for
@@ -456,5 +455,5 @@ class FusedOnnxConfig(LlamaOnnxConfig):  # type: ignore[misc]
     def _cache(self, prefix: str, length: str) -> dict[str, dict[int, str]]:
         axes = {0: "batch_size"} if self.attention == "Attention" else {0: "batch_size", 2: length}
         return {
-            f"{prefix}.{i}.{kind}": axes for i in range(self._normalized_config.num_layers) for kind in ("key", "value")
+            f"{prefix}.{i}.{kind}": axes for i in range(self._config.num_hidden_layers) for kind in ("key", "value")
         }

@@ -15,6 +15,7 @@ from typing import Any
 
 from export.errors import BrokenCheckpointError, ExportError, UnsupportedModelError
 from export.manifest import first_line
+from export.spelling import scale_rope, unpacked_gguf
 
 _TENSOR = (
     r"(token_embd|output|output_norm|rope_freqs)\.weight"
@@ -63,6 +64,7 @@ def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
         if config.model_type == "mistral":  # by the name alone; it is a LLaMA's file, and read as nothing else
             other = ("model_type", "sliding_window")
             config = LlamaConfig(**{k: v for k, v in config.to_dict().items() if k not in other})
+        scale_rope(config, changes.pop("rope_scaling", {}))
         config.update(changes)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path.parent,
@@ -70,6 +72,7 @@ def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
+            **unpacked_gguf(),
             trust_remote_code=False,
         )
     except ExportError:
@@ -155,7 +158,8 @@ def _llama3(path: Path, factors: Any, base: float) -> dict[str, Any]:
 
     found = np.asarray(factors, dtype=np.float64).ravel()
     scaling = {"rope_type": "llama3", "factor": float(found.max()), **_LLAMA3}
-    config = LlamaConfig(head_dim=2 * len(found), rope_theta=base, rope_scaling=scaling, max_position_embeddings=131072)
+    config = LlamaConfig(head_dim=2 * len(found), rope_theta=base, max_position_embeddings=131072)
+    scale_rope(config, scaling)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = base ** -(np.arange(len(found)) / len(found))
     if not np.allclose(plain / scaled.double().numpy(), found, rtol=1e-3):

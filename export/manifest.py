@@ -62,10 +62,12 @@ def standard(domain: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what another library's exception says, its name where it says nothing.
 
-    ONNX Runtime's place in its own sources goes, and the middle of a line that is still long: it begins with a path and
-    ends with the cause.
+    A line that ends in a colon has its reason in the next (transformers 5 about a field of a configuration). ONNX
+    Runtime's place in its own sources goes, and the middle of a line that is still long: it begins with a path and ends
+    with the cause.
     """
-    line = _CPP.sub(" ", (str(error).splitlines() or [type(error).__name__])[0])
+    lines = str(error).splitlines() or [type(error).__name__]
+    line = _CPP.sub(" ", f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0])
     return line if len(line) <= 300 else f"{line[:120]} ... {line[-175:]}"
 
 

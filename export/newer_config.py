@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,7 @@ from export.manifest import SIDE_FILES, files_of
 _TOKENIZER = "tokenizer_config.json"
 _WEIGHTS = "model.safetensors"
 _NEW_CLASS = "TokenizersBackend"
+_LLAMA_2 = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def older(raw: dict[str, Any]) -> dict[str, Any]:
@@ -59,12 +61,12 @@ def readable(folder: Path) -> Path:
         UnsupportedModelError: as :func:`older`.
     """
     texts = {}
-    for name, change in (("config.json", older), (_TOKENIZER, _known_class)):
+    for name, change in (("config.json", older), (_TOKENIZER, partial(_known_tokenizer, folder))):
         path = folder / name
-        if not path.is_file():
+        if not path.is_file() and name != _TOKENIZER:
             continue
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except (ValueError, RecursionError) as e:
             raise BrokenCheckpointError(f"{path} is not valid JSON ({e}); copy or download it again") from None
         if isinstance(raw, dict) and (changed := change(raw)) != raw:
@@ -115,7 +117,23 @@ def _weights_as_transformers_names_them(folder: Path) -> dict[str, str]:
     return {files[0]: _WEIGHTS}
 
 
-def _known_class(raw: dict[str, Any]) -> dict[str, Any]:
-    if raw.get("tokenizer_class") != _NEW_CLASS:
-        return raw
-    return {**raw, "tokenizer_class": "PreTrainedTokenizerFast"}
+def _class_by_type(folder: Path) -> str:
+    """The tokenizer's class where only the model's type says it, of the types that have LLaMA 2's; else ""."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, TypeError, KeyError):  # said elsewhere
+        return ""
+    return _LLAMA_2[0] if kind in ("llama", "mistral") else ""
+
+
+def _known_tokenizer(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a tokenizer that 4 and 5 understand alike."""
+    if raw.get("tokenizer_class") == _NEW_CLASS:
+        return {**raw, "tokenizer_class": "PreTrainedTokenizerFast"}
+    alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if alone and (raw.get("tokenizer_class") or _class_by_type(folder)) in _LLAMA_2:
+        # 4's defaults, as LLaMA 2 was trained; 5 begins no text with <s> unless the file says so.
+        return {"tokenizer_class": _LLAMA_2[0], "add_bos_token": True, "add_eos_token": False, "legacy": True} | {
+            k: v for k, v in raw.items() if v is not None
+        }
+    return raw

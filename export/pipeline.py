@@ -55,6 +55,7 @@ from export.quantize import Packed
 from export.sizes import NO_CONTEXT, context_length, head_dim_of, kv_heads_of, stated_context
 from export.source import Source, resolve
 from export.spec import BITS, ExportSpec
+from export.spelling import rope_of
 from export.tensorrt_ops import PARSER_VERSION
 from export.weights import Checkpoint, Quantiser, check_names, write_data
 
@@ -108,21 +109,20 @@ _COUNTS = (
 def _check_numbers(config: PretrainedConfig, where: str) -> None:
     """Refuse sizes that are none, before they become a graph."""
 
-    def refuse(key: str, wanted: str) -> BrokenCheckpointError:
-        value = str(getattr(config, key, None))[:40]
-        return BrokenCheckpointError(f"{where}: {key} is {value}, not {wanted}; copy or download the file again")
+    def refuse(key: str, value: Any, wanted: str) -> BrokenCheckpointError:
+        said = f"{where}: {key} is {str(value)[:40]}, not {wanted}"
+        return BrokenCheckpointError(f"{said}; copy or download the file again")
 
     for key in _COUNTS + (("head_dim",) if getattr(config, "head_dim", None) is not None else ()):
         value = getattr(config, key, None)
         if type(value) is not int or value < 1:
-            raise refuse(key, "a whole number above 0")
-    for key in ("rms_norm_eps", "rope_theta"):
-        value = getattr(config, key, None)
+            raise refuse(key, value, "a whole number above 0")
+    rope = rope_of(config)
+    for key, value in (("rms_norm_eps", config.rms_norm_eps), ("rope_theta", rope.pop("rope_theta"))):
         if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise refuse(key, "a number above 0")
-    scaling = getattr(config, "rope_scaling", None) or {}
-    if any(not isinstance(v, int | float | list | None) for k, v in scaling.items() if k not in ("type", "rope_type")):
-        raise refuse("rope_scaling", "numbers by name")
+            raise refuse(key, value, "a number above 0")
+    if any(not isinstance(v, int | float | list | None) for k, v in rope.items() if k != "rope_type"):
+        raise refuse("rope_scaling", rope, "numbers by name")
     pad, vocab = config.pad_token_id, config.vocab_size
     if pad is not None and (type(pad) is not int or not -vocab <= pad < vocab):
         raise BrokenCheckpointError(
@@ -130,8 +130,9 @@ def _check_numbers(config: PretrainedConfig, where: str) -> None:
             "transformers cannot load the model; set it to null or to the end token's id"
         )
     if config.num_attention_heads % config.num_key_value_heads:
-        raise refuse("num_key_value_heads", f"a divisor of {config.num_attention_heads} heads")
-    if getattr(config, "partial_rotary_factor", None) not in (None, 1, 1.0):
+        wanted = f"a divisor of {config.num_attention_heads} heads"
+        raise refuse("num_key_value_heads", config.num_key_value_heads, wanted)
+    if rope["partial_rotary_factor"] not in (None, 1, 1.0):
         name = ARCHITECTURES[config.model_type].name
         raise UnsupportedModelError(f"{where}: partial_rotary_factor rotates part of a head; {name} rotates all of it")
 
@@ -374,6 +375,10 @@ def _complete_tokenizer(folder: Path, work: Path) -> str | None:
             for name in ("tokenizer.json", settings.name):
                 if (Path(saved) / name).is_file() and not (work / name).exists():
                     shutil.copyfile(Path(saved) / name, work / name)
+            if settings.is_file() and (Path(saved) / settings.name).is_file():
+                own, made = (json.loads((at / settings.name).read_text(encoding="utf-8")) for at in (work, Path(saved)))
+                own = {k: v for k, v in made.items() if k.endswith("_token")} | own  # genai does not know a class's own
+                settings.write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if settings.is_file() and files_of(work, CHAT_TEMPLATES):
         raw = json.loads(settings.read_text(encoding="utf-8"))
         if isinstance(raw, dict) and raw.pop("chat_template", None) is not None:
@@ -405,7 +410,7 @@ def _facts(
         notes.append("CUDA has no GroupQueryAttention for fp32: standard operators of opset 24 instead")
     if not gqa:
         notes.append(f"operators checked against the list of TensorRT's parser {PARSER_VERSION}")
-    if (getattr(config, "rope_scaling", None) or {}).get("rope_type") == "dynamic":
+    if rope_of(config)["rope_type"] == "dynamic":
         notes.append("dynamic rope scaling: exact up to the original context, longer prompts are refused")
     used = {s for recipe in conversion.recipes for s in recipe.sources}
     graph = conversion.decode.graph

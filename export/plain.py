@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 from export.errors import GraphCheckError, UnsupportedModelError
 from export.manifest import DECODE_GRAPH, ONNX_TYPE, KVLayout, first_line
 from export.oldest_runtime import oldest_runtime
+from export.optimum_adapter import require_optimum
 from export.spec import ExportSpec
 from export.weights import BUFFERS, Checkpoint, identity_of, tensor_identity
 
@@ -32,8 +33,10 @@ def require_exportable(config: PretrainedConfig) -> None:
     """Refuse an architecture that optimum does not export with past.
 
     Raises:
+        MissingOptimumError: there is no optimum here.
         UnsupportedModelError: names the architecture.
     """
+    require_optimum("--target plain")
     from optimum.exporters.tasks import TasksManager
 
     try:
@@ -50,6 +53,7 @@ def run_optimum(
     """Let optimum export ``folder`` to ``work`` and read what it made; see :func:`read_graph`.
 
     Raises:
+        MissingOptimumError: there is no optimum here.
         UnsupportedModelError: optimum cannot, with its reason.
         GraphCheckError: the graph lacks a cache input or has other shapes than it should.
     """

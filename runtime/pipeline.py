@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from export.manifest import Manifest, first_line
+from export.spelling import fill_defaults
 from runtime.errors import SessionError
 from runtime.generate import generate
 from runtime.sampling import Sampling
@@ -121,7 +122,7 @@ class PipelineMixin(PreTrainedModel):
         for name, value in self.generation_config.to_dict().items():
             if name in untouched and value != untouched[name] and getattr(config, name, None) == untouched[name]:
                 setattr(config, name, value)
-        return config, config.update(**options)
+        return config, fill_defaults(config).update(**options)
 
     def generate(self, input_ids: Any = None, attention_mask: Any = None, **options: Any) -> Any:
         """As transformers' ``generate``: ``[batch, longest prompt + new]`` int64, rows padded on the right.
@@ -178,8 +179,8 @@ class PipelineMixin(PreTrainedModel):
         for name in unknown:
             if given[name] is not None:
                 raise SessionError(f"generate() has no option {name!r} on an ONNX session; leave it out")
-        config.update(**given)
-        for name, default in GenerationConfig().to_dict().items():
+        fill_defaults(config).update(**given)
+        for name, default in fill_defaults(GenerationConfig()).to_dict().items():
             value = getattr(config, name, default)
             neutral = value == default or not (value or default) or (name == "guidance_scale" and value == 1)
             if not neutral and name not in (*_CARRIED_OUT, *_NO_SAY):

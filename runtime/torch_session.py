@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from export.sizes import context_length
+from export.spelling import cache_keyword
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, left_pad
 from runtime.settings import usable_cores
@@ -48,6 +49,7 @@ class TorchSession(Guarded):
         self._model: Any = self._open(folder, TORCH_DTYPE[precision])
         self._model = self._model.to(device).eval()
         # Bloom gives the logits of every position, and refuses to be asked for fewer.
+        self._cache_keyword = cache_keyword(self._model.forward)
         self._selects = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.load_s = time.perf_counter() - started
         config = self._model.config
@@ -113,7 +115,7 @@ class TorchSession(Guarded):
 
     def _forward(self, **inputs: Any) -> Any:
         with torch.inference_mode():
-            return self._model(**inputs, past_key_values=self._past, use_cache=self._past is not None)
+            return self._model(**inputs, **{self._cache_keyword: self._past}, use_cache=self._past is not None)
 
     @guarded
     def prefill(self, ids: Ids, reserve: int = 1) -> Logits:

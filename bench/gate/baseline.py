@@ -31,6 +31,7 @@ from export.process import blocks_apart
 from export.sizes import context_length, head_dim_of
 from export.source import Source
 from export.spec import ExportSpec
+from export.spelling import cache_keyword
 from export.weights import Checkpoint
 from runtime.generate import generate
 from runtime.kv_cache import tiled
@@ -268,7 +269,7 @@ class Baseline:
         model = self.session.model
         cache = DynamicCache()  # without the configuration: whole in layers with a window too, as a graph keeps it
         with torch.inference_mode():
-            model(input_ids=self._tensor(text), past_key_values=cache, use_cache=True)
+            model(input_ids=self._tensor(text), **{cache_keyword(model.forward): cache}, use_cache=True)
         return np.stack([t.float().cpu().numpy().ravel() for layer in cache.layers for t in (layer.keys, layer.values)])
 
     def _after_past(self, first: Past, length: int, ids: Sequence[int]) -> Logits:
@@ -284,7 +285,7 @@ class Baseline:
             inputs = {"input_ids": self._tensor(ids)}
             if "position_ids" in signature(model.forward).parameters:  # Bloom has none
                 inputs["position_ids"] = torch.arange(length, length + len(ids), device=self.device)[None]
-            logits = model(**inputs, past_key_values=cache, use_cache=True).logits[0]
+            logits = model(**inputs, **{cache_keyword(model.forward): cache}, use_cache=True).logits[0]
         found: Logits = logits.float().cpu().numpy()
         return found
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.process.child import json_of
+from export.optimum_adapter import require_optimum
 
 GENAI_SCRIPT = """
 import json, runpy, sys, time
@@ -26,7 +27,12 @@ PEAK = Path(__file__).resolve().parents[1] / "process" / "peak.py"
 
 
 def optimum_export(checkpoint: Path, out: Path, level: str) -> None:
-    """optimum's own export; ``level`` is ``plain`` or its optimisation level (``O2``)."""
+    """optimum's own export; ``level`` is ``plain`` or its optimisation level (``O2``).
+
+    Raises:
+        MissingOptimumError: there is no optimum here.
+    """
+    require_optimum("the export of optimum itself")
     from optimum.exporters.onnx import main_export
 
     options = {"no_post_process": True} if level == "plain" else {"optimize": level}

@@ -80,8 +80,8 @@ class CompiledSession(TorchSession):
                 input_ids=ids,
                 cache_position=places,
                 position_ids=places[None].expand(len(ids), -1),
-                past_key_values=self._static,
                 use_cache=True,
+                **{self._cache_keyword: self._static},
                 **more,
             )
         logits: Logits = out.logits[:, -1].to("cpu", torch.float32).numpy().astype(np.float32, copy=False)

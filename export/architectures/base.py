@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from export.errors import BrokenCheckpointError, UnsupportedModelError
 from export.sizes import head_dim_of
+from export.spelling import rope_of
 
 Windows = tuple[int | None, ...]
 """For each layer the tokens that a token attends to, itself included; None for all before it."""
@@ -99,8 +100,7 @@ class Architecture:
         """
         if config.hidden_act not in ("silu", "swish"):
             raise UnsupportedModelError(f"activation {config.hidden_act!r} is not supported; {self.name} uses 'silu'")
-        scaling = getattr(config, "rope_scaling", None) or {}
-        rope = scaling.get("rope_type", scaling.get("type", "default"))
+        rope = rope_of(config)["rope_type"]
         if rope not in ROPE_TYPES:
             raise UnsupportedModelError(
                 f"rope scaling {rope!r} depends on the length of the prompt, which a fixed table cannot hold; "

@@ -174,8 +174,7 @@ def gguf_file(
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((resolve(str(path)).folder / "config.json").read_text())
-    return found
+    return older(json.loads((resolve(str(path)).folder / "config.json").read_text()))
 
 
 def llama3_factors(base: float, factor: float) -> np.ndarray[Any, Any]:
@@ -432,19 +431,19 @@ def test_code_of_a_checkpoint_is_not_even_offered(
     [
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a whole number above 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3, not a divisor of 4 heads"),
-        ({"vocab_size": "331"}, "vocab_size is 331"),
-        ({"max_position_embeddings": 160.0}, r"max_position_embeddings is 160\.0"),
-        ({"head_dim": "16"}, "head_dim is 16"),
+        ({"vocab_size": "331"}, r"vocab_size.*\b331\b"),
+        ({"max_position_embeddings": 160.0}, r"max_position_embeddings.*\b160\.0"),
+        ({"head_dim": "16"}, r"head_dim.*\b16\b"),
         ({"pad_token_id": 331}, r"pad_token_id is 331, which no row of the embedding has \(vocab_size 331\)"),
         ({"pad_token_id": -332}, "pad_token_id is -332, which no row"),
-        ({"rms_norm_eps": None}, "rms_norm_eps is None, not a number above 0"),
+        ({"rms_norm_eps": None}, "rms_norm_eps.* None"),
         ({"rope_theta": "10000"}, "rope_theta is 10000, not a number"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "rope_scaling is"),
         ({"rope_scaling": "linear"}, "cannot be used"),
         ({"quantization_config": "x"}, "unknown method"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor rotates part of a head"),
         ({"eos_token_id": -1}, "eos_token_id is -1, not token ids"),
-        ({"eos_token_id": [2, None]}, "not token ids"),
+        ({"eos_token_id": [2, None]}, "eos_token_id.*None"),
     ],
     ids=str,
 )

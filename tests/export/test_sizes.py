@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, FalconConfig, GPTBigCodeConfig, PretrainedConfig
 
 from export.sizes import ASSUMED_CONTEXT, context_length, head_dim_of, kv_heads_of, stated_context
+from export.spelling import cache_keyword
 from tests.conftest import other_config, tiny_config
 
 FALCON: dict[str, Any] = {"vocab_size": 331, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -30,7 +31,7 @@ def test_the_cache_is_as_they_say(name: str) -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     cache = DynamicCache(config=config)
     with torch.inference_mode():
-        model(input_ids=torch.tensor([[1, 5, 7]]), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.tensor([[1, 5, 7]]), **{cache_keyword(model.forward): cache}, use_cache=True)
     assert cache.layers[0].keys.shape == (1, kv_heads_of(config), 3, head_dim_of(config))
     # A config.json says the same.
     raw = config.to_dict()

@@ -14,6 +14,7 @@ import pytest
 from onnx import helper
 
 from export.manifest import ManifestError, read_manifest
+from export.optimum_adapter import require_optimum
 from runtime.errors import SessionError
 from runtime.foreign import ForeignFolderError
 from runtime.generate import generate
@@ -81,6 +82,7 @@ def test_quantised_folder_without_manifest(exports: Folders, tmp_path: Path) -> 
 
 def test_ours_runs_in_optimum(exports: Folders) -> None:
     torch = pytest.importorskip("torch")
+    require_optimum("this test")
     from optimum.onnxruntime import ORTModelForCausalLM
 
     model = ORTModelForCausalLM.from_pretrained(exports(), use_io_binding=False)

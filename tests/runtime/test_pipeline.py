@@ -71,8 +71,17 @@ def test_sampling_is_repeated_by_the_seed(pipelines: Any) -> None:
     assert draw(1, top_k=1) == draw(2, top_k=1) == pipelines[1](PROMPTS, do_sample=True, top_k=1, max_new_tokens=25)
 
 
-def test_the_pipelines_defaults_are_the_same(pipelines: Any) -> None:
-    ours, theirs = (p.generation_config.to_dict() for p in pipelines)
+def test_the_pipelines_defaults_are_the_same(pipelines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(p: Any) -> dict[str, Any]:
+        said: dict[str, Any] = {}
+        with monkeypatch.context() as m:
+            m.setattr(p.model, "generate", lambda input_ids, **options: said.update(options) or input_ids)
+            p(PROMPTS[0])
+        config, _ = p.model._prepare_generation_config(said.pop("generation_config", None), **said)
+        found: dict[str, Any] = config.to_dict()
+        return found
+
+    ours, theirs = (settings(p) for p in pipelines)
     for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"):
         a, b = ours[name], theirs[name]
         assert (a if isinstance(a, list) else [a]) == (b if isinstance(b, list) else [b]), name

@@ -223,7 +223,7 @@ def test_streamed_text_is_the_decoded_text() -> None:
 def test_the_blank_between_prompt_and_text_stays(legacy: bool, sentencepiece_model: Path, session: Any) -> None:
     from transformers import LlamaTokenizerFast
 
-    tokenizer = LlamaTokenizerFast.from_pretrained(sentencepiece_model.parent, legacy=legacy)
+    tokenizer = LlamaTokenizerFast.from_pretrained(sentencepiece_model.parent, legacy=legacy, add_bos_token=True)
     whole, prompt = tokenizer("the cat sat 🙂 on it")["input_ids"], tokenizer("the cat")["input_ids"]
     assert whole[: len(prompt)] == prompt
     cut = len(prompt)

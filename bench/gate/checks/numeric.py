@@ -20,6 +20,7 @@ from bench.gate.found import Found
 from bench.gate.modes import LARGEST_BATCH
 from bench.gate.statistics import kl_divergence
 from bench.gate.subject import Subject
+from export.spelling import rope_of
 from reports.validation import Evidence, Finding, PlaceScore
 from runtime.trim import trim
 
@@ -140,9 +141,9 @@ def _orders(s: Subject) -> dict[str, list[int]]:
 def _pasts(s: Subject) -> dict[str, int]:
     """Tokens before the continued ones: to the end of the context, to its middle, around the original rope context."""
     end = s.context
-    scaling = getattr(s.baseline.config, "rope_scaling", None) or {}
-    original = scaling.get("original_max_position_embeddings")
-    if scaling.get("rope_type", scaling.get("type")) in (None, "default", "dynamic"):
+    rope = rope_of(s.baseline.config)
+    original = rope.get("original_max_position_embeddings")
+    if rope["rope_type"] in ("default", "dynamic"):
         original = None
     places = {"the end of the context": end - CONTINUED, "the middle of the context": end // 2}
     if original and original + CONTINUED < end:

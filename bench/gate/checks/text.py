@@ -16,7 +16,8 @@ import numpy as np
 
 from bench.gate.found import Found, exact, first_difference
 from bench.gate.subject import Subject
-from export.manifest import GENAI_CONFIG
+from export.manifest import GENAI_CONFIG, first_line
+from export.spelling import fill_defaults
 from reports.validation import Finding
 
 VOLATILE = {
@@ -61,7 +62,6 @@ def config(s: Subject) -> Found:
     """config.json against the baseline's, but for keys that say nothing about the model."""
     from transformers import AutoConfig
 
-    from export.errors import ExportError
     from export.newer_config import readable
 
     path = s.folder / "config.json"
@@ -69,14 +69,26 @@ def config(s: Subject) -> Found:
         return Found("REPORTED", "no config.json in the folder")
     try:
         folder = readable(s.folder)  # another tool may have saved it by transformers 5
-        ours = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
-    except (ValueError, OSError, KeyError, TypeError, ExportError) as e:
-        return exact([Finding(where="config.json", what=str(e).splitlines()[0][:160])], "")
-    theirs = s.baseline.config.to_dict()
+        ours = _described(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except Exception as e:  # ours, or whatever transformers' classes stumble over
+        return exact([Finding(where="config.json", what=first_line(e)[:160])], "")
+    theirs = _described(s.baseline.config)
     foreign = {k for k in ours.keys() ^ theirs.keys() if k not in VOLATILE | _read_keys()}
     findings = _differences("config.json", *({k: v for k, v in c.items() if k not in foreign} for c in (ours, theirs)))
     notes = [f"keys that no loader reads: {', '.join(sorted(foreign)[:5])}"] if foreign else []
     return exact(findings, "config.json describes the baseline", notes)
+
+
+def _described(config: Any) -> dict[str, Any]:
+    """A configuration as transformers 4 writes it, whichever read it."""
+    from export.errors import UnsupportedModelError
+    from export.newer_config import older
+
+    raw: dict[str, Any] = config.to_dict()
+    try:
+        return older(raw)
+    except UnsupportedModelError:  # for each type of layer
+        return raw | {"rope_scaling": raw["rope_parameters"]}
 
 
 @cache
@@ -403,7 +415,7 @@ def _generation(path: Path) -> dict[str, Any] | None:
     if raw is None:
         return None
     try:
-        filled: dict[str, Any] = GenerationConfig.from_dict(raw).to_dict()
+        filled: dict[str, Any] = fill_defaults(GenerationConfig.from_dict(raw)).to_dict()
         return filled
     except (ValueError, TypeError, AttributeError):  # settings that it refuses are compared as they stand
         return raw

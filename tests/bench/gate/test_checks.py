@@ -423,6 +423,7 @@ def test_a_tokenizer_json_that_the_export_made_is_compared_part_by_part(
     from bench.gate.checks.text import tokenizer
     from export.manifest import TOKENIZER_FILES, files_of
     from export.pipeline import export_model
+    from export.source import resolve
     from export.spec import ExportSpec
     from runtime.text import load_tokenizer
 
@@ -431,11 +432,12 @@ def test_a_tokenizer_json_that_the_export_made_is_compared_part_by_part(
         (checkpoint / name).unlink()
     shutil.copyfile(sentencepiece_model, checkpoint / "tokenizer.model")
     export_model(ExportSpec(str(checkpoint)), folder)
+    read = resolve(str(checkpoint)).folder
     subject: Any = SimpleNamespace(
         folder=folder,
         sealed=True,
-        tokenizer=load_tokenizer(checkpoint),
-        baseline=SimpleNamespace(checkpoint=checkpoint),
+        tokenizer=load_tokenizer(read),
+        baseline=SimpleNamespace(checkpoint=read),
         dataset=SimpleNamespace(items=[]),
     )
     assert tokenizer(subject).status == "PASS"
