@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from export.errors import ExportError
 from export.sizes import context_length
+from export.spelling import without_bars
 
 WINDOW = 512
 SHARED_INPUT = ("k_proj", "v_proj", "up_proj")
@@ -56,9 +57,10 @@ def hessians_of(
     if not ids:
         raise ExportError("gptq needs text to calibrate on, and this is blank; choose --method hqq")
     window = min(WINDOW, context_length(config))
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
+    with without_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        ).eval()
     moments: dict[str, Tensor] = {}
 
     def watch(name: str, layer: nn.Linear) -> None:

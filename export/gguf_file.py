@@ -15,7 +15,7 @@ from typing import Any
 
 from export.errors import BrokenCheckpointError, ExportError, UnsupportedModelError
 from export.manifest import first_line
-from export.spelling import scale_rope, unpacked_gguf
+from export.spelling import scale_rope, unpacked_gguf, without_bars
 
 _TENSOR = (
     r"(token_embd|output|output_norm|rope_freqs)\.weight"
@@ -66,15 +66,16 @@ def convert_gguf(path: Path, out: Path, status: Callable[[str], None]) -> None:
             config = LlamaConfig(**{k: v for k, v in config.to_dict().items() if k not in other})
         scale_rope(config, changes.pop("rope_scaling", {}))
         config.update(changes)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **unpacked_gguf(),
-            trust_remote_code=False,
-        )
+        with without_bars():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **unpacked_gguf(),
+                trust_remote_code=False,
+            )
     except ExportError:
         raise
     except Exception as e:

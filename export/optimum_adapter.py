@@ -49,6 +49,7 @@ class OwnModelPatcher:
             attention_mask: Tensor,
             position_ids: Tensor | None = None,
             past_key_values: Sequence[tuple[Tensor, Tensor]] = (),
+            logits_to_keep: int = 0,
         ) -> dict[str, Any]:
             cache = DynamicCache()
             for key, value in past_key_values:  # not by update(), which would be traced
@@ -80,11 +81,16 @@ def _optimum() -> tuple[Any, Any, str]:
 OnnxConfig, ModelPatcher, WHY_NOT = _optimum()
 
 
+def missing_optimum(who: str) -> str:
+    """Why what only optimum does cannot be done here, and the remedy; "" where it can."""
+    return WHY_NOT and f"{who} needs optimum, which cannot be imported ({WHY_NOT}); {_REMEDY}"
+
+
 def require_optimum(who: str) -> None:
     """Refuse what only optimum can do.
 
     Raises:
         MissingOptimumError: it cannot be imported; says why and what to do.
     """
-    if WHY_NOT:
-        raise MissingOptimumError(f"{who} needs optimum, which cannot be imported ({WHY_NOT}); {_REMEDY}")
+    if why := missing_optimum(who):
+        raise MissingOptimumError(why)

@@ -9,7 +9,8 @@ Try: ``python -m pytest tests/export/test_spelling.py``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 CACHE = ("cache", "past_key_values")
@@ -28,6 +29,20 @@ def cache_in(given: Mapping[str, Any]) -> Any:
 def embeddings_in(given: Mapping[str, Any]) -> Any:
     """The embedded tokens among what transformers passes to a function that makes masks."""
     return next(given[name] for name in ("inputs_embeds", "input_embeds") if name in given)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers loads weights without the progress bar that 5 shows for every model."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def rope_of(config: Any) -> dict[str, Any]:

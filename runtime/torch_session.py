@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from export.sizes import context_length
-from export.spelling import cache_keyword
+from export.spelling import cache_keyword, without_bars
 from runtime.errors import SessionError
 from runtime.session import Ids, Logits, SessionInfo, check_prompts, check_rows, check_step, left_pad
 from runtime.settings import usable_cores
@@ -70,15 +70,16 @@ class TorchSession(Guarded):
 
     def _open(self, folder: Path, dtype: torch.dtype) -> Any:
         def load(attention: str) -> Any:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                folder,
-                output_loading_info=True,
-                dtype=dtype,
-                attn_implementation=attention,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
+            with without_bars():
+                model, loaded = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    output_loading_info=True,
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                )
             if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
                 raise SessionError(
                     f"{folder} lacks {len(missing)} of the model's tensors, the first {missing[0]}; is it whole?"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.process.child import json_of
-from export.optimum_adapter import require_optimum
 
 GENAI_SCRIPT = """
 import json, runpy, sys, time
@@ -32,7 +31,9 @@ def optimum_export(checkpoint: Path, out: Path, level: str) -> None:
     Raises:
         MissingOptimumError: there is no optimum here.
     """
-    require_optimum("the export of optimum itself")
+    from export.optimum_adapter import require_optimum  # transformers
+
+    require_optimum("optimum's own export")
     from optimum.exporters.onnx import main_export
 
     options = {"no_post_process": True} if level == "plain" else {"optimize": level}

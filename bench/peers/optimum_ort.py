@@ -27,10 +27,14 @@ def plain_export(checkpoint: Path, target: Path) -> Path:
     """optimum's own ONNX export of ``checkpoint`` at ``target``, made when missing.
 
     Raises:
+        MissingOptimumError: there is no optimum here.
         BenchError: optimum failed; its last line is quoted.
     """
     if (target / "model.onnx").is_file():
         return target
+    from export.optimum_adapter import require_optimum  # transformers
+
+    require_optimum("optimum's plain export")
     with publish(target, shared=True) as work:
         command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", str(checkpoint)]
         command += ["--task", "text-generation-with-past", "--no-post-process", str(work)]
@@ -51,7 +55,14 @@ class OptimumSession:
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         import onnxruntime as ort
-        from optimum.onnxruntime import ORTModelForCausalLM
+
+        try:
+            from optimum.onnxruntime import ORTModelForCausalLM
+        except ImportError:
+            from export.optimum_adapter import require_optimum
+
+            require_optimum("ORTModelForCausalLM")
+            raise
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()

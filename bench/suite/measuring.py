@@ -77,19 +77,27 @@ class Measuring:
 
     def labels(self, case: Case | None = None) -> list[str]:
         """Sides that take part, in a case or at all."""
-        m = self.subject.manifest
-        fused = m.precision == "fp32" and m.attention == "GroupQueryAttention"
-        wanted = {"none": False, "headline": case in (None, self.headline), "all": True}[self.profile.peers]
-        optimum = wanted and fused and self.subject.deployment.device == "cpu"
+        optimum = self._asks_for_optimum(case) and OPTIMUM not in self.peers.skipped
         more = self.peers.labels if case == self.headline else ()
         return [self.candidate, self.baseline, *([OPTIMUM] if optimum else []), *more]
 
+    def _asks_for_optimum(self, case: Case | None) -> bool:
+        m = self.subject.manifest
+        fused = m.precision == "fp32" and m.attention == "GroupQueryAttention"
+        wanted = {"none": False, "headline": case in (None, self.headline), "all": True}[self.profile.peers]
+        return wanted and fused and self.subject.deployment.device == "cpu"
+
     @cached_property
     def peers(self) -> Peers:
-        """Further peers of the headline case (``--peers``), and why the others cannot take part."""
+        """Further peers of the headline case (``--peers``), and why others, optimum too, cannot take part."""
+        from export.optimum_adapter import missing_optimum  # transformers
+
+        why = missing_optimum("this peer") if self._asks_for_optimum(None) else ""
+        without = {OPTIMUM: why} if why else {}
         if not self.peers_asked:
-            return Peers((), {})
+            return Peers((), without)
         found = choose(self.subject.deployment.device, self.subject.manifest.attention, self.gguf)
+        found = Peers(found.labels, {**without, **found.skipped})
         if LLAMA_CPP in found.labels and self.profile.batch_sizes[0] != 1:
             labels = tuple(label for label in found.labels if label != LLAMA_CPP)
             return Peers(labels, {**found.skipped, LLAMA_CPP: "it is measured at batch 1 only"})

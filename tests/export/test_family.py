@@ -251,7 +251,7 @@ def test_other_architectures_are_refused_by_name(model_type: str, reason: str) -
     [
         ("mistral", {"hidden_act": "gelu"}, UnsupportedModelError, "activation 'gelu'.*Mistral uses 'silu'"),
         ("mistral", {"sliding_window": 1}, BrokenCheckpointError, "sliding_window is 1, not a whole number above 1"),
-        ("mistral", {"sliding_window": "8"}, BrokenCheckpointError, "sliding_window is 8, not a whole"),
+        ("mistral", {"sliding_window": -8}, BrokenCheckpointError, "sliding_window is -8, not a whole"),
         (
             *("mistral", {"layer_types": ["full_attention", "sliding_attention"]}),
             *(UnsupportedModelError, "layer_types of several kinds.*ministral"),
