@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine:
 #   make demo     own virtual environment, demo model, export, pytest bench/, report; prints the page's path last
 #   make test     own set-up as far as missing, then the whole test suite
+# make test-transformers5 runs the export, gate and tokenizer tests under transformers 5 too, and across (scripts/transformers5).
 # EXTRA=gpu installs onnxruntime-gpu instead of onnxruntime (never both: they share an import name).
 
 EXTRA ?= cpu
@@ -11,7 +12,7 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: demo test check gpu-evidence setup clean
+.PHONY: demo test test-transformers5 check gpu-evidence setup clean
 
 demo: setup
 	@$(BIN)/pytest bench/ $(BENCH_ARGS); code=$$?; \
@@ -19,6 +20,9 @@ demo: setup
 
 test: setup
 	@$(BIN)/pytest $(TEST_ARGS)
+
+test-transformers5: setup
+	@scripts/transformers5 $(BIN)/python $(TEST_ARGS)
 
 check: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
