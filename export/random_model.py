@@ -20,6 +20,7 @@ from export.architectures import architecture_of
 from export.cache import publish, require_space
 from export.convert import TORCH_DTYPE, parameter_shapes
 from export.errors import DestinationError, ExportError
+from export.newer_config import older
 from export.spec import FLOATS, one_of
 
 _LLAMA2: dict[str, Any] = {
@@ -142,7 +143,7 @@ def make_random_model(
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
         settings = {
-            **config.to_dict(),
+            **older(config.to_dict()),  # which transformers 4 reads as well
             "architectures": [architecture_of(config).class_name],
             "torch_dtype": str(dtype).removeprefix("torch."),
             "llama_onnx_origin": f"random weights in the shape of {name}"

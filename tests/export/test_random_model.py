@@ -22,6 +22,7 @@ from export.pipeline import export_model
 from export.random_model import CONFIGS, config_of, make_random_model
 from export.sizes import head_dim_of
 from export.spec import ExportSpec
+from export.spelling import rope_of
 from runtime.loading import load
 from runtime.torch_session import TorchSession
 
@@ -272,7 +273,8 @@ def test_published_parameter_counts(name: str) -> None:
     assert {n: tuple(t.shape) for n, t in own.items()} == parameter_shapes(config_of(name, 2))
     assert config_of(name, 2).num_hidden_layers == 2
     assert config_of(name).num_hidden_layers == CONFIGS[name]["num_hidden_layers"]  # not changed by the line before
-    assert {k: getattr(config, k) for k in CONFIGS[name] if k != "sliding_window"} == {
+    said = config.to_dict() | rope_of(config)
+    assert {k: said[k] for k in CONFIGS[name] if k != "sliding_window"} == {
         k: v for k, v in CONFIGS[name].items() if k != "sliding_window"
     }
     assert head_dim_of(config) == 128
