@@ -11,6 +11,7 @@ import pytest
 
 from bench.deployment import Deployment
 from bench.latency.workload import Profile, choose_profile
+from bench.peers.optimum_ort import LABEL as OPTIMUM
 from bench.suite import measuring
 from bench.suite.measuring import Measuring
 from reports.record import Case, Memory
@@ -54,3 +55,15 @@ def test_peak_memory_where_the_provider_falls_back(exports: Paths, checkpoints: 
     for side in (run.candidate, run.baseline):
         found = run.memory_of(side)
         assert found.peak_bytes > found.baseline_bytes > 0
+
+
+@pytest.mark.parametrize("why", ["", "cannot import name 'X'"])
+def test_optimum_takes_part_or_is_left_out_with_its_reason(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from export import optimum_adapter
+
+    monkeypatch.setattr(optimum_adapter, "WHY_NOT", why)
+    manifest = SimpleNamespace(precision="fp32", attention="GroupQueryAttention")
+    subject = SimpleNamespace(manifest=manifest, deployment=Deployment("cpu", 1))
+    run = Measuring(cast(Any, subject), choose_profile("standard", [1], [4], 2, 160))
+    assert (OPTIMUM in run.labels()) == (OPTIMUM not in run.peers.skipped) == (not why)
+    assert why in run.peers.skipped.get(OPTIMUM, "")
