@@ -79,7 +79,7 @@ EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
     "smooth softmax": (attribute(GQA, "smooth_softmax", lambda _: 1), "smooth_softmax is 1"),
     "cache of another layer": (cache_of_layer_0, "reads and writes the cache of layers 0, 1"),
     "an attention too few": (renamed(GQA, "Mystery"), "1 GroupQueryAttention for 2 layers"),
-    "a norm too few": (renamed(SKIP, "Mystery"), "4 fused norms for 2 layers"),
+    "a norm too few": (renamed(SKIP, "Mystery"), "4 fused norms where 2 layers"),
     "type of the cache": (half_precision_cache, "not of the claimed type"),
 }
 
