@@ -71,7 +71,21 @@ def test_a_window_off_by_one_beyond_every_text_is_seen_by_the_numbers(
         )
 
 
-def _edit(shop: Any, change: Callable[[Any], None]) -> None:
+def test_windows_that_another_exporter_left_out_are_named(
+    workshop: Callable[..., Any], subjects: Callable[..., Any]
+) -> None:
+    """As onnxruntime-genai 0.18 does with Mistral's."""
+    shop = workshop("fp32", {}, **MISTRAL)
+    (shop.folder / "manifest.json").unlink()
+    _edit(shop, lambda model: [set_attribute(n, "local_window_size", -1) for n in attentions(model)])
+    found = BY_NAME["attributes"].run(subjects(shop.folder, **MISTRAL))
+    assert found.status == "FAIL"
+    assert [(f.layer, f.what) for f in found.findings[:2]] == [
+        (layer, "local_window_size is -1, not 512") for layer in (0, 1)
+    ]
+
+
+def _edit(shop: Any, change: Callable[[Any], object]) -> None:
     import onnx
 
     for path in shop.folder.glob("*.onnx"):
