@@ -16,6 +16,7 @@ from bench.defects.__main__ import DEFECTS, NOT_APPLICABLE, row_of, run_change, 
 from bench.defects.harmless import HARMLESS
 from bench.defects.in_family import DEFECTS as IN_FAMILY
 from bench.defects.workshop import Defect, Harmless, NotApplicableError, Workshop
+from bench.gate.localize import localize
 from bench.gate.modes import MODES, Mode
 from bench.gate.registry import CHECKS
 from bench.gate.validate import validate
@@ -131,6 +132,38 @@ def test_a_harmless_change_of_the_family_passes(
     row = run_change(change, subjects(good, **FAMILY["qwen2"]), good, tmp_path)
     other = {"ort": "mask", "tensorrt": "windows as large"}[kind]
     assert row.verdict == (NOT_APPLICABLE if other in change.name else "PASS"), row.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "operator"),
+    [
+        ("mistral", "attention window one token longer", "attention"),
+        ("qwen2", "bias of QKV zeroed", "qkv"),
+        ("qwen2", "window in a layer that has none", "attention"),
+        ("qwen3", "norm weights of queries and keys exchanged", "attention"),
+        ("qwen3", "norms of heads after rotary", "attention"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["fp16", "tensorrt"])
+def test_localisation_names_layer_and_operator(
+    kind: str,
+    name: str,
+    part: str,
+    operator: str,
+    subjects: Any,
+    exports: Exports,
+    checkpoints: Exports,
+    tmp_path: Path,
+) -> None:
+    good = exports("fp32", TENSORRT, **FAMILY[name]) if kind == "tensorrt" else exports(kind, {}, **FAMILY[name])
+    shop = Workshop(good, tmp_path / "copy", checkpoints(**FAMILY[name]))
+    (defect,) = of_family(part)
+    defect.change(shop)
+    shop.reseal()
+    for folder, wanted in ((good, None), (shop.folder, (defect.layer(shop), operator))):
+        with contextlib.closing(subjects(folder, **FAMILY[name])) as s:
+            place = localize(s)
+        assert (place and (place.layer, place.operator)) == wanted
 
 
 @pytest.mark.parametrize("defect", IN_FAMILY, ids=lambda d: d.name)
