@@ -72,6 +72,11 @@ def describe(folder: Path) -> Manifest:
             f"{folder / name} is a merged graph (an If over two decoders), which this runtime does not drive; "
             f"export again with optimum 1.14 or later, which writes one graph"
         )
+    if any(a.name == "sliding_window_cache" and a.i for node in graph.node for a in node.attribute):
+        raise ForeignFolderError(
+            f"{folder / name} keeps caches as short as its attention window (sliding_window_cache), which this runtime "
+            f"does not drive; build it with --extra_options windowed_kv_cache=false"
+        )
     inputs = {i.name: i.type.tensor_type for i in graph.input}
     outputs = {o.name: o.type.tensor_type for o in graph.output}
     hint = _number(_part(genai, "model", "decoder"), "head_size") or head_dim_of(config)

@@ -27,10 +27,17 @@ BLOCK = 64
 """Capacity is rounded up to whole blocks, so that runs of similar length reuse the buffers."""
 
 
-def tiled(part: NDArray[Any], length: int) -> NDArray[Any]:
-    """``[1, heads, n, width]`` tiled to ``length`` tokens."""
+Loud = tuple[int, float]
+"""A token of a past and the factor by which its values count more than the others'."""
+
+
+def tiled(part: NDArray[Any], length: int, loud: Loud | None = None) -> NDArray[Any]:
+    """``[1, heads, n, width]`` tiled to ``length`` tokens, one of which may be ``loud``."""
     repeat = -(-length // part.shape[2])
-    return np.ascontiguousarray(np.tile(part, (1, 1, repeat, 1))[:, :, :length])
+    whole = np.ascontiguousarray(np.tile(part, (1, 1, repeat, 1))[:, :, :length])
+    if loud is not None:
+        whole[:, :, loud[0]] *= loud[1]
+    return whole
 
 
 def _slots(capacity: int, window: int | None, device: str) -> int:
@@ -102,16 +109,17 @@ class SharedCache:
                 kept[name] = select_rows(self._values[name], rows)
         self._values, self.batch = kept, len(rows)
 
-    def lay(self, layer: int, pair: tuple[NDArray[Any], NDArray[Any]], length: int) -> None:
+    def lay(self, layer: int, pair: tuple[NDArray[Any], NDArray[Any]], length: int, loud: Loud | None = None) -> None:
         """Fill the first ``length`` positions of one layer of a single row with a short key and value, repeated.
 
         Args:
             layer: of the model.
             pair: key and value ``[1, kv_heads, some, head_dim]``.
             length: positions.
+            loud: a token whose value counts more.
         """
-        for kind, part in zip(("key", "value"), pair, strict=True):
-            self._values[f"{layer}.{kind}"].numpy()[:, :, :length] = tiled(part, length)  # the same memory
+        for kind, part, factor in zip(("key", "value"), pair, (None, loud), strict=True):
+            self._values[f"{layer}.{kind}"].numpy()[:, :, :length] = tiled(part, length, factor)  # the same memory
 
     def bind(self, binding: Any) -> None:
         """Bind every buffer as past and as present."""

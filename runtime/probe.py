@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from export.manifest import KVLayout, Manifest, first_line
 from runtime.errors import SessionError
 from runtime.graph import placed
-from runtime.kv_cache import NUMPY_DTYPE, SharedCache, tiled
+from runtime.kv_cache import NUMPY_DTYPE, Loud, SharedCache, tiled
 from runtime.ort_session import OrtSession, accuracy_level
 from runtime.provider_options import options_of
 from runtime.providers import provider_list, require, require_active
@@ -122,7 +122,11 @@ class GraphProbe:
         return {n: v[:, :, :total] if n.startswith("present.") else v for n, v in zip(outputs, found, strict=True)}
 
     def after_past(
-        self, ids: Sequence[int], first: Sequence[tuple[NDArray[Any], NDArray[Any]]], length: int
+        self,
+        ids: Sequence[int],
+        first: Sequence[tuple[NDArray[Any], NDArray[Any]]],
+        length: int,
+        loud: Loud | None = None,
     ) -> NDArray[Any]:
         """Logits of new tokens after a long past that is ``first`` tiled.
 
@@ -133,6 +137,7 @@ class GraphProbe:
             ids: the new tokens.
             first: per layer a key and a value ``[1, kv_heads, some, head_dim]``.
             length: tokens of the past.
+            loud: one of them whose values count more.
 
         Returns:
             ``[positions, vocab]``; all new positions, or the last one if the graph gives no more.
@@ -142,12 +147,13 @@ class GraphProbe:
         """
         kv = self._manifest.kv
         if not kv.shared_buffer:
-            found: NDArray[Any] = self.run(ids, [(tiled(k, length), tiled(v, length)) for k, v in first])["logits"][0]
+            past = [(tiled(k, length), tiled(v, length, loud)) for k, v in first]
+            found: NDArray[Any] = self.run(ids, past)["logits"][0]
             return found
         session = self._opened()
         cache = SharedCache(kv, 1, length + len(ids), self._manifest.context_length, "cpu", whole=True)
         for layer, pair in enumerate(first):
-            cache.lay(layer, pair, length)
+            cache.lay(layer, pair, length, loud)
         inputs = {i.name for i in session.get_inputs()}
         binding = session.io_binding()
         binding.bind_output("logits", "cpu")

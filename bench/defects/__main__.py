@@ -20,16 +20,21 @@ from rich.console import Console
 
 from bench.data.loading import load_file
 from bench.defects.harmless import HARMLESS
+from bench.defects.in_family import DEFECTS as IN_FAMILY
 from bench.defects.in_files import DEFECTS as IN_FILES
 from bench.defects.in_graph import DEFECTS as IN_GRAPH
-from bench.defects.workshop import Defect, Harmless, Workshop, layer_at
+from bench.defects.workshop import Defect, Harmless, NotApplicableError, Workshop
+from bench.gate.found import CheckSpec
 from bench.gate.modes import MODES
+from bench.gate.registry import CHECKS
 from bench.gate.subject import Subject
 from bench.gate.validate import make_subject, validate
 from reports.validation import Validation
 
-DEFECTS: tuple[Defect, ...] = (*IN_GRAPH, *IN_FILES)
+DEFECTS: tuple[Defect, ...] = (*IN_GRAPH, *IN_FAMILY, *IN_FILES)
 MEMO_BYTES = 3 << 30
+NOT_APPLICABLE = "not applicable"
+"""Verdict of a change that the folder has no place for."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Row:
 
     @property
     def good(self) -> bool:
-        """As it should be."""
+        """As it should be, or a change that there is no place for."""
+        if self.verdict == NOT_APPLICABLE:
+            return True
         return self.verdict == "PASS" if self.harmless else self.verdict == "FAIL"
 
 
@@ -72,21 +79,27 @@ def row_of(name: str, found: Validation, wanted: str, layer: int | None, harmles
     )
 
 
-def run_change(change: Defect | Harmless, subject: Subject, good: Path, work: Path) -> Row:
+def run_change(
+    change: Defect | Harmless, subject: Subject, good: Path, work: Path, specs: Sequence[CheckSpec] = CHECKS
+) -> Row:
     """Make a defect or a harmless change, run the gate over it, remove it."""
     shop = Workshop(good, work / "changed", subject.baseline.checkpoint)
     changed = subject.at(shop.folder)
     try:
+        if isinstance(change, Harmless) and change.target not in ("", target := shop.manifest.target):
+            raise NotApplicableError(f"--target {target} does not take it")
         change.change(shop)
         if isinstance(change, Harmless) or change.sealed:
             shop.reseal()
         if isinstance(change, Defect):
-            layer = layer_at(subject.manifest.kv.layers) if change.in_layer else None
-            return row_of(change.name, validate(changed), change.first, layer, False)
+            layer = change.layer(shop) if change.in_layer else None
+            return row_of(change.name, validate(changed, specs), change.first, layer, False)
         if change.threads:
             changed.deployment = replace(changed.deployment, threads=change.threads)
         with change.around() if change.around else contextlib.nullcontext():
-            return row_of(change.name, validate(changed), "", None, True)
+            return row_of(change.name, validate(changed, specs), "", None, True)
+    except NotApplicableError as e:
+        return Row(change.name, isinstance(change, Harmless), NOT_APPLICABLE, "", "", [], [], None, None, 0.0, str(e))
     finally:
         changed.close()
         shop.close()
@@ -94,7 +107,8 @@ def run_change(change: Defect | Harmless, subject: Subject, good: Path, work: Pa
 
 def table(rows: Sequence[Row], title: str) -> str:
     """The rows as Markdown, with the counts in front."""
-    defects, fine = [r for r in rows if not r.harmless], [r for r in rows if r.harmless]
+    made = [r for r in rows if r.verdict != NOT_APPLICABLE]
+    defects, fine = [r for r in made if not r.harmless], [r for r in made if r.harmless]
     layered = [r for r in defects if r.layer is not None]
     numeric = [r for r in layered if r.seen]
     placed = sum(r.layer == r.layer_found for r in numeric)
@@ -125,6 +139,8 @@ def table(rows: Sequence[Row], title: str) -> str:
         ]
         out += [f"| {r.name} | {r.verdict} | {'' if r.good else r.reason[:160]} | {r.seconds:.0f} |" for r in fine]
         out.append("")
+    if none := [f"{r.name} ({r.reason})" for r in rows if r.verdict == NOT_APPLICABLE]:
+        out += [f"Not applicable to this folder: {'; '.join(none)}.", ""]
     return "\n".join(out)
 
 

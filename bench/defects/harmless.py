@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from bench.defects.in_family import bias_first, defaults_left_out, mask_of_each_layer, window_of_the_context
 from bench.defects.in_graph import attentions, in_graphs, insert, set_attribute
 from bench.defects.workshop import NUMPY, Harmless, Workshop
 from bench.gate.tensors import TensorReader
@@ -255,21 +256,25 @@ HARMLESS: tuple[Harmless, ...] = (
         around=lambda: _session_options(enable_cpu_mem_arena=False, enable_mem_pattern=False),
     ),
     Harmless("a KV buffer of another length", around=lambda: patch("runtime.kv_cache.BLOCK", 320)),
-    Harmless("the next opset", in_graphs(_newer_opset)),
+    Harmless("the next opset", in_graphs(_newer_opset), target="ort"),
     Harmless("nodes in another order", in_graphs(_node_order)),
     Harmless("other names of nodes, values and weights", in_graphs(_names)),
     Harmless("another layout of the external data", _data_layout),
     Harmless("norm weights inside the graph", _small_inside),
     Harmless("logits of every position", _all_logits),
-    Harmless("identities put in", in_graphs(_identities)),
+    Harmless("identities put in", in_graphs(_identities), target="ort"),
     Harmless("producer, notes and a README", _notes),
     Harmless("rotary tables by another sine", _other_numerics),
     Harmless("tokenizer file serialised again", _tokenizer_again),
     Harmless("a comment in the chat template", _template_comment),
-    Harmless("small constants as nodes", in_graphs(_constants_as_nodes)),
-    Harmless("default attributes written out", in_graphs(_defaults_written)),
-    Harmless("SiLU in one operator", in_graphs(_silu_in_one)),
+    Harmless("small constants as nodes", in_graphs(_constants_as_nodes), target="ort"),
+    Harmless("default attributes written out", in_graphs(_defaults_written), target="ort"),
+    Harmless("SiLU in one operator", in_graphs(_silu_in_one), target="ort"),
     Harmless("two changes of shape in one", in_graphs(_reshaped_once)),
     Harmless("configuration and generation settings saved again", _settings_again),
+    Harmless("attention windows as large as the context", window_of_the_context),
+    Harmless("a mask of its own for each windowed layer", mask_of_each_layer),
+    Harmless("biases added from the other side", bias_first),
+    Harmless("default attributes of norms left out", in_graphs(defaults_left_out)),
 )
 """Beside these, fp32 -> fp16 in its own tier: the whole catalogue runs over an fp16 export as well."""

@@ -18,12 +18,6 @@ def _json(name: str, **values: Any) -> Callable[[Workshop], None]:
     return lambda w: w.json(name, lambda raw: raw.update(values))
 
 
-def _config(w: Workshop) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(w.checkpoint, local_files_only=True, trust_remote_code=False)
-
-
 def _name(w: Workshop, part: str) -> str:
     """Name of a weight in the layer that single-layer defects sit in."""
     return f"model.layers.{layer_at(w.manifest.kv.layers)}.{part}.weight"
@@ -31,16 +25,15 @@ def _name(w: Workshop, part: str) -> str:
 
 def _tables(w: Workshop, change: Callable[[Any, Any], tuple[Any, Any]]) -> None:
     """Rewrite both rotary tables; ``change(positions, frequencies)`` gives the ones to compute with."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from export.architectures import architecture_of
 
-    config = _config(w)
-    frequencies = LlamaRotaryEmbedding(config).inv_freq.double().numpy()
-    positions = np.arange(config.max_position_embeddings, dtype=np.float64)
-    positions, frequencies = change(positions, frequencies)
+    rotary: Any = architecture_of(w.config).rotary(w.config)
+    positions = np.arange(w.config.max_position_embeddings, dtype=np.float64)
+    positions, frequencies = change(positions, rotary.inv_freq.double().numpy())
     angles = positions[:, None] * frequencies[None]
     for name, function in (("model.rope_cos", np.cos), ("model.rope_sin", np.sin)):
         with w.weight(name) as table:
-            table[:] = function(angles)
+            table[:] = function(angles) * float(rotary.attention_scaling)
 
 
 def _base(factor: float) -> Callable[[Workshop], None]:
@@ -70,7 +63,7 @@ def _row_of_table(w: Workshop) -> None:
 @contextmanager
 def _projections(w: Workshop) -> Iterator[list[Any]]:
     """The columns of queries, keys and values in the layer's joined projection."""
-    config, size = _config(w), w.manifest.kv.head_dim
+    config, size = w.config, w.manifest.kv.head_dim
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
     with w.weight(_name(w, "self_attn.qkv_proj")) as weight:
         yield np.split(weight, [queries, queries + keys], axis=1)

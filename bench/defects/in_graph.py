@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.defects.workshop import Defect, Workshop, layer_at
+from bench.defects.workshop import Defect, NotApplicableError, Workshop, first, layer_at
+from export.manifest import ATTENTIONS, NORMS
 
-NORM = "SkipSimplifiedLayerNormalization"
+FUSED = "GroupQueryAttention"
+KNOWN = {
+    FUSED: ("scale", "softcap", "rotary_interleaved", "local_window_size"),
+    "Attention": ("scale", "softcap"),
+}
+"""Attributes of attentions that defects set."""
 Change = Callable[[Any], None]
 
 
@@ -24,7 +30,29 @@ def set_attribute(node: Any, name: str, value: Any) -> None:
 
 def attentions(model: Any) -> list[Any]:
     """The fused attentions, in the graph's order."""
-    return [n for n in model.graph.node if n.op_type == "GroupQueryAttention"]
+    found = [n for n in model.graph.node if n.op_type in ATTENTIONS]
+    if not found:
+        raise NotApplicableError("no fused attention")
+    return found
+
+
+def readers(model: Any, name: str) -> list[Any]:
+    """Nodes that read a value.
+
+    Raises:
+        NotApplicableError: there is none, as where the graph has no weight of that name.
+    """
+    found = [n for n in model.graph.node if name in n.input]
+    if not found:
+        raise NotApplicableError(f"no {name} in the graph")
+    return found
+
+
+def read_instead(model: Any, old: str, new: str, but: tuple[Any, ...] = ()) -> None:
+    """Let every node that reads a value read another one; ``but`` are nodes that keep it."""
+    for node in model.graph.node:
+        if all(node is not kept for kept in but):
+            node.input[:] = [new if i == old else i for i in node.input]
 
 
 def _here(model: Any) -> int:
@@ -36,6 +64,8 @@ def _attribute(name: str, value: Callable[[float], Any] | Any, everywhere: bool 
 
     def change(model: Any) -> None:
         for k, node in enumerate(attentions(model)):
+            if name not in KNOWN[node.op_type]:
+                raise NotApplicableError(f"{node.op_type} has no {name}")
             if everywhere or k == _here(model):
                 old = next((a.f for a in node.attribute if a.name == "scale"), 0.0)
                 set_attribute(node, name, value(old) if callable(value) else value)
@@ -45,21 +75,25 @@ def _attribute(name: str, value: Callable[[float], Any] | Any, everywhere: bool 
 
 def _epsilon(value: float, everywhere: bool) -> Change:
     def change(model: Any) -> None:
-        norms = [n for n in model.graph.node if n.op_type == NORM]
-        chosen = norms if everywhere else [norms[2 * _here(model)]]
+        norms = [n for n in model.graph.node if n.op_type in NORMS]
+        chosen = norms if everywhere else [_after_attention(model, _here(model))]
         for node in chosen:
             set_attribute(node, "epsilon", value)
 
     return change
 
 
+def _after_attention(model: Any, layer: int) -> Any:
+    """The norm between the attention and the MLP of a layer."""
+    return readers(model, f"model.layers.{layer}.post_attention_layernorm.weight")[0]
+
+
 def _linear(model: Any, layer: int, part: str) -> Any:
-    name = f"layers.{layer}."
-    return next(
-        n
-        for n in model.graph.node
-        if n.op_type == "MatMul" and any(name in i and f"{part}_proj.weight" in i for i in n.input)
+    name, weight = f"layers.{layer}.", f"{part}_proj.weight"
+    products = (
+        n for n in model.graph.node if n.op_type == "MatMul" and any(name in i and weight in i for i in n.input)
     )
+    return first(products, f"product with {weight} in layer {layer}")
 
 
 def _swap_gate_and_up(model: Any) -> None:
@@ -79,17 +113,17 @@ def _swap_layers(model: Any) -> None:
 
 def _swap_caches(model: Any) -> None:
     k = _here(model)
-    one, other = attentions(model)[k : k + 2]
-    for i in (3, 4):
-        one.input[i], other.input[i] = other.input[i], one.input[i]
+    for kind in ("key", "value"):
+        one, other = (f"past_key_values.{layer}.{kind}" for layer in (k, k + 1))
+        for old, new in ((one, "kept aside"), (other, one), ("kept aside", other)):
+            read_instead(model, old, new)
 
 
 def _residual_after_norm(model: Any) -> None:
-    norms = [n for n in model.graph.node if n.op_type == NORM]
-    source, reader = norms[2 * _here(model)], norms[2 * _here(model) + 1]
-    for i, name in enumerate(reader.input):
-        if name == source.output[3]:
-            reader.input[i] = source.output[0]
+    source = _after_attention(model, _here(model))
+    if len(source.output) < 4:
+        raise NotApplicableError("the norm's residual is another node's")
+    read_instead(model, source.output[3], source.output[0])
 
 
 def insert(model: Any, value: str, op: str, **constants: float) -> None:
@@ -120,8 +154,7 @@ def _saturated(model: Any) -> None:
 
 
 def _embedding_scaled(model: Any) -> None:
-    gather = next(n for n in model.graph.node if n.op_type == "Gather" and n.input[0].startswith("model.embed_tokens"))
-    insert(model, gather.output[0], "Mul", embedding_scale=1.02)
+    insert(model, readers(model, "model.embed_tokens.weight")[0].output[0], "Mul", embedding_scale=1.02)
 
 
 def _wrong_activation(model: Any) -> None:
@@ -133,8 +166,10 @@ def _wrong_activation(model: Any) -> None:
 
 def _lengths(model: Any) -> tuple[str, str]:
     """Names of the rows' lengths and of the total length that attentions read."""
-    first = attentions(model)[0]
-    return first.input[5], first.input[6]
+    node = attentions(model)[0]
+    if node.op_type != FUSED:
+        raise NotApplicableError(f"{node.op_type} reads a mask, no lengths")
+    return node.input[5], node.input[6]
 
 
 def _lengths_become(constants: dict[str, Any], *nodes: str) -> Change:
@@ -181,17 +216,19 @@ _one_position_off = _lengths_become(
 def _cache_not_updated(model: Any) -> None:
     from onnx import helper
 
-    node = attentions(model)[_here(model)]
-    for i, k in ((1, 3), (2, 4)):
-        name = node.output[i]
-        node.output[i] = f"{name}.dropped"
-        model.graph.node.append(helper.make_node("Identity", [node.input[k]], [name], name=f"{name}.kept"))
+    for kind in ("key", "value"):
+        past, present = (f"{side}.{_here(model)}.{kind}" for side in ("past_key_values", "present"))
+        for node in model.graph.node:
+            node.output[:] = [f"{o}.dropped" if o == present else o for o in node.output]
+        read_instead(model, present, f"{present}.dropped")
+        model.graph.node.append(helper.make_node("Identity", [past], [present], name=f"{present}.kept"))
 
 
 def _last_position_of_pads(model: Any) -> None:
     """The decode graph's logits come from the last column, which in a short row is padding."""
-    minimum = next(n for n in model.graph.node if n.op_type == "Min")
-    kept = next(i for i in minimum.input if i != _lengths(model)[0])
+    lengths = _lengths(model)[0]
+    minimum = first((n for n in model.graph.node if n.op_type == "Min"), "Min node")
+    kept = next(i for i in minimum.input if i != lengths)
     del minimum.input[:]
     minimum.input.extend([kept, kept])
 
@@ -227,7 +264,7 @@ def _guard_as_input(model: Any) -> None:
     """The table that refuses left-padded batches becomes an input's default, and refuses nothing."""
     from onnx import helper, numpy_helper
 
-    guard = next(n for n in model.graph.node if n.op_type == "Gather" and "left_padded" in n.name)
+    guard = first((n for n in model.graph.node if n.op_type == "Gather" and "left_padded" in n.name), "guard")
     table = next(t for t in model.graph.initializer if t.name == guard.input[0])
     values = numpy_helper.to_array(table)
     table.CopyFrom(numpy_helper.from_array(np.ones(64, dtype=values.dtype), table.name))

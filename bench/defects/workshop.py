@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ from numpy.typing import NDArray
 from bench.gate.localize import link_or_copy
 from export.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
 from export.quantize import pack, unpack
+
+
+class NotApplicableError(Exception):
+    """A change that this folder has no place for, and why: the model has no attention window, say."""
+
 
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "uint8": np.uint8, "int8": np.int8}
 
@@ -50,6 +56,13 @@ class Workshop:
         """The copy's manifest as it stands."""
         return read_manifest(self.folder)
 
+    @cached_property
+    def config(self) -> Any:
+        """transformers' configuration of the checkpoint."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.checkpoint, local_files_only=True, trust_remote_code=False)
+
     def own(self, name: str) -> Path:
         """A file of the copy's own, safe to write to."""
         path = self.folder / name
@@ -74,7 +87,9 @@ class Workshop:
     def weight(self, name: str) -> Iterator[NDArray[Any]]:
         """A stored weight as a writable array, in the shape and type of the manifest; 4-bit codes as int8."""
         m = self.manifest
-        found = next(w for w in m.weights if w.name == name)
+        found = first((w for w in m.weights if w.name == name), f"stored weight {name}")
+        if found.dtype not in (*NUMPY, "int4"):
+            raise NotApplicableError(f"{name} is stored as {found.dtype}, which numpy does not have")
         if found.dtype == "int4":
             data = np.memmap(self.own(m.data_file), np.uint8, "r+", offset=found.offset, shape=(1, found.nbytes))
             signed = unpack(torch.from_numpy(data), 4, math.prod(found.shape)).to(torch.int8)
@@ -89,6 +104,8 @@ class Workshop:
 
     def json(self, name: str, change: Callable[[dict[str, Any]], None]) -> None:
         """Edit a JSON object of the folder."""
+        if not (self.folder / name).is_file():
+            raise NotApplicableError(f"the folder has no {name}")
         path = self.own(name)
         raw = json.loads(path.read_text(encoding="utf-8"))
         change(raw)
@@ -126,8 +143,9 @@ class Workshop:
 class Defect:
     """One deliberate defect.
 
-    ``first`` is the check that has to name it first; ``in_layer`` says that it sits in the layer of :func:`layer_at`
-    alone; ``sealed`` False leaves the manifest's hashes as they were.
+    ``change`` raises :class:`NotApplicableError` where the folder has no place for it. ``first`` is the check that has
+    to name it first; ``in_layer`` says that it sits in one layer alone, which ``layer`` tells; ``sealed`` False leaves
+    the manifest's hashes as they were.
     """
 
     name: str
@@ -135,18 +153,32 @@ class Defect:
     first: str
     in_layer: bool = False
     sealed: bool = True
+    layer: Callable[[Workshop], int] = lambda w: layer_at(w.manifest.kv.layers)
 
 
 @dataclass(frozen=True)
 class Harmless:
-    """A change that must pass. ``around`` is a context that the gate runs in, for changes of the runtime's settings."""
+    """A change that must pass. ``around`` is a context that the gate runs in, for changes of the runtime's settings;
+    ``target`` is the only one whose folders it leaves as good as they were, "" for all."""
 
     name: str
     change: Callable[[Workshop], None] = lambda _w: None
     around: Callable[[], Any] | None = None
     threads: int | None = None
+    target: str = ""
 
 
 def layer_at(layers: int) -> int:
     """The layer that single-layer defects sit in: past the first third, so that layers precede and follow it."""
     return layers // 3
+
+
+def first(found: Iterable[Any], what: str) -> Any:
+    """The first of what a change looks for.
+
+    Raises:
+        NotApplicableError: there is none.
+    """
+    for one in found:
+        return one
+    raise NotApplicableError(f"no {what}")

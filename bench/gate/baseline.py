@@ -34,7 +34,7 @@ from export.spec import ExportSpec
 from export.spelling import cache_keyword
 from export.weights import Checkpoint
 from runtime.generate import generate
-from runtime.kv_cache import tiled
+from runtime.kv_cache import Loud, tiled
 from runtime.session import Logits
 from runtime.torch_session import TorchSession
 
@@ -239,24 +239,27 @@ class Baseline:
             self._tokens[key] = tuple(tuple(row) for row in made)
         return self._tokens[key]
 
-    def continued(self, text: Sequence[int], length: int, ids: Sequence[int]) -> tuple[Past, Logits]:
+    def continued(
+        self, text: Sequence[int], length: int, ids: Sequence[int], loud: Loud | None = None
+    ) -> tuple[Past, Logits]:
         """``ids`` after a past of ``length`` tokens that is the cache of ``text``, tiled.
 
         Reaching position 8,000 by computing costs minutes; its keys need not mean anything, since both sides get the
-        same ones. What is tested is what happens at those positions: rotary rows, lengths, windows.
+        same ones. What is tested is what happens at those positions: rotary rows, lengths, windows. One token of the
+        past may be ``loud``: of 4,096, nobody hears a single one otherwise.
 
         Returns:
             The cache of ``text``, per layer a key and a value ``[1, kv_heads, len(text), head_dim]`` fp32, which the
             other side tiles itself (:func:`runtime.kv_cache.tiled`: the whole past of the demo model takes
             0.4 GB, so that it is in memory once at a time); and logits ``[len(ids), vocab]``.
         """
-        key = (tuple(text), length, tuple(ids))
+        key = (tuple(text), length, tuple(ids), loud)
         if key not in self._continued:
             flat = self._stored(["past", list(text)], lambda: self._past_of(text))
             whole = flat.reshape(len(flat) // 2, 2, 1, -1, len(text), head_dim_of(self.config))
             first = [(k, v) for k, v in whole]
-            request = ["after past", list(text), length, list(ids)]
-            self._continued[key] = (first, self._stored(request, lambda: self._after_past(first, length, ids)))
+            request = ["after past", list(text), length, list(ids), *(loud or ())]
+            self._continued[key] = (first, self._stored(request, lambda: self._after_past(first, length, ids, loud)))
         return self._continued[key]
 
     def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
@@ -272,7 +275,7 @@ class Baseline:
             model(input_ids=self._tensor(text), **{cache_keyword(model.forward): cache}, use_cache=True)
         return np.stack([t.float().cpu().numpy().ravel() for layer in cache.layers for t in (layer.keys, layer.values)])
 
-    def _after_past(self, first: Past, length: int, ids: Sequence[int]) -> Logits:
+    def _after_past(self, first: Past, length: int, ids: Sequence[int], loud: Loud | None) -> Logits:
         """Logits ``[len(ids), vocab]`` of ``ids`` after ``length`` tokens of ``first``, the cache of a text."""
         from transformers import DynamicCache
 
@@ -280,7 +283,8 @@ class Baseline:
         cache = DynamicCache()
         with torch.inference_mode(), blocks_apart(1 << 20):  # a layer's cache grows by a copy
             for i, (k, v) in enumerate(first):  # tiled layer by layer: the cache makes a copy of its own
-                key, value = (torch.from_numpy(tiled(x, length)).to(self.device) for x in (k, v))
+                whole = (tiled(k, length), tiled(v, length, loud))
+                key, value = (torch.from_numpy(x).to(self.device) for x in whole)
                 cache.update(key, value, i)
             inputs = {"input_ids": self._tensor(ids)}
             if "position_ids" in signature(model.forward).parameters:  # Bloom has none

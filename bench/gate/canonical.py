@@ -67,8 +67,11 @@ class Pairing:
     unused: list[str] = field(default_factory=list)
 
 
-def attributes_of(node: Any) -> dict[str, Any]:
-    """Attributes with their defaults filled in, floats as fp32 sees them, tensors as arrays."""
+def attributes_of(node: Any, context: int | None = None) -> dict[str, Any]:
+    """Attributes with their defaults filled in, floats as fp32 sees them, tensors as arrays.
+
+    An attention window as large as the ``context`` stands as none: no token has more before it.
+    """
     import onnx
 
     values = dict(DEFAULTS.get(node.op_type, {}))
@@ -77,6 +80,8 @@ def attributes_of(node: Any) -> dict[str, Any]:
         values[a.name] = onnx.numpy_helper.to_array(v).tolist() if isinstance(v, onnx.TensorProto) else v
     if values.get("smooth_softmax") == 0:
         values["smooth_softmax"] = -1  # both say no
+    if context is not None and values.get("local_window_size", -1) >= context:
+        values["local_window_size"] = -1
     return {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in values.items()}
 
 
@@ -240,7 +245,9 @@ class _Graph:
                 if m
             ]
             if not own and not any(self.is_weight(n) for n in node.input):  # the head is in no layer
-                own = [layer for n in node.input if n in self.made and (layer := out[self.made[n][0]]) is not None]
+                # A maker that stands after its reader, which ONNX Runtime takes, has no layer yet.
+                makers = [k for n in node.input if n in self.made and (k := self.made[n][0]) < len(out)]
+                own = [layer for k in makers if (layer := out[k]) is not None]
             out.append(max(own) if own else None)
         return out
 
@@ -255,8 +262,8 @@ def _kind(graph: _Graph, name: str) -> str:
 
 
 class _Walk:
-    def __init__(self, expected: _Graph, found: _Graph) -> None:
-        self.e, self.f = expected, found
+    def __init__(self, expected: _Graph, found: _Graph, context: int | None) -> None:
+        self.e, self.f, self.context = expected, found, context
         self.seen: set[tuple[str, str]] = set()
         self.done: set[tuple[int, int]] = set()
         self.stack: list[tuple[str, str, int, str]] = []
@@ -330,7 +337,7 @@ class _Walk:
 
     def node(self, k: int, wanted: Any, node: Any) -> None:
         label = f"{wanted.op_type} ({node.name or wanted.name})"
-        ours, theirs = attributes_of(wanted), attributes_of(node)
+        ours, theirs = (attributes_of(n, self.context) for n in (wanted, node))
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 self.report(k, label, f"{name} is {theirs.get(name)}, the configuration demands {ours.get(name)}")
@@ -387,9 +394,9 @@ def _stripped(names: Any) -> list[str]:
     return out
 
 
-def pair_graphs(expected: Any, found: Any) -> Pairing:
-    """Compare two ``onnx.ModelProto``; neither needs its external data."""
-    pairing = _Walk(_Graph(expected, written_out=True), _Graph(found, written_out=True)).run()
+def pair_graphs(expected: Any, found: Any, context: int | None = None) -> Pairing:
+    """Compare two ``onnx.ModelProto``; neither needs its external data. ``context``: tokens that the model can hold."""
+    pairing = _Walk(_Graph(expected, written_out=True), _Graph(found, written_out=True), context).run()
     pairing.findings += oddities(found)
     return pairing
 

@@ -150,7 +150,7 @@ class Subject:
             "decode": self.conversion.decode if self.manifest.decode_logits == "last" else self.conversion.scoring,
             "scoring": self.conversion.scoring,
         }
-        return {role: pair_graphs(wanted[role], self.graph(role)) for role in self.roles}
+        return {role: pair_graphs(wanted[role], self.graph(role), self.baseline.context) for role in self.roles}
 
     # -- what runs ---------------------------------------------------------------------------------------------------
 

@@ -255,10 +255,14 @@ class RemoteProbe:
         return self._child.ask("probe", "run", list(ids), past, list(outputs))  # type: ignore[no-any-return]
 
     def after_past(
-        self, ids: Sequence[int], first: Sequence[tuple[NDArray[Any], NDArray[Any]]], length: int
+        self,
+        ids: Sequence[int],
+        first: Sequence[tuple[NDArray[Any], NDArray[Any]]],
+        length: int,
+        loud: tuple[int, float] | None = None,
     ) -> NDArray[Any]:
         """See :meth:`runtime.probe.GraphProbe.after_past`."""
-        return self._child.ask("probe", "after_past", list(ids), list(first), length)  # type: ignore[no-any-return]
+        return self._child.ask("probe", "after_past", list(ids), list(first), length, loud)  # type: ignore[no-any-return]
 
     def presents(self, found: Mapping[str, NDArray[Any]]) -> list[tuple[NDArray[Any], NDArray[Any]]]:
         """See :meth:`runtime.probe.GraphProbe.presents`."""

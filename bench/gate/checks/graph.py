@@ -248,7 +248,7 @@ def _node_attributes(node: Any, s: Subject, layer: int | None) -> tuple[list[str
     from export.sizes import head_dim_of, kv_heads_of
 
     config = s.baseline.config
-    values = attributes_of(node)
+    values = attributes_of(node, s.baseline.context)
     size = head_dim_of(config)
     wanted: dict[str, Any] = {}
     if node.op_type == "GroupQueryAttention":

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ from export.spelling import rope_of
 from reports.validation import Evidence, Finding, PlaceScore
 from runtime.trim import trim
 
+if TYPE_CHECKING:
+    from runtime.kv_cache import Loud
+
 Rows = list[tuple[str, float]]
 LEAST_TEXT = 8
 """Tokens that the shortest of these comparisons needs."""
@@ -31,6 +35,8 @@ PREFILL_TEXT, DECODE_TEXT, BATCH_TEXT, CHUNKED_TEXT = 200, 160, 100, 120
 """Tokens of text that each looks at, where the context has room for them."""
 CONTINUED = 16
 """Tokens after a long past."""
+LOUDEST = 512
+"""The most that the values of a loud token are multiplied by: fp16 ends at 65,504."""
 PLACES: dict[str, judge.Judge] = {
     "prefill_logits": judge.places("prefill_logits", "Logits of prefill", "candidate against baseline"),
     "decode_steps": judge.places("decode_steps", "Step-by-step decode", "cache against one pass"),
@@ -138,8 +144,21 @@ def _orders(s: Subject) -> dict[str, list[int]]:
     return dict(list(orders.items())[: s.mode.places])
 
 
-def _pasts(s: Subject) -> dict[str, int]:
-    """Tokens before the continued ones: to the end of the context, to its middle, around the original rope context."""
+def _window(s: Subject) -> int | None:
+    """The model's attention window, None where it has none or one that all texts reach beyond."""
+    from export.architectures import ARCHITECTURES
+
+    config = s.baseline.config
+    if known := ARCHITECTURES.get(config.model_type):
+        window = known.attention_window(config)
+    else:
+        window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+    return window if isinstance(window, int) and window > CONTINUED else None
+
+
+def _pasts(s: Subject) -> dict[str, tuple[int, Loud | None]]:
+    """Tokens before the continued ones: to the end of the context, to its middle, around the original rope context,
+    and across the attention window: the loud token leaves it halfway through the continued ones."""
     end = s.context
     rope = rope_of(s.baseline.config)
     original = rope.get("original_max_position_embeddings")
@@ -149,7 +168,11 @@ def _pasts(s: Subject) -> dict[str, int]:
     if original and original + CONTINUED < end:
         places["the original rope context"] = int(original) - CONTINUED // 2
     chosen = list(places.items())[: None if original else s.mode.places]
-    return {title: length for title, length in chosen if length >= 1}
+    pasts: dict[str, tuple[int, Loud | None]] = {title: (length, None) for title, length in chosen if length >= 1}
+    window = _window(s)
+    if window and window + CONTINUED <= end:
+        pasts["the end of the attention window"] = (window, (CONTINUED // 2, float(min(window, LOUDEST))))
+    return pasts
 
 
 @_places
@@ -222,10 +245,10 @@ def long_context(s: Subject) -> Rows:
     text = _text(s, 64)
     tail = _text(s, 96)[-CONTINUED:]
     rows: Rows = []
-    for title, length in _pasts(s).items():
-        first, wanted = s.baseline.continued(text, length, tail)
+    for title, (length, loud) in _pasts(s).items():
+        first, wanted = s.baseline.continued(text, length, tail, loud)
         trim()  # the past is in memory once at a time
-        logits = s.probe.after_past(tail, first, length).astype(np.float32)
+        logits = s.probe.after_past(tail, first, length, loud).astype(np.float32)
         klds = kl_divergence(logits, wanted[-len(logits) :])
         # The mean over the new tokens: a past stacked is no text, its single places are rougher than a text's.
         rows.append((f"{title} (from {length:,})", float(klds.mean())))

@@ -26,6 +26,12 @@ from onnx import helper, numpy_helper
 
 HERE = 1
 """The layer that is wrong, where it is one."""
+FAMILY: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral", "sliding_window": 11, "head_dim": 32},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True, "tie_word_embeddings": True},
+}
+"""Configurations of other architectures than LLaMA: windows, biases, norms of single heads."""
 
 
 class Wrong:

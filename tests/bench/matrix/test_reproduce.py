@@ -19,7 +19,7 @@ from bench.matrix.reproduce import LIMIT_BYTES, write_reproduction
 from runtime.loading import read_folder
 from runtime.ort_session import accuracy_level
 from tests.bench.matrix import faults
-from tests.bench.matrix.faults import FAULTS, TENSORRT_FAULTS, Fault, LocalRunner
+from tests.bench.matrix.faults import FAMILY, FAULTS, TENSORRT_FAULTS, Fault, LocalRunner
 
 IDS = [(7 * k * k + 3 * k) % 324 + 7 for k in range(150)]
 TENSORRT = {"target": "tensorrt", "activations": "fp32"}
@@ -66,6 +66,43 @@ def test_standard_operators(
     path = tmp_path / "reproduce.py"
     _, size = written(exports(spec=TENSORRT), fault, path)
     assert size < LIMIT_BYTES
+    assert (run(path, fault, monkeypatch), run(path, None, monkeypatch)) == (1, 0)
+
+
+NORMS = ("SimplifiedLayerNormalization", "RMSNormalization")
+OF_FAMILY = {
+    "bias": Fault(("Add",), faults._output_times(1.02), among=r"layers\.1\..*qkv_proj"),
+    "head norm": Fault(NORMS, faults._output_times(1.02), among=r"layers\.1/(SimplifiedL\w+_1|RMSN\w+_2)$"),
+    "attention": Fault(("GroupQueryAttention", "Attention"), faults._output_times(1.02), layer=1),
+    "window": Fault(("GroupQueryAttention",), lambda w: w.attribute("local_window_size", 12), layer=1),
+}
+
+
+BOTH = (
+    *(("mistral", "attention"), ("qwen2", "bias")),
+    *(("qwen3", "bias"), ("qwen3", "head norm"), ("qwen3", "attention")),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "spec"),
+    [
+        *((name, kind, spec) for name, kind in BOTH for spec in ({}, TENSORRT)),
+        *((name, "window", {}) for name in ("mistral", "qwen2")),  # in the other graph it is the mask's
+    ],
+)
+def test_other_architectures(
+    name: str,
+    kind: str,
+    spec: dict[str, Any],
+    exports: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fault, path = OF_FAMILY[kind], tmp_path / "reproduce.py"
+    found, size = written(exports(spec=spec, **FAMILY[name]), fault, path)
+    assert (found.layer, found.op_type in fault.operators) == (1, True), found.what
+    assert size < LIMIT_BYTES // 5
     assert (run(path, fault, monkeypatch), run(path, None, monkeypatch)) == (1, 0)
 
 

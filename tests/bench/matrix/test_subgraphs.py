@@ -17,7 +17,7 @@ from bench.matrix.rounding import gap, limit_of_node
 from bench.matrix.scenarios import Scenario, scenarios
 from bench.matrix.subgraphs import ALONE, Subgraphs
 from runtime.loading import read_folder
-from tests.bench.matrix.faults import LocalRunner
+from tests.bench.matrix.faults import FAMILY, LocalRunner
 
 TENSORRT = {"target": "tensorrt", "activations": "fp32"}
 IDS = [(7 * k * k + 3 * k) % 324 + 7 for k in range(150)]
@@ -33,8 +33,11 @@ def named_layer(node: Any) -> int | None:
 
 @pytest.mark.parametrize("spec", [{}, TENSORRT, {"target": "plain"}], ids=["ort", "tensorrt", "plain"])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_layers_are_those_of_the_names(spec: dict[str, Any], layers: int, exports: Callable[..., Path]) -> None:
-    with Subgraphs(exports(spec=spec, num_hidden_layers=layers) / "model.onnx") as parts:
+@pytest.mark.parametrize("name", ["llama", *FAMILY])
+def test_layers_are_those_of_the_names(
+    name: str, spec: dict[str, Any], layers: int, exports: Callable[..., Path]
+) -> None:
+    with Subgraphs(exports(spec=spec, num_hidden_layers=layers, **FAMILY.get(name, {})) / "model.onnx") as parts:
         named = {k: layer for k, node in enumerate(parts.nodes) if (layer := named_layer(node)) is not None}
         told = {k: parts.layer(k) for (k,) in parts.units}
         wrong = {parts.nodes[k].name for k, layer in named.items() if k in told and told[k] != layer}
