@@ -110,12 +110,13 @@ def prefill_table(record: RunRecord) -> Table | None:
     rows, cases = prefill_rows(record), prefill_cases(record)
     if not rows:
         return None
-    title = f"Prefill, prompt tokens/s by prompt length, batch {cases[0].batch}"
     limits = [prefill_limit(record, c) for c in cases]
+    more = ", x floor below" if any(limits) else ""
+    title = f"Prefill, tokens/s by prompt length{more}, batch {cases[0].batch}"
     table = plain_table(title, "Side", *(f"{c.prompt:,}" for c in cases))
     for side, cells in rows:
         told = [
-            words.fixed(e.tokens_per_s.value) + (f"\n{words.fixed(e.multiple.value)}x floor" if e.multiple else "")
+            words.fixed(e.tokens_per_s.value) + (f"\n{words.fixed(e.multiple.value)}x" if e.multiple else "")
             if e
             else words.DASH
             for e in cells

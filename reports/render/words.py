@@ -83,7 +83,7 @@ GLOSSARY = (
 
 PREFILL_FLOOR = Term(
     "Matrix-product floor",
-    "A prompt cannot take less time than its matrix products at the speed of one plain product on this machine.",
+    "The time of a prompt's matrix products at the speed of one plain product here. Only a faster kernel can beat it.",
 )
 
 _TONES = {
@@ -226,7 +226,7 @@ def prefill_words(record: RunRecord) -> list[str]:
     said = [
         f"The matrix-product floor is the time of the prompt's own matrix products (the layers' matrices, attention of "
         f"each token to itself and those before it, the head for the last position) at the speed of {floor.method}.",
-        "A side whose kernels are faster than this product may lie above it.",
+        "A side whose kernels are faster than this product can take less than the floor.",
     ]
     if record.model.precision != floor.dtype:
         said.append(
