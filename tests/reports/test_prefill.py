@@ -79,6 +79,7 @@ def test_operations_of_a_prompt() -> None:
 def test_tokens_per_second_are_the_prompt_over_the_first_time_stamp(measured: RunRecord) -> None:
     cases = prefill_cases(measured)
     assert [(c.batch, c.prompt) for c in cases] == [(1, p) for p in LENGTHS]
+    assert prefill_cases(measured.model_copy(update={"series": measured.series[::-1]})) == cases
     found = prefill_of(measured, cases[-1], "pytorch")
     assert found is not None
     assert found.tokens_per_s.value == pytest.approx(2048 / (8.6 * 1.055))

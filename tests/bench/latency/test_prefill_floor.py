@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench.latency.prefill_floor import PrefillFloorMeter
 from bench.machine.bandwidth import prefill_products
 from reports.record import Case
+from runtime.matrix_product import MatrixProduct
 from runtime.settings import SessionSettings
 
 TOKENS = 40
@@ -57,7 +58,15 @@ def test_operations_are_those_that_pytorch_counts(model_type: str, changes: dict
     assert (16 in found.windows) == ("sliding_window" in changes)
 
 
-def test_each_round_gets_a_sample_of_the_product_of_its_case() -> None:
+def test_each_round_gets_a_sample_of_the_product_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, ...]] = []
+
+    class Noted(MatrixProduct):
+        def __init__(self, *arguments: Any) -> None:
+            made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("bench.latency.prefill_floor.MatrixProduct", Noted)
     meter = PrefillFloorMeter(config_of("llama"), "fp32", SessionSettings("cpu", 1))
     short, long = (Case(batch=2, prompt=p, new_tokens=1) for p in (8, 16))
     for case in (short, long):
@@ -65,6 +74,8 @@ def test_each_round_gets_a_sample_of_the_product_of_its_case() -> None:
         assert sample is not None
         for _ in range(3):
             sample()
+    assert [sizes for *sizes, _ in made] == [[16, 64, 96, "fp32"], [32, 64, 96, "fp32"]]
+    assert {(s.provider, s.threads) for *_, s in made} == {("cpu", 1)}
     floor = meter.floor
     assert [(m.case, m.rows, m.inner, m.outer, len(m.samples_s)) for m in floor.measured] == [
         (short, 16, 64, 96, 3),
