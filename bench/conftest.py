@@ -87,7 +87,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
         checks = CHECKS if metafunc.config.option.collectonly else run.gate.specs
         metafunc.parametrize("check", checks, ids=[c.name for c in checks])
-    if not names & {"case", "side"}:
+    if not names & {"case", "prefill_case", "side"}:
         return
     if metafunc.config.option.collectonly:  # nothing is resolved: no folder says which sides take part
         o = run.options
@@ -96,9 +96,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         cases = run.profile.cases()
         labels = {case: run.measuring.labels(case) for case in [None, *cases]}
-    if "case" in names:
-        pairs = [(c, s) for c in cases for s in labels[c]]
-        metafunc.parametrize(("case", "side"), pairs, ids=[f"b{c.batch}-p{c.prompt}-{s}" for c, s in pairs])
+    if kind := next((n for n in ("case", "prefill_case") if n in names), None):
+        pairs = [(c, s) for c in cases for s in labels[c] if kind == "prefill_case" or c.new_tokens > 1]
+        metafunc.parametrize((kind, "side"), pairs, ids=[f"b{c.batch}-p{c.prompt}-{s}" for c, s in pairs])
     else:
         metafunc.parametrize("side", labels[None])
 

@@ -17,11 +17,12 @@ from reports.record import Case
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 
-def test_prefill(run: Run, benchmark: Any, case: Case, side: str) -> None:
-    series = run.measuring.series_of(case, side)
+def test_prefill(run: Run, benchmark: Any, prefill_case: Case, side: str) -> None:
+    series = run.measuring.series_of(prefill_case, side)
     samples = [r.ttft_s for r in series.rounds]
     assert min(samples) > 0
-    replay(benchmark, samples, f"prefill (TTFT), {case.label}", side=side, case=case.model_dump(), unit="s")
+    title, case = f"prefill (TTFT), {prefill_case.label}", prefill_case.model_dump()
+    replay(benchmark, samples, title, side=side, case=case, unit="s")
 
 
 def test_decode(run: Run, benchmark: Any, case: Case, side: str) -> None:

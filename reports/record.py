@@ -138,6 +138,61 @@ class Floor(Frozen):
         return self.weight_bytes + case.batch * case.mean_context * self.kv_bytes_per_token
 
 
+class PrefillProducts(Frozen):
+    """The matrix products of a prompt, as the model's configuration has them.
+
+    ``layer_weights`` are the elements of all layers' matrices, each used once a token; ``head_weights`` those of the
+    head, used once a row, for its last position (the embedding is looked up, it is no product). In attention each
+    token meets itself and those before it, in each layer at most its window (``windows``, one a layer, None for all):
+    a product with the keys and one with the values, ``attention_width`` (heads times head size) wide.
+    """
+
+    layer_weights: int = Field(ge=1)
+    head_weights: int = Field(ge=1)
+    attention_width: int = Field(ge=1)
+    windows: list[int | None]
+
+    def operations(self, case: Case) -> float:
+        """Multiplications and additions of a prefill of that case."""
+        weights = case.prompt * self.layer_weights + self.head_weights
+        pairs = sum(_pairs(case.prompt, window) for window in self.windows)
+        return 2.0 * case.batch * (weights + 2 * self.attention_width * pairs)
+
+
+def _pairs(tokens: int, window: int | None) -> int:
+    """Pairs of a token and one that it attends to."""
+    full = min(tokens, window or tokens)
+    return full * (full + 1) // 2 + (tokens - full) * full
+
+
+class ProductSamples(Frozen):
+    """Seconds of one plain product ``[rows, inner] x [inner, outer]``, one sample beside each round of ``case``."""
+
+    case: Case
+    rows: int = Field(ge=1)
+    inner: int = Field(ge=1)
+    outer: int = Field(ge=1)
+    samples_s: list[Positive] = Field(min_length=1)
+
+    @property
+    def rates(self) -> list[float]:
+        """Operations per second of each sample."""
+        return [2.0 * self.rows * self.inner * self.outer / s for s in self.samples_s]
+
+
+class PrefillFloor(Frozen):
+    """The matrix-product floor: a prefill's matrix products at the speed of one plain product on this machine.
+
+    ``dtype`` is the product's type. Where ``products`` are not counted or nothing was measured, ``missing`` says why.
+    """
+
+    method: str
+    dtype: str
+    products: PrefillProducts | None
+    measured: list[ProductSamples]
+    missing: str = ""
+
+
 class Outcome(Frozen):
     """How one test of the run ended."""
 
@@ -148,7 +203,10 @@ class Outcome(Frozen):
 
 
 class RunRecord(Document):
-    """One run, raw. See the classes of its parts."""
+    """One run, raw. See the classes of its parts.
+
+    Records from before there was a ``prefill_floor`` lack it; their pages show no prefill by prompt length.
+    """
 
     schema_version: Literal[1] = 1
     kind: Literal["record"] = "record"
@@ -170,6 +228,7 @@ class RunRecord(Document):
     validation: Validation | None
     outcomes: list[Outcome]
     warnings: list[str]
+    prefill_floor: PrefillFloor | None = None
 
     def side(self, role: str) -> Side | None:
         """The first side of that role."""

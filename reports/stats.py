@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import bdtr
 
-from reports.record import Case, Floor, Round, RunRecord, Series
+from reports.record import Case, Floor, PrefillFloor, Round, RunRecord, Series
 
 Metric = Literal["ttft", "tpot", "total"]
 METRICS: tuple[Metric, ...] = ("ttft", "tpot", "total")
@@ -41,6 +41,11 @@ class Estimate:
         low = None if self.high is None else 1 / self.high
         high = None if self.low is None else 1 / self.low
         return Estimate(1 / self.value, low, high, self.n)
+
+    def times(self, scale: float) -> Estimate:
+        """The estimate of ``scale`` * x, of a positive scale."""
+        low, high = (None if end is None else end * scale for end in (self.low, self.high))
+        return Estimate(self.value * scale, low, high, self.n)
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,25 @@ def floor_multiples(floor: Floor, case: Case, tpots: Sequence[float]) -> list[fl
     if len(speeds) != len(tpots):
         speeds = [median(speeds).value] * len(tpots)
     return [tpot * speed / floor.step_bytes(case) for tpot, speed in zip(tpots, speeds, strict=True)]
+
+
+def prefill_floors(floor: PrefillFloor, case: Case) -> list[float]:
+    """Least seconds of a prefill of that case, one a round: its operations over the plain product's rate.
+
+    Empty where they are not counted, or no product was measured beside the case.
+    """
+    if floor.products is None:
+        return []
+    operations = floor.products.operations(case)
+    return [operations / rate for m in floor.measured if m.case == case for rate in m.rates]
+
+
+def prefill_multiples(floor: PrefillFloor, case: Case, ttfts: Sequence[float]) -> list[float]:
+    """TTFT of each round as a multiple of the matrix-product floor measured beside it; empty without one."""
+    floors = prefill_floors(floor, case)
+    if floors and len(floors) != len(ttfts):
+        floors = [median(floors).value] * len(ttfts)
+    return [ttft / least for ttft, least in zip(ttfts, floors, strict=True)] if floors else []
 
 
 def round_value(one: Round, metric: Metric) -> float | None:

@@ -19,6 +19,8 @@ from reports.stats import (
     floor_multiples,
     median,
     percentile,
+    prefill_floors,
+    prefill_multiples,
     relative_spread,
     samples,
 )
@@ -56,6 +58,14 @@ class FloorRow:
     side: Side
     tpot: Estimate
     multiple: Estimate
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One side's prefill of one case: prompt tokens per second, and TTFT as a multiple of the matrix-product floor."""
+
+    tokens_per_s: Estimate
+    multiple: Estimate | None
 
 
 def side_of(record: RunRecord, label: str) -> Side:
@@ -162,6 +172,46 @@ def floor_rows(record: RunRecord, case: Case) -> list[FloorRow]:
         for side, tpots in found
         if tpots
     ]
+
+
+def smallest_batch(record: RunRecord) -> int:
+    """The batch size at which prompts of different lengths are compared."""
+    return min((c.batch for c in record.cases()), default=1)
+
+
+def prefill_cases(record: RunRecord) -> list[Case]:
+    """The cases of the smallest batch by prompt length, one each; none where the record has no ``prefill_floor``."""
+    if record.prefill_floor is None:
+        return []
+    batch = smallest_batch(record)
+    found: dict[int, Case] = {}
+    for case in record.cases():
+        if case.batch == batch and measured_sides(record, case):
+            found.setdefault(case.prompt, case)
+    return [found[prompt] for prompt in sorted(found)]
+
+
+def prefill_of(record: RunRecord, case: Case, side: str) -> Prefill | None:
+    """One side on one case; ``None`` where it was not measured, or its clock was broken."""
+    ttfts = samples(record.find(case, side), "ttft")
+    if record.prefill_floor is None or not ttfts or min(ttfts) <= 0:
+        return None
+    multiples = prefill_multiples(record.prefill_floor, case, ttfts)
+    speed = median(ttfts).inverse().times(case.batch * case.prompt)
+    return Prefill(speed, median(multiples) if multiples else None)
+
+
+def prefill_rows(record: RunRecord) -> list[tuple[Side, list[Prefill | None]]]:
+    """Every side with a prefill, in page order, on each of :func:`prefill_cases`."""
+    cases = prefill_cases(record)
+    rows = [(s, [prefill_of(record, c, s.label) for c in cases]) for s in ordered_sides(record)]
+    return [(side, cells) for side, cells in rows if any(cells)]
+
+
+def prefill_limit(record: RunRecord, case: Case) -> float | None:
+    """Prompt tokens per second at the matrix-product floor; ``None`` without one."""
+    floors = prefill_floors(record.prefill_floor, case) if record.prefill_floor else []
+    return case.batch * case.prompt / median(floors).value if floors else None
 
 
 def memory_rows(record: RunRecord) -> list[tuple[Side, Memory]]:

@@ -184,11 +184,23 @@ def _not_examined(record: RunRecord) -> tuple[str, ...]:
     found = unexamined(record.validation) if record.validation else ["parity with PyTorch"]
     if not _speed(record):
         found.append("speed against a baseline")
-    longest = max((c.prompt + c.new_tokens for c in record.cases()), default=0)
-    if longest and longest < record.model.context_length:
-        found.append(f"latency beyond {longest:,} of {record.model.context_length:,} tokens of context")
+    found += _unmeasured_context(record)
     parts = {"memory": record.memory, "load time": record.loads, "memory floor": record.floor}
+    if record.prefill_floor is not None:
+        parts["matrix-product floor"] = record.prefill_floor.measured
     return (*found, *(name for name, part in parts.items() if not part))
+
+
+def _unmeasured_context(record: RunRecord) -> list[str]:
+    """From which place in the context on nothing was timed: prompts whose prefill alone was say nothing of decode."""
+    context = record.model.context_length
+    prefill = max((c.prompt for c in record.cases()), default=0)
+    longest = max((c.prompt + c.new_tokens for c in record.cases() if c.new_tokens > 1), default=0)
+    if longest < prefill:
+        ends = (("decode", longest), ("prefill", prefill))
+        parts = [f"{name} beyond {end:,}" if end else name for name, end in ends if end < context]
+        return [f"{' and '.join(parts)} of {context:,} tokens of context"] if parts else []
+    return [f"latency beyond {longest:,} of {context:,} tokens of context"] if 0 < longest < context else []
 
 
 def unexamined(validation: Validation) -> list[str]:

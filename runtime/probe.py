@@ -22,7 +22,7 @@ from runtime.graph import placed
 from runtime.kv_cache import NUMPY_DTYPE, Loud, SharedCache, tiled
 from runtime.ort_session import OrtSession, accuracy_level
 from runtime.provider_options import options_of
-from runtime.providers import provider_list, require, require_active
+from runtime.providers import attach, provider_list, require, require_active
 from runtime.settings import SessionSettings, usable_cores
 
 
@@ -70,7 +70,7 @@ class GraphProbe:
         settings = SessionSettings(
             provider, threads, provider_options=provider_options, session_options=accuracy_level(manifest)
         )
-        session = _open(path, settings)
+        session = open_graph(path, settings)
         self._opened: Callable[[], Any] = lambda: session
         self._manifest = manifest
 
@@ -181,8 +181,13 @@ class GraphProbe:
         self._opened = _closed
 
 
-def _open(graph: Path, settings: SessionSettings, optimise: bool = True) -> Any:
-    """ONNX Runtime's own session over a file, on the provider that was asked for and no other."""
+def open_graph(graph: Path | bytes, settings: SessionSettings, optimise: bool = True) -> Any:
+    """ONNX Runtime's own session over a file, or a model in memory, on the provider that was asked for and no other.
+
+    Raises:
+        ProviderUnavailableError: the provider does not load here.
+        SessionError: ONNX Runtime cannot open it.
+    """
     provider = require(settings.provider, None)
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.threads or usable_cores()
@@ -192,8 +197,10 @@ def _open(graph: Path, settings: SessionSettings, optimise: bool = True) -> Any:
     for key, value in (settings.session_options or {}).items():
         options.add_session_config_entry(key, value)
     given = options_of(settings.provider, settings.provider_options)
-    with _said(f"cannot open {graph}"):
-        session: Any = ort.InferenceSession(str(graph), options, providers=provider_list(provider, given))
+    attach(options, provider, given)
+    where, source = ("a graph", graph) if isinstance(graph, bytes) else (str(graph), str(graph))
+    with _said(f"cannot open {where}"):
+        session: Any = ort.InferenceSession(source, options, providers=provider_list(provider, given))
     require_active(session, provider)
     return session
 
@@ -218,7 +225,7 @@ def run_once(
         ProviderUnavailableError: the provider does not load here.
         SessionError: ONNX Runtime cannot open it, or stopped.
     """
-    session = _open(graph, settings, optimise)
+    session = open_graph(graph, settings, optimise)
     inputs = {i.name for i in session.get_inputs()}
     with _said("stopped"):
         found = session.run(list(outputs), {k: v for k, v in feeds.items() if k in inputs})

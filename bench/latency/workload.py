@@ -14,7 +14,7 @@ class Profile:
     """How much a run measures; ``rounds`` is for the first (headline) case, ``more_rounds`` for the others.
 
     ``mode`` is the gate's (:data:`bench.gate.modes.MODES`), ``peers`` says in which cases optimum's plain export is
-    measured as well.
+    measured as well. At ``prefill_lengths`` the prefill alone is measured, as a case of one new token.
     """
 
     name: str
@@ -27,17 +27,22 @@ class Profile:
     loads: int
     mode: str
     peers: str
+    prefill_lengths: tuple[int, ...] = ()
 
     def cases(self) -> list[Case]:
-        """Every prompt length at the first batch size, every other batch size at the first prompt length."""
+        """Every prompt length at the first batch size, every other batch size at the first prompt length.
+
+        Then the prefills alone, at the first batch size.
+        """
         first_batch, first_prompt = self.batch_sizes[0], self.prompt_lengths[0]
         pairs = [(first_batch, p) for p in self.prompt_lengths] + [(b, first_prompt) for b in self.batch_sizes[1:]]
-        return [Case(batch=b, prompt=p, new_tokens=self.new_tokens) for b, p in pairs]
+        prefills = [Case(batch=first_batch, prompt=p, new_tokens=1) for p in self.prefill_lengths]
+        return [*(Case(batch=b, prompt=p, new_tokens=self.new_tokens) for b, p in pairs), *prefills]
 
 
 PROFILES = {
-    "smoke": Profile("smoke", (1,), (32,), 8, 3, 3, 1, 1, "quick", "none"),
-    "standard": Profile("standard", (1, 4), (128, 512, 1024), 32, 12, 6, 3, 5, "standard", "headline"),
+    "smoke": Profile("smoke", (1,), (32,), 8, 3, 3, 1, 1, "quick", "none", (128,)),
+    "standard": Profile("standard", (1, 4), (128, 512, 1024), 32, 12, 6, 3, 5, "standard", "headline", (2048,)),
     "full": Profile("full", (1, 2, 4, 8), (128, 512, 1024, 2048), 64, 30, 15, 5, 9, "full", "all"),
 }
 
@@ -51,18 +56,22 @@ def choose_profile(
 ) -> Profile:
     """A profile with the user's own sizes put in; prompt lengths that the context cannot hold are an error.
 
+    Whoever gives prompt lengths gets these alone, without the profile's ``prefill_lengths``.
+
     Raises:
         BenchError: unknown profile, a size below 1, or a case beyond the context.
     """
     if name not in PROFILES:
         raise BenchError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
     profile = PROFILES[name]
+    prefills = () if prompt_lengths else profile.prefill_lengths
     asked = bool(prompt_lengths) or new_tokens is not None
     profile = replace(
         profile,
         batch_sizes=tuple(batch_sizes) or profile.batch_sizes,
         prompt_lengths=tuple(prompt_lengths) or profile.prompt_lengths,
         new_tokens=profile.new_tokens if new_tokens is None else new_tokens,
+        prefill_lengths=prefills,
     )
     for title, values in (("batch size", profile.batch_sizes), ("prompt length", profile.prompt_lengths)):
         if min(values) < 1:
@@ -77,7 +86,8 @@ def choose_profile(
                 f"a prompt of {worst} tokens and {profile.new_tokens} new ones exceed the model's context "
                 f"of {context}; pass smaller --prompt-lengths or --new-tokens"
             )
-        profile = replace(profile, prompt_lengths=fits)
+        prefills = tuple(p for p in prefills if p + profile.new_tokens <= context)
+        profile = replace(profile, prompt_lengths=fits, prefill_lengths=prefills)
     return profile
 
 

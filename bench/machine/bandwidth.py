@@ -8,11 +8,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
+from export.architectures import architecture_of
 from export.process import torch_threads
+from export.sizes import head_dim_of, kv_heads_of
+from reports.record import Case, PrefillProducts
 
 
 class CpuBandwidth:
@@ -57,6 +60,28 @@ class CudaBandwidth:
         return float(self._buffer.nbytes / median_time(self._read, self._passes))
 
 
+def layer_matrices(config: PretrainedConfig) -> list[tuple[int, int]]:
+    """Inputs and outputs of the matrices of a decoder layer that :mod:`export.architectures` describes, QKV as one."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    query, keys = (heads * head_dim_of(config) for heads in (config.num_attention_heads, kv_heads_of(config)))
+    return [(hidden, query + 2 * keys), (query, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
+
+
+def prefill_products(config: PretrainedConfig) -> PrefillProducts:
+    """The matrix products of a prompt.
+
+    Raises:
+        UnsupportedModelError: an architecture that nobody described.
+    """
+    windows = architecture_of(config).windows(config)
+    return PrefillProducts(
+        layer_weights=config.num_hidden_layers * sum(k * n for k, n in layer_matrices(config)),
+        head_weights=config.hidden_size * config.vocab_size,
+        attention_width=config.num_attention_heads * head_dim_of(config),
+        windows=list(windows),
+    )
+
+
 class GemmFloor:
     """Least seconds of a prefill's matrix products, measured now: the better of two ways to know it.
 
@@ -64,18 +89,12 @@ class GemmFloor:
     their operations by the rate of a product of 1,024 x 1,024 x 1,536. The head counts for one position.
     """
 
-    def __init__(self, config: dict[str, Any], tokens: int) -> None:
-        hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-        heads = config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        qkv = (heads + 2 * config.get("num_key_value_heads", heads)) * head
-        shapes = [(hidden, qkv), (heads * head, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
-        self._weights = [torch.randn(k, n) for _ in range(layers) for k, n in shapes]
+    def __init__(self, config: PretrainedConfig, tokens: int) -> None:
+        shapes = layer_matrices(config)
+        self._weights = [torch.randn(k, n) for _ in range(config.num_hidden_layers) for k, n in shapes]
         self._inputs = {k: torch.randn(tokens, k) for k, _ in shapes}
         self._square = torch.randn(1024, 1024), torch.randn(1024, 1536)
-        attention = layers * heads * head * 4 * tokens * tokens / 2
-        products = 2 * tokens * sum(w.numel() for w in self._weights) + 2 * hidden * config["vocab_size"]
-        self._operations = products + attention
+        self._operations = prefill_products(config).operations(Case(batch=1, prompt=tokens, new_tokens=1))
 
     def __call__(self) -> float:
         """Seconds."""

@@ -8,7 +8,6 @@ Try: ``python -m bench.studies.cpu_runtime demo OUT --genai-python PYTHON --gguf
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import ArrayLike
 from rich.console import Console
+from transformers import AutoConfig, PretrainedConfig
 
 from bench.deployment import Deployment
 from bench.latency.interleave import interleave, peak_memory
@@ -167,13 +167,13 @@ def open_sides(
 
 
 def interleaved(
-    sides: dict[str, Session], measured: Measurements, config: dict[str, Any], rounds: int, threads: int
+    sides: dict[str, Session], measured: Measurements, config: PretrainedConfig, rounds: int, threads: int
 ) -> None:
     """Prompt 128, 32 new tokens on every side in turn, the floors beside each round."""
     rng = np.random.default_rng(SEED)
     bandwidth, gemm = CpuBandwidth(threads), GemmFloor(config, PROMPT)
     floors: list[tuple[float, float]] = []
-    stream = rng.integers(1, config["vocab_size"], 16 * PROMPT).tolist()
+    stream = rng.integers(1, config.vocab_size, 16 * PROMPT).tolist()
     series = interleave(sides, stream, CASE, rounds, 1, probe=lambda: floors.append((bandwidth(), gemm())))
     speeds, products = ([f[k] for f in floors] for k in (0, 1))
     ttft = {s.side: [r.ttft_s for r in s.rounds] for s in series}
@@ -234,7 +234,7 @@ def measure(
     """Everything, in one run."""
     measured = Measurements()
     folders, sides = open_sides(checkpoint, work, genai, gguf, threads, measured)
-    config = json.loads((folders[FP32] / "config.json").read_text(encoding="utf-8"))
+    config = AutoConfig.from_pretrained(folders[FP32])
     try:
         interleaved(sides, measured, config, rounds, threads)
         ours = sides[FP32]

@@ -14,6 +14,7 @@ from pathlib import Path
 from bench.data.loading import load_shipped
 from bench.gate.subject import Subject
 from bench.latency.interleave import interleave, load_times, peak_memory
+from bench.latency.prefill_floor import PrefillFloorMeter
 from bench.latency.workload import Profile, latency_prompts
 from bench.machine.bandwidth import CpuBandwidth, CudaBandwidth
 from bench.peers.choice import TITLES, Peers, choose
@@ -26,8 +27,9 @@ from bench.peers.table import PARITY
 from bench.progress import Bar
 from bench.progress import progress as progress_bar
 from export.cache import cache_dir
-from reports.record import Case, Floor, Load, Memory, Series, Side
+from reports.record import Case, Floor, Load, Memory, PrefillFloor, Series, Side
 from runtime.session import Session
+from runtime.settings import SessionSettings
 from runtime.tensorrt import Shapes
 from runtime.torch_session import TorchSession
 
@@ -55,6 +57,7 @@ class Measuring:
     loads: list[Load] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     floor: Floor | None = None
+    prefill_floor: PrefillFloor | None = None
     peer_parities: dict[str, PeerParity] = field(default_factory=dict)
     _sessions: dict[str, Session] = field(default_factory=dict)
 
@@ -119,7 +122,8 @@ class Measuring:
             p, shapes = self.profile, None
             if where.provider.startswith("tensorrt"):  # engines are built for the run's own batches and lengths
                 context = s.manifest.longest_row
-                shapes = Shapes.of_workload(p.batch_sizes, p.prompt_lengths, p.new_tokens, context)
+                lengths = (*p.prompt_lengths, *p.prefill_lengths)
+                shapes = Shapes.of_workload(p.batch_sizes, lengths, p.new_tokens, context)
             return lambda: where.open(s.folder, shapes=shapes)
         checkpoint, activations = s.baseline.checkpoint, s.manifest.activations
         if label == self.baseline:
@@ -178,6 +182,14 @@ class Measuring:
         where, bandwidth = self.subject.deployment, None
         if headline:
             bandwidth = CudaBandwidth() if where.device == "cuda" else CpuBandwidth(where.threads)
+        probes: list[Callable[[], None]] = [lambda: samples.append(bandwidth())] if bandwidth else []
+        if case.batch == self.profile.batch_sizes[0] and (sample := self._prefill_meter.beside(case)):
+            probes.append(sample)
+
+        def probe() -> None:
+            for one in probes:
+                one()
+
         with self.progress(f"latency, {case.label}", len(sides) * (rounds + 1)) as bar:
             self.series += interleave(
                 sides,
@@ -186,8 +198,9 @@ class Measuring:
                 rounds,
                 self.profile.warmup_cap,
                 bar.tick,
-                (lambda: samples.append(bandwidth())) if bandwidth else None,
+                probe,
             )
+        self.prefill_floor = self._prefill_meter.floor
         if headline:
             prompts = latency_prompts(ids, case, 0)
             for label in self.peers.labels:
@@ -200,6 +213,15 @@ class Measuring:
                 weight_bytes=self.subject.manifest.decode_weight_bytes,
                 kv_bytes_per_token=self.subject.manifest.kv.bytes_per_token(),
             )
+
+    @cached_property
+    def _prefill_meter(self) -> PrefillFloorMeter:
+        s, where, ran_on = self.subject, self.subject.deployment, self.session(self.candidate).info.provider
+        options = where.provider_options if ran_on == where.provider else None
+        settings = SessionSettings(
+            ran_on, where.threads, provider_options=options, session_options=where.session_options
+        )
+        return PrefillFloorMeter(s.baseline.config, s.manifest.activations, settings)
 
     def load_of(self, label: str) -> Load:
         """Load times of a side; all sides are measured on first use."""

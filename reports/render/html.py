@@ -26,6 +26,9 @@ from reports.summary import (
     load_rows,
     memory_rows,
     ordered_sides,
+    prefill_cases,
+    prefill_limit,
+    prefill_rows,
 )
 from reports.verdict import Verdict, judge, other_outcomes
 
@@ -112,6 +115,7 @@ def facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _context(record: RunRecord) -> dict[str, Any]:
     verdict, case = judge(record), headline_case(record)
+    prompts = prefill_cases(record)
     tests = other_outcomes(record)
     return {
         "record": record,
@@ -127,6 +131,10 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "floor_rows": floor_rows(record, case) if case else [],
         "floor": floor_s(record, case) if case else None,
         "bandwidth": median(record.floor.bandwidth_samples).value if record.floor else None,
+        "prompts": prompts,
+        "prefill": prefill_rows(record),
+        "prefill_limits": [prefill_limit(record, c) for c in prompts],
+        "prefill_words": words.prefill_words(record),
         "memory": memory_rows(record),
         "loads": load_rows(record),
         "styles": plots.side_styles(record),
@@ -134,7 +142,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "outcome_counts": list(Counter(o.outcome for o in tests).items()),
         "outcomes_told": [o for o in tests if o.outcome != "passed"],
         "facts": facts(record),
-        "glossary": words.GLOSSARY,
+        "glossary": (*words.GLOSSARY, *((words.PREFILL_FLOOR,) if record.prefill_floor else ())),
         "ratio_note": words.RATIO_NOTE,
         "spread_limit": SPREAD_LIMIT,
         "source": "record.json",

@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from reports.record import RunRecord
 from reports.render import parity, words
 from reports.stats import Estimate
-from reports.summary import floor_rows, floor_s, headline_case, latency_rows, load_rows, memory_rows
+from reports.summary import (
+    floor_rows,
+    floor_s,
+    headline_case,
+    latency_rows,
+    load_rows,
+    memory_rows,
+    prefill_cases,
+    prefill_limit,
+    prefill_rows,
+)
 from reports.targets import Target
 from reports.validation import Validation
 from reports.verdict import Verdict, judge, speed_sentence
@@ -172,7 +182,32 @@ def _latency(record: RunRecord) -> list[str]:
         found.append(f"Memory floor on {case.label}: {words.ms(floor)} per token; multiples of it: {sides}.")
     else:
         found.append("The memory floor was not measured.")
-    return found
+    return [*found, *_prefill(record)]
+
+
+def _prefill(record: RunRecord) -> list[str]:
+    rows, cases = prefill_rows(record), prefill_cases(record)
+    if not rows:
+        return []
+    limits = [prefill_limit(record, c) for c in cases]
+    cells = [
+        [
+            escape(side.title, 60),
+            *(
+                " ".join((words.fixed(e.tokens_per_s.value), f"({words.times(e.multiple)})" if e.multiple else ""))
+                if e
+                else words.DASH
+                for e in found
+            ),
+        ]
+        for side, found in rows
+    ]
+    if any(limits):
+        cells.append(["Matrix-product floor", *(words.fixed(limit) if limit else words.DASH for limit in limits)])
+    head = ["Prefill, tokens/s", *(f"prompt {c.prompt:,}" for c in cases)]
+    told = " In brackets TTFT as a multiple of the matrix-product floor." if any(limits) else ""
+    note = escape(" ".join(words.prefill_words(record)), 800)
+    return [table(head, cells), f"<sub>Batch {cases[0].batch}; tokens of the prompt over TTFT.{told} {note}</sub>"]
 
 
 def _targets(targets: Sequence[Target]) -> list[str]:

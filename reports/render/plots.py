@@ -1,4 +1,4 @@
-"""The plots of a run's page: rounds, gaps, TPOT against context, distance to the memory floor.
+"""The plots of a run's page: prefill by prompt length, rounds, gaps, TPOT by context, distance to the memory floor.
 
 Every plot has a description in words. Sides differ by marker and name as well as by colour (Okabe-Ito hues).
 
@@ -9,13 +9,14 @@ print(p.all_plots(r.RunRecord.read(pathlib.Path('reports/out/record.json')))[0].
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reports.record import Case, RunRecord, Side
 from reports.render import svg
 from reports.render.svg import DOTS, Axis, Plot, StripRow
-from reports.render.words import bare_ms, ms, times
-from reports.stats import Metric, samples
+from reports.render.words import bare_ms, fixed, ms, times
+from reports.stats import Estimate, Metric, samples
 from reports.summary import (
     estimate,
     floor_rows,
@@ -24,10 +25,17 @@ from reports.summary import (
     headline_case,
     measured_sides,
     ordered_sides,
+    prefill_cases,
+    prefill_limit,
+    prefill_rows,
+    smallest_batch,
 )
 
 SHAPES = ("circle", "square", "up", "diamond", "down", "plus")
 GLYPHS = ("●", "■", "▲", "◆", "▼", "✚")
+_CURVES_BOTTOM = 220
+_Line = tuple[Side, list[tuple[float, Estimate]]]
+"""One side's values by place on the horizontal axis."""
 _STRIP = "the bar is the median, the band the middle half."
 
 
@@ -59,7 +67,7 @@ def side_styles(record: RunRecord) -> dict[str, SideStyle]:
 def all_plots(record: RunRecord) -> list[Plot]:
     """The plots that the record has the data for, in page order."""
     case = headline_case(record)
-    found: list[Plot | None] = [context_plot(record)]
+    found: list[Plot | None] = [prefill_plot(record), context_plot(record)]
     if case is not None:
         found += [
             floor_plot(record, case),
@@ -89,7 +97,7 @@ def gaps_plot(record: RunRecord, case: Case) -> Plot | None:
 
 def context_plot(record: RunRecord) -> Plot | None:
     """TPOT against context, smallest batch, with the memory floor; needs two lengths of prompt."""
-    batch = min((c.batch for c in record.cases()), default=1)
+    batch = smallest_batch(record)
     cases = sorted((c for c in record.cases() if c.batch == batch), key=lambda c: c.mean_context)
     lines = [
         (side, [(c.mean_context, e) for c in cases if (e := estimate(record, c, side.label, "tpot"))])
@@ -99,26 +107,9 @@ def context_plot(record: RunRecord) -> Plot | None:
     contexts = {context for _, points in lines for context, _ in points}
     if len(contexts) < 2:
         return None
-    styles = side_styles(record)
-    top, bottom = 28, 220
-    across = Axis(0, max(contexts) * 1.02, svg.LABELLED)
-    up = Axis(0, 1.04e3 * max(e.high or e.value for _, points in lines for _, e in points))
-    body = [
-        svg.text("ms per token", 0, 12, klass="t"),
-        svg.across(across, bottom, bottom + 3, "context, tokens per row"),
-    ]
-    body += [svg.level(f"{tick:,.10g}", up.rise(tick, top, bottom)) for tick in up.ticks]
-    floors = [(across.place(c.mean_context), up.rise(f * 1e3, top, bottom)) for c in cases if (f := floor_s(record, c))]
-    body.append(svg.polyline(floors, "floor"))
-    for side, points in lines:
-        style = styles[side.label]
-        places = [(across.place(context), up.rise(e.value * 1e3, top, bottom)) for context, e in points]
-        body.append(svg.polyline(places, f"side {style.klass}"))
-        for (x, _), (_, e) in zip(places, points, strict=True):
-            if e.low is not None and e.high is not None:
-                ends = (up.rise(end * 1e3, top, bottom) for end in (e.low, e.high))
-                body.append(svg.line(x, next(ends), x, next(ends), f"side {style.klass}"))
-        body.append(svg.marks(style.shape, places, style.klass))
+    floors = [(c.mean_context, f) for c in cases if (f := floor_s(record, c))]
+    most = max(e.high or e.value for _, points in lines for _, e in points)
+    body = _curves(record, "ms per token", "context, tokens per row", 1e3, most, lines, floors)
     floor_words = " The dashed line is the memory floor." if floors else ""
     said = "; ".join(
         f"{side.title}: " + ", ".join(f"{ms(e.value)} at {context:,.0f} tokens" for context, e in points)
@@ -127,9 +118,74 @@ def context_plot(record: RunRecord) -> Plot | None:
     title = "Time per output token against context"
     return Plot(
         title,
-        svg.picture(bottom + 38, "".join(body), f"{title}, batch {batch}. {said}.{floor_words}"),
+        svg.picture(_CURVES_BOTTOM + 38, body, f"{title}, batch {batch}. {said}.{floor_words}"),
         f"Batch {batch}; medians with their 95\u00a0% intervals.{floor_words}",
     )
+
+
+def prefill_plot(record: RunRecord) -> Plot | None:
+    """Prompt tokens per second against prompt length, with the matrix-product floor; needs two lengths of prompt."""
+    cases = prefill_cases(record)
+    lines: list[_Line] = []
+    for side, cells in prefill_rows(record):
+        lines.append((side, [(c.prompt, e.tokens_per_s) for c, e in zip(cases, cells, strict=True) if e]))
+    if len({prompt for _, points in lines for prompt, _ in points}) < 2:
+        return None
+    limits: list[tuple[float, float]] = [(c.prompt, limit) for c in cases if (limit := prefill_limit(record, c))]
+    most = max([*(e.high or e.value for _, points in lines for _, e in points), *(limit for _, limit in limits)])
+    body = _curves(record, "prompt tokens per second", "prompt, tokens", 1, most, lines, limits)
+    told: list[tuple[str, list[tuple[float, float]]]]
+    told = [(side.title, [(prompt, e.value) for prompt, e in points]) for side, points in lines]
+    told += [("Matrix-product floor", limits)] if limits else []
+    said = "; ".join(
+        f"{name}: " + ", ".join(f"{fixed(value)} at {prompt:,.0f} tokens" for prompt, value in points)
+        for name, points in told
+    )
+    title = f"Prefill tokens per second by prompt length, batch {cases[0].batch}"
+    floor_words = " The dashed line is the matrix-product floor." if limits else ""
+    return Plot(
+        "Prefill tokens per second by prompt length",
+        svg.picture(_CURVES_BOTTOM + 38, body, f"{title}. {said}.{floor_words}"),
+        f"Batch {cases[0].batch}; tokens of the prompt over the median TTFT, with 95\u00a0% intervals; higher is "
+        f"faster.{floor_words}",
+    )
+
+
+def _curves(
+    record: RunRecord,
+    unit: str,
+    label: str,
+    scale: float,
+    most: float,
+    lines: Sequence[_Line],
+    floor: Sequence[tuple[float, float]],
+) -> str:
+    """A line a side with its intervals, and the floor dashed, over axes from zero.
+
+    Args:
+        record: whose sides' styles are taken.
+        unit, label: of the vertical and the horizontal axis.
+        scale: what values are multiplied by to be in that unit.
+        most: the highest value.
+        lines, floor: places on the horizontal axis and values.
+    """
+    styles = side_styles(record)
+    top, bottom = 28, _CURVES_BOTTOM
+    across = Axis(0, max(x for _, points in lines for x, _ in points) * 1.02, svg.LABELLED)
+    up = Axis(0, 1.04 * scale * most)
+    body = [svg.text(unit, 0, 12, klass="t"), svg.across(across, bottom, bottom + 3, label)]
+    body += [svg.level(f"{tick:,.10g}", up.rise(tick, top, bottom)) for tick in up.ticks]
+    body.append(svg.polyline([(across.place(x), up.rise(f * scale, top, bottom)) for x, f in floor], "floor"))
+    for side, points in lines:
+        style = styles[side.label]
+        places = [(across.place(x), up.rise(e.value * scale, top, bottom)) for x, e in points]
+        body.append(svg.polyline(places, f"side {style.klass}"))
+        for (x, _), (_, e) in zip(places, points, strict=True):
+            if e.low is not None and e.high is not None:
+                ends = (up.rise(end * scale, top, bottom) for end in (e.low, e.high))
+                body.append(svg.line(x, next(ends), x, next(ends), f"side {style.klass}"))
+        body.append(svg.marks(style.shape, places, style.klass))
+    return "".join(body)
 
 
 def floor_plot(record: RunRecord, case: Case) -> Plot | None:

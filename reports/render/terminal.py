@@ -16,7 +16,17 @@ from rich.text import Text
 from reports.record import RunRecord
 from reports.render import words
 from reports.stats import Estimate
-from reports.summary import LatencyRow, floor_rows, headline_case, latency_rows, load_rows, memory_rows
+from reports.summary import (
+    LatencyRow,
+    floor_rows,
+    headline_case,
+    latency_rows,
+    load_rows,
+    memory_rows,
+    prefill_cases,
+    prefill_limit,
+    prefill_rows,
+)
 from reports.targets import Target
 from reports.validation import Validation
 from reports.verdict import judge, speed_sentence
@@ -46,7 +56,7 @@ def print_summary(record: RunRecord, console: Console) -> None:
         console.print(Text(note, style="dim"))
     else:
         console.print("Latency: not measured.")
-    for table in (floor_table(record), memory_table(record), targets_table(verdict.targets)):
+    for table in (floor_table(record), prefill_table(record), memory_table(record), targets_table(verdict.targets)):
         if table is not None:
             console.print()
             console.print(table)
@@ -92,6 +102,28 @@ def floor_table(record: RunRecord) -> Table | None:
     table = plain_table(f"Distance to the memory floor, {case.label}", "Side", "TPOT", "x floor")
     for r in rows:
         table.add_row(Text(words.shorten(r.side.title, 40)), words.ms(r.tpot.value), words.fixed(r.multiple.value))
+    return table
+
+
+def prefill_table(record: RunRecord) -> Table | None:
+    """Prompt tokens per second by prompt length, each side's TTFT as a multiple of the matrix-product floor below."""
+    rows, cases = prefill_rows(record), prefill_cases(record)
+    if not rows:
+        return None
+    limits = [prefill_limit(record, c) for c in cases]
+    more = ", x floor below" if any(limits) else ""
+    title = f"Prefill, tokens/s by prompt length{more}, batch {cases[0].batch}"
+    table = plain_table(title, "Side", *(f"{c.prompt:,}" for c in cases))
+    for side, cells in rows:
+        told = [
+            words.fixed(e.tokens_per_s.value) + (f"\n{words.fixed(e.multiple.value)}x" if e.multiple else "")
+            if e
+            else words.DASH
+            for e in cells
+        ]
+        table.add_row(Text(words.shorten(side.title, 34)), *told)
+    if any(limits):
+        table.add_row("Matrix-product floor", *(words.fixed(limit) if limit else words.DASH for limit in limits))
     return table
 
 

@@ -81,6 +81,11 @@ GLOSSARY = (
     Term("Spread", "How much rounds differ from each other (robust deviation / median). Above 2.5\u00a0% is noisy."),
 )
 
+PREFILL_FLOOR = Term(
+    "Matrix-product floor",
+    "The time of a prompt's matrix products at the speed of one plain product here. Only a faster kernel can beat it.",
+)
+
 _TONES = {
     "pass": ("PASS", "PASSED", "MET"),
     "fail": ("FAIL", "FAILED", "MISSED", "ERROR"),
@@ -206,6 +211,29 @@ def limit_text(limit: float | None, better: str, unit: str = "") -> str:
     text = _short_exponent(limit) if limit and abs(limit) < 1e-3 else f"{limit:,.8g}"
     suffix = UNITS.get(unit, unit)
     return f"{sign} {text}{' ' + suffix if suffix else ''}"
+
+
+def prefill_words(record: RunRecord) -> list[str]:
+    """What the matrix-product floor is made of and what it does not bound, in sentences; none without a record of it.
+
+    Everything but the reason why there is none is text of ours.
+    """
+    floor = record.prefill_floor
+    if floor is None:
+        return []
+    if floor.missing or floor.products is None or not floor.measured:
+        return [f"There is no matrix-product floor: {floor.missing or 'it was not measured'}."]
+    said = [
+        f"The matrix-product floor is the time of the prompt's own matrix products (the layers' matrices, attention of "
+        f"each token to itself and those before it, the head for the last position) at the speed of {floor.method}.",
+        "A side whose kernels are faster than this product can take less than the floor.",
+    ]
+    if record.model.precision != floor.dtype:
+        said.append(
+            f"The weights are {record.model.precision} and have a kernel of their own: next to it a product in "
+            f"{floor.dtype} is a yardstick, not a bound."
+        )
+    return said
 
 
 def target_limit(target: Target) -> str:

@@ -106,7 +106,15 @@ def test_profiles_and_their_limits() -> None:
         "batch 1, prompt 512",
         "batch 1, prompt 1024",
         "batch 4, prompt 128",
+        "batch 1, prompt 2048",
     ]
+    # Beyond the prompts with decode, the prefill alone; not where the user chose the lengths.
+    assert [c.new_tokens for c in choose_profile("standard").cases()] == [32, 32, 32, 32, 1]
+    assert choose_profile("standard", prompt_lengths=[8]).cases() == [
+        Case(batch=b, prompt=8, new_tokens=32) for b in (1, 4)
+    ]
+    assert choose_profile("standard", context=2080).prefill_lengths == (2048,)
+    assert choose_profile("standard", context=2079).prefill_lengths == ()
     # Defaults shrink to a small context, what the user asked for does not.
     assert choose_profile("standard", context=700).prompt_lengths == (128, 512)
     for arguments, words in (

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
 from bench.machine.bandwidth import CpuBandwidth, GemmFloor
 
@@ -36,6 +37,6 @@ def test_memory_is_read_by_the_threads_that_were_asked_for(monkeypatch: pytest.M
 def test_the_gemm_floor_grows_with_the_model() -> None:
     """Ten times the layers are about ten times the products; a factor of two would be a defect, noise is not."""
     small: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 64}
-    one = np.median([GemmFloor({**small, "num_hidden_layers": 2}, 64)() for _ in range(3)])
-    ten = np.median([GemmFloor({**small, "num_hidden_layers": 40}, 64)() for _ in range(3)])
+    one = np.median([GemmFloor(LlamaConfig(**small, num_hidden_layers=2), 64)() for _ in range(3)])
+    ten = np.median([GemmFloor(LlamaConfig(**small, num_hidden_layers=40), 64)() for _ in range(3)])
     assert ten > 3 * one

@@ -51,8 +51,20 @@ def test_a_run_leaves_page_record_and_junit(checkpoints: Paths, dataset: Path, t
 
     record = RunRecord.read(out / "record.json")
     assert [s.label for s in record.sides] == ["onnxruntime-cpu", "pytorch-cpu"]
-    assert [c.label for c in record.cases()] == ["batch 1, prompt 32", "batch 2, prompt 32"]
-    assert all(len(r.at_s) == 4 for s in record.series for r in s.rounds)
+    assert [c.label for c in record.cases()] == ["batch 1, prompt 32", "batch 2, prompt 32", "batch 1, prompt 128"]
+    assert [c.new_tokens for c in record.cases()] == [4, 4, 1]
+    assert all(len(r.at_s) == s.case.new_tokens for s in record.series for r in s.rounds)
+    tests = [o.test for o in record.outcomes]
+    assert sum("b1-p128" in name for name in tests) == 2  # a prefill of each side, no decode
+    floor = record.prefill_floor
+    assert floor is not None
+    assert [(m.case.label, m.rows, len(m.samples_s)) for m in floor.measured] == [
+        ("batch 1, prompt 32", 32, 3),
+        ("batch 1, prompt 128", 128, 3),
+    ]
+    assert floor.products is not None
+    assert floor.missing == ""
+    assert "Prefill tokens per second by prompt length" in (out / "index.html").read_text()
     assert record.floor is not None
     assert len(record.floor.bandwidth_samples) == 3
     assert {m.side for m in record.memory} == {"onnxruntime-cpu", "pytorch-cpu"}
@@ -116,6 +128,8 @@ def test_gpt_neo_goes_through_export_run_and_gate(
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     record = RunRecord.read(tmp_path / "good" / "record.json")
     assert record.model.target == "plain"
+    assert record.prefill_floor is not None
+    assert record.prefill_floor.missing == "the matrix products of model type 'gpt_neo' are not counted"
     assert record.validation is not None
     assert record.validation.verdict == "PASS"
     # Another window of its local attention is another model.
