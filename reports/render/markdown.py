@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 from reports.record import RunRecord
 from reports.render import parity, words
-from reports.stats import Estimate
+from reports.stats import Estimate, Metric
 from reports.summary import (
+    LatencyRow,
     floor_rows,
     floor_s,
     headline_case,
@@ -152,8 +153,10 @@ def _timing(estimate: Estimate | None) -> str:
     return f"{words.median_ms(estimate)} {words.interval(estimate, 1e3)}".strip()
 
 
-def _gain(estimate: Estimate | None, role: str) -> str:
-    return "baseline" if role == "baseline" else f"{words.times(estimate)} {words.interval(estimate)}".strip()
+def _gain(row: LatencyRow, metric: Metric) -> str:
+    if row.side.role == "baseline":
+        return "baseline" if row.times[metric] else words.DASH
+    return f"{words.times(row.gains[metric])} {words.interval(row.gains[metric])}".strip()
 
 
 def _latency(record: RunRecord) -> list[str]:
@@ -166,9 +169,9 @@ def _latency(record: RunRecord) -> list[str]:
             r.case.label,
             escape(r.side.title, 60),
             _timing(r.times["ttft"]),
-            _gain(r.gains["ttft"], r.side.role),
+            _gain(r, "ttft"),
             _timing(r.times["tpot"]),
-            _gain(r.gains["tpot"], r.side.role),
+            _gain(r, "tpot"),
             words.fixed(r.tokens_per_s) if r.tokens_per_s else words.DASH,
             str(r.rounds),
         ]

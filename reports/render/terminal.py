@@ -15,7 +15,7 @@ from rich.text import Text
 
 from reports.record import RunRecord
 from reports.render import words
-from reports.stats import Estimate
+from reports.stats import Metric
 from reports.summary import (
     LatencyRow,
     floor_rows,
@@ -85,9 +85,9 @@ def latency_table(rows: list[LatencyRow]) -> Table:
         table.add_row(
             Text(words.shorten(r.side.title, 30)),
             words.median_ms(r.times["ttft"]),
-            _gain(r.gains["ttft"], r.side.role),
+            _gain(r, "ttft"),
             words.median_ms(r.times["tpot"]),
-            _gain(r.gains["tpot"], r.side.role),
+            _gain(r, "tpot"),
             words.fixed(r.tokens_per_s) if r.tokens_per_s else words.DASH,
         )
     return table
@@ -204,9 +204,10 @@ def plain_table(title: str, *columns: str) -> Table:
     return table
 
 
-def _gain(estimate: Estimate | None, role: str) -> str:
-    if role == "baseline":
-        return "1"
+def _gain(row: LatencyRow, metric: Metric) -> str:
+    estimate = row.gains[metric]
+    if row.side.role == "baseline":
+        return "1" if row.times[metric] else words.DASH
     if estimate is None:
         return words.DASH
     interval = words.interval(estimate)

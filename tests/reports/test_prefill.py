@@ -151,7 +151,13 @@ def test_page_markdown_and_terminal_show_the_table(measured: RunRecord) -> None:
     assert "| Matrix-product floor |" in markdown
     for block in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.M):
         assert len({line.count("|") for line in block.splitlines()}) == 1
+    # No decode, so nothing that the baseline's would be 1 of.
+    assert re.search(
+        r"\| batch 1, prompt 2048 \| PyTorch eager \| \S+ \[.*\] \| baseline \| – \| – \| – \| 12 \|", markdown
+    )
+    assert re.search(r"PyTorch eager 9,07[0-9.]* \[[^]]*\] 1 baseline – – 9,07", words)
     text = terminal(measured)
+    assert re.search(r"batch 1, prompt 2048 .*\n.*\n.*\n PyTorch eager +9,07\d +1 +– +– +– ", text)
     assert max(map(len, text.splitlines())) <= 80
     assert "Prefill, tokens/s by prompt length, x floor below, batch 1" in text
     assert re.search(r"396 *\n.* 1\.27x *\n", text)
