@@ -7,7 +7,6 @@ Try: ``python -m bench.studies.prefill demo OUT --lengths 128 1024 --rounds 3`` 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -114,17 +113,17 @@ def sides_of(folder: Path, checkpoint: Path, chunks: Sequence[int], peers: bool,
 
 
 def measure(
-    sides: dict[str, Session], config: dict[str, Any], lengths: Sequence[int], batch: int, new: int, rounds: int
+    sides: dict[str, Session], config: Any, lengths: Sequence[int], batch: int, new: int, rounds: int
 ) -> list[Row]:
     """Every side at every length that the context holds."""
     rng = np.random.default_rng(SEED)
     found = []
     for length in lengths:
-        if length + new > config["max_position_embeddings"]:
+        if length + new > config.max_position_embeddings:
             continue
         floor, floors = GemmFloor(config, length), list[float]()
         case = Case(batch=batch, prompt=length, new_tokens=new)
-        stream = rng.integers(1, config["vocab_size"], 4 * batch * length).tolist()
+        stream = rng.integers(1, config.vocab_size, 4 * batch * length).tolist()
 
         def probe(floor: GemmFloor = floor, floors: list[float] = floors) -> None:
             floors.append(batch * floor())
@@ -200,14 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-peers", action="store_true", help="neither PyTorch nor onnxruntime-genai")
     parser.add_argument("--no-profile", action="store_true", help="no profile by operator, no memory")
     args = parser.parse_args(arguments)
-    from export.pipeline import export_model
+    from export.pipeline import export_model, load_config
     from export.source import resolve
     from export.spec import ExportSpec
 
     source = resolve(args.model)
     folder = args.out / args.precision
     export_model(ExportSpec(args.model, args.precision), folder, source=source)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = load_config(source)
     sides = sides_of(folder, source.folder, args.chunks, not args.no_peers, args.threads)
     try:
         rows = measure(sides, config, args.lengths, args.batch, args.new_tokens, args.rounds)
