@@ -32,6 +32,7 @@ SIZES: dict[str, Any] = {
 }
 # The tiny LLaMA has neither generation settings to change nor what the other architectures have.
 NOT_HERE = {"another temperature in generation_config.json", *(d.name for d in IN_FAMILY)}
+NOT_HERE |= {"a mask of its own for each windowed layer", "biases added from the other side"}
 FAMILY: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 24, "head_dim": 32},
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
@@ -61,7 +62,7 @@ def test_a_defect_fails_by_its_check_first(defect: Defect, subject: Any, exports
         assert row.layer_found == row.layer, row
 
 
-@pytest.mark.parametrize("change", HARMLESS, ids=lambda c: c.name)
+@pytest.mark.parametrize("change", [c for c in HARMLESS if c.name not in NOT_HERE], ids=lambda c: c.name)
 def test_a_harmless_change_passes(change: Harmless, subject: Any, exports: Exports, tmp_path: Path) -> None:
     row = run_change(change, subject, exports(**SIZES), tmp_path)
     assert row.verdict == "PASS", row.reason
