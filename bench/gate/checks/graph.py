@@ -235,12 +235,16 @@ def attributes(s: Subject) -> Found:
     return exact(findings, f"{count} attributes as the configuration demands")
 
 
-def _window(config: Any, layer: int | None) -> int:
-    """GroupQueryAttention's ``local_window_size`` in a layer; -1 where it attends to everything."""
+def _window(config: Any, layer: int | None) -> int | None:
+    """GroupQueryAttention's ``local_window_size`` in a layer, -1 where it attends to everything; None: not known."""
     from export.architectures import ARCHITECTURES
 
-    known = ARCHITECTURES.get(config.model_type)
-    return (known.windows(config)[layer] if known and layer is not None else None) or -1
+    if config.model_type not in ARCHITECTURES:
+        return None if getattr(config, "sliding_window", None) else -1
+    windows = ARCHITECTURES[config.model_type].windows(config)
+    if layer is None and len(set(windows)) > 1:
+        return None
+    return windows[layer or 0] or -1
 
 
 def _node_attributes(node: Any, s: Subject, layer: int | None) -> tuple[list[str], int]:
@@ -254,7 +258,9 @@ def _node_attributes(node: Any, s: Subject, layer: int | None) -> tuple[list[str
     if node.op_type == "GroupQueryAttention":
         values.setdefault("scale", 0.0)
         wanted = {"num_heads": config.num_attention_heads, "kv_num_heads": kv_heads_of(config), "rotary_interleaved": 0}
-        wanted |= {"local_window_size": _window(config, layer), "softcap": 0.0, "smooth_softmax": -1, "causal": 1}
+        if (window := _window(config, layer)) is not None:
+            wanted["local_window_size"] = window
+        wanted |= {"softcap": 0.0, "smooth_softmax": -1, "causal": 1}
         if s.ours:
             wanted["do_rotary"] = 1
     elif node.op_type == "Attention":

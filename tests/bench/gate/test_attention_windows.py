@@ -15,6 +15,7 @@ import pytest
 from onnx import numpy_helper
 
 from bench.defects.in_graph import attentions, set_attribute
+from bench.gate.checks.graph import _window
 from bench.gate.checks.numeric import CONTINUED, places_expected
 from bench.gate.modes import MODES
 from bench.gate.registry import BY_NAME
@@ -116,3 +117,16 @@ def test_a_window_is_crossed_wherever_the_context_allows(
 
     s = make_subject(exports(**changes), str(checkpoints(**changes)), MODES[mode], tiny_dataset, Deployment(threads=1))
     assert places_expected(s)["long_context"] == {"quick": 1, "standard": 2}[mode] + crossed
+
+
+def test_the_window_that_a_node_must_have() -> None:
+    """None, which is not asked for: an architecture that nobody described, or a layer that cannot be told."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    mixed = AutoConfig.for_model("qwen2", **sizes, use_sliding_window=True, sliding_window=24, max_window_layers=1)
+    assert [_window(mixed, layer) for layer in (0, 1, None)] == [-1, 24, None]
+    every = AutoConfig.for_model("mistral", **sizes, sliding_window=24)
+    assert [_window(every, layer) for layer in (0, 1, None)] == [24, 24, 24]
+    assert _window(AutoConfig.for_model("gemma2", **sizes), 0) is None
+    assert _window(AutoConfig.for_model("granite", **sizes), 0) == -1
