@@ -34,8 +34,8 @@ MOST_THREADS = 1024
 """More than any machine has cores; ONNX Runtime takes minutes to start a hundred thousand."""
 
 
-PREFILL_CHUNK = 512
-"""Tokens of a prompt that one run takes on the CPU (docs/measurements/prefill.md)."""
+PREFILL_CHUNK = 256
+"""Tokens of a prompt that one run takes on the CPU: docs/measurements/prefill.md."""
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def test_when_rows_are_prefilled_one_by_one() -> None:
     """Long rows of a batch on the CPU over a shared buffer; short ones read the weights once for all."""
     decoder: Any = object.__new__(HostDecoder)
     decoder._prefill, decoder._cache, decoder._chunk = SimpleNamespace(device="cpu"), object.__new__(SharedCache), 0
+    decoder._manifest = SimpleNamespace(kv=SimpleNamespace(windows=()))
     assert [decoder._one_by_one(n) for n in ([16, 70], [15, 70], [70])] == [True, False, False]
     decoder._chunk = 64  # several tokens over a past go in a batch of 1 only
     assert [decoder._one_by_one(n) for n in ([15, 70], [70], [15, 64], [64])] == [True, True, False, False]
@@ -90,3 +91,5 @@ def test_when_rows_are_prefilled_one_by_one() -> None:
     assert not decoder._one_by_one([16, 70])
     decoder._prefill, decoder._cache = SimpleNamespace(device="cuda"), object.__new__(SharedCache)
     assert not decoder._one_by_one([16, 70])
+    decoder._manifest.kv.windows = (24, None)  # such a cache takes no padding, on no provider
+    assert [decoder._one_by_one(n) for n in ([3, 70], [3])] == [True, False]
