@@ -88,13 +88,14 @@ def measured_sides(record: RunRecord, case: Case) -> list[Side]:
 
 
 def headline_case(record: RunRecord) -> Case | None:
-    """Smallest batch, then the prompt nearest 128; cases that both candidate and baseline ran come first."""
+    """Smallest batch, then the prompt nearest 128; cases that both candidate and baseline ran, and that decode, come
+    first."""
     candidate, baseline = record.side("candidate"), record.side("baseline")
 
-    def rank(case: Case) -> tuple[int, int, int, int, int]:
+    def rank(case: Case) -> tuple[int, bool, int, int, int, int]:
         labels = {s.label for s in measured_sides(record, case)}
         missing = sum(1 for s in (candidate, baseline) if s is None or s.label not in labels)
-        return missing, case.batch, abs(case.prompt - 128), case.prompt, -case.new_tokens
+        return missing, case.new_tokens < 2, case.batch, abs(case.prompt - 128), case.prompt, -case.new_tokens
 
     return min((c for c in record.cases() if measured_sides(record, c)), key=rank, default=None)
 

@@ -15,7 +15,7 @@ from reports.render.html import render_html
 from reports.render.markdown import render_markdown
 from reports.render.plots import all_plots
 from reports.render.terminal import print_summary
-from reports.summary import prefill_cases, prefill_limit, prefill_of, prefill_rows
+from reports.summary import headline_case, prefill_cases, prefill_limit, prefill_of, prefill_rows
 from reports.verdict import judge
 from tests.reports.test_browser import _layout
 from tests.reports.test_browser import pytestmark as browser
@@ -217,6 +217,19 @@ def test_a_prompt_without_decode_examined_no_decode(make_record: Any, measured: 
     made = judge(measured.model_copy(update={"model": model}))
     assert "decode beyond 1,072 of 2,048 tokens of context" in made.not_examined
     assert "latency beyond 1,072 of 8,192 tokens of context" in judge(make_record()).not_examined
+
+
+def test_a_prompt_without_decode_is_not_the_headline(measured: RunRecord) -> None:
+    """The smoke profile adds 128 tokens, the headline's length: its decode and memory floor must stay."""
+    alone = [
+        s.model_copy(update={"case": s.case.model_copy(update={"new_tokens": 1})}) if s.case.prompt == 128 else s
+        for s in measured.series
+    ]
+    made = measured.model_copy(update={"series": alone})
+    case = headline_case(made)
+    assert case is not None
+    assert (case.prompt != 128, case.new_tokens > 1) == (True, True)
+    assert "decode" in judge(made).speed
 
 
 @pytest.mark.slow
