@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import export
-from export.architectures import ARCHITECTURES
+from export.architectures import has_fused_export
 from export.cache import cache_dir
 from export.manifest import sha256_of
 from export.pipeline import export_model, load_config
@@ -41,13 +41,13 @@ def exported_folder(
         model: as the user named it.
         precision: of the export.
         device: ``cpu`` or ``cuda``; a graph for the latter has to run on the CUDA provider.
-        target: ``auto`` takes fused operators for an architecture that has them, else optimum's plain graph.
+        target: ``auto`` takes fused operators for a model that can have them, else optimum's plain graph.
         method: of int8 and int4.
         calibration: gives gptq's texts.
         status: told what is done.
     """
     if target == "auto":
-        target = "ort" if load_config(source).model_type in ARCHITECTURES else "plain"
+        target = "ort" if has_fused_export(load_config(source)) else "plain"
     provider = "cuda" if device == "cuda" and target == "ort" else "any"
     spec = ExportSpec(model, precision, target, method=method, provider=provider)
     key = hashlib.sha256((spec.digest + source.content_key + exporter_digest()).encode()).hexdigest()[:12]

@@ -36,7 +36,7 @@ FORBIDDEN = (
 NODE_BUDGET = {"GroupQueryAttention": (11, 20), "Attention": (26, 40)}
 """Most nodes: for each layer, and besides."""
 HEAD_NORM_NODES = {"GroupQueryAttention": 9, "Attention": 2}
-"""More of them in a layer whose queries and keys are normalised head by head: norms, and what splits QKV for them."""
+"""More of them in a layer whose queries and keys have a QK norm: norms, and what splits QKV for them."""
 WINDOW_NODES = 12
 """More of them for the mask of an attention window."""
 
@@ -88,7 +88,6 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSp
         GraphCheckError: names every difference at once.
     """
     architecture = architecture_of(config)
-    windows: dict[int | None, int] = Counter(architecture.windows(config))
     found = Counter(node.op_type for node in model.graph.node)
     expected = expected_counts(config, spec)
     wrong = [f"{found[op]} {op} where the config demands {n}" for op, n in expected.items() if found[op] != n]
@@ -125,18 +124,38 @@ def check_graph(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSp
             eps = values.get("epsilon", 0.0)
             if abs(eps - config.rms_norm_eps) > 1e-6 * config.rms_norm_eps:
                 wrong.append(f"{node.name}: epsilon is {eps}, not {config.rms_norm_eps}")
-    if not standard and (have := _windows(model)) != windows:
-        wrong.append(f"attention windows are {have} (window: layers), not {dict(windows)}")
+    wrong += _windows(model, config, spec)
     if wrong:
         raise GraphCheckError("the exported graph is not the model: " + "; ".join(wrong))
     return {op: found[op] for op in expected}
 
 
-def _windows(model: onnx.ModelProto) -> dict[int | None, int]:
-    """How many GroupQueryAttention nodes have which window."""
-    found: Counter[int | None] = Counter()
-    for node in model.graph.node:
-        if node.op_type == "GroupQueryAttention":
-            window = next((a.i for a in node.attribute if a.name == "local_window_size"), -1)
-            found[None if window < 0 else window] += 1
-    return dict(found)
+def _windows(model: onnx.ModelProto, config: PretrainedConfig, spec: ExportSpec) -> list[str]:
+    """What is wrong with the attention windows, layer by layer; of standard operators, with the mask's one."""
+    architecture = architecture_of(config)
+    wanted = [w or -1 for w in architecture.windows(config)]
+    if spec.standard:
+        constants = {t.name: t for t in model.graph.initializer}
+        less = [
+            onnx.numpy_helper.to_array(constants[n.input[1]]) for n in _mask_starts(model) if n.input[1] in constants
+        ]
+        have = sorted({int(x) + 1 for x in less})
+        window = architecture.attention_window(config)
+        one = [window] if window else []
+        return [f"the mask's attention windows are {have}, not {one}"] if have != one else []
+    nodes = [
+        {a.name: a.i for a in node.attribute} for node in model.graph.node if node.op_type == "GroupQueryAttention"
+    ]
+    found = [n.get("local_window_size", -1) for n in nodes]
+    wrong = [f"the layers' attention windows are {found}, not {wanted}"] if found != wanted else []
+    decode = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value == 1
+    keeps = [int(decode and spec.window_cache and w > 0) for w in wanted]
+    have = [n.get("sliding_window_cache", 0) for n in nodes]
+    return wrong + ([f"sliding_window_cache of the layers is {have}, not {keeps}"] if have != keeps else [])
+
+
+def _mask_starts(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes that compute the first slot of a window: what GreaterOrEqual compares slots with."""
+    made = {name: node for node in model.graph.node for name in node.output}
+    compared = [n.input[1] for n in model.graph.node if n.op_type == "GreaterOrEqual"]
+    return [made[name] for name in compared if name in made and made[name].op_type == "Sub"]

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from export.architectures import architecture_of
 from export.architectures.base import Windows
-from export.errors import UnsupportedModelError
+from export.errors import BrokenCheckpointError, UnsupportedModelError
 from export.fused import MARKER_DOMAIN, MS, FusedOnnxConfig
-from export.manifest import ONNX_TYPE, Weight
+from export.manifest import ONNX_TYPE, Weight, first_line
 from export.oldest_runtime import ir_version_of
 from export.sizes import head_dim_of
 from export.spec import BITS, ExportSpec
@@ -83,7 +83,13 @@ def _meta_model(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     config._attn_implementation = "eager"
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except Exception as e:  # whatever its classes stumble over
+            raise BrokenCheckpointError(
+                f"config.json: transformers cannot build this model ({type(e).__name__}: {first_line(e)}); is a "
+                "setting missing, or null?"
+            ) from None
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model

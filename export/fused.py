@@ -56,7 +56,7 @@ def _absent(g: Any) -> Any:
 class _Heads:
     """The numbers of an attention.
 
-    ``epsilon`` is of the norms of single heads, ``window`` counts tokens; ``evicts``: the cache is as long as it.
+    ``epsilon`` is of the QK norm (0: none), ``window`` counts tokens; ``evicts``: the cache is as long as it.
     """
 
     queries: int
@@ -87,7 +87,7 @@ def _split(g: Any, qkv: Any, heads: _Heads) -> list[Any]:
 class _CachedAttention(torch.autograd.Function):
     """Attention over packed QKV ``[batch, new, ...]`` with rotary embedding inside: output, present key and value.
 
-    ``rest`` holds the weights of the norms of single heads, None or ``[size]`` for queries and keys, then the
+    ``rest`` holds the weights of the QK norm, None or ``[size]`` for queries and keys, then the
     operator's own inputs.
     """
 
@@ -113,7 +113,7 @@ def _cached(qkv: Any, past_key: Any, made: tuple[Any, Any, Any], heads: _Heads) 
 class _GroupQueryAttention(_CachedAttention):
     """com.microsoft::GroupQueryAttention; its own inputs: lengths, total length, cosine and sine tables.
 
-    It takes the weights of the norms of single heads, too, but has no kernel for that on the CPU (1.32): the norms are
+    It takes the weights of the QK norm, too, but has no kernel for that on the CPU (1.32): the norms are
     nodes, which ONNX Runtime's optimiser may fold where the provider has one.
     """
 

@@ -11,6 +11,9 @@ from transformers import PretrainedConfig
 
 from export.sizes import head_dim_of
 
+_TYPES = {"ministral": "mistral"}
+"""Types that onnxruntime-genai does not know, and what runs their graphs alike."""
+
 
 def genai_config(config: PretrainedConfig, graph: str, eos: tuple[int, ...], oldest: str) -> dict[str, Any]:
     """What describes a GroupQueryAttention graph: greedy search, past and present in one buffer.
@@ -19,7 +22,7 @@ def genai_config(config: PretrainedConfig, graph: str, eos: tuple[int, ...], old
     """
     ids: list[int] = list(eos) or [0]
     model: dict[str, Any] = {
-        "type": config.model_type,
+        "type": _TYPES.get(config.model_type, config.model_type),
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "bos_token_id": config.bos_token_id if config.bos_token_id is not None else ids[0],

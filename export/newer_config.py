@@ -38,7 +38,9 @@ def older(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(new, dict):
         raise BrokenCheckpointError(f"config.json: rope_parameters is {new!r}, not an object; download it again")
     if any(isinstance(v, dict) for v in new.values()):
-        raise UnsupportedModelError("config.json has rope_parameters for each type of layer; no LLaMA has")
+        raise UnsupportedModelError(
+            "config.json has rope_parameters for each type of layer, which transformers 4 cannot read; use version 5"
+        )
     scaling: dict[str, Any] | None = {k: v for k, v in new.items() if k not in ("rope_theta", "partial_rotary_factor")}
     if scaling is not None and scaling.get("rope_type", "default") == "default":
         scaling = None

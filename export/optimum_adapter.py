@@ -78,12 +78,14 @@ def _optimum() -> tuple[Any, Any, str]:
     return LlamaOnnxConfig, ModelPatcher, ""
 
 
-OnnxConfig, ModelPatcher, WHY_NOT = _optimum()
+OnnxConfig, ModelPatcher, IMPORT_ERROR = _optimum()
 
 
 def missing_optimum(who: str) -> str:
     """Why what only optimum does cannot be done here, and the remedy; "" where it can."""
-    return WHY_NOT and f"{who} needs optimum, which cannot be imported ({WHY_NOT}); {_REMEDY}"
+    if not IMPORT_ERROR:
+        return ""
+    return f"{who} needs optimum, which cannot be imported ({IMPORT_ERROR}); {_REMEDY}"
 
 
 def require_optimum(who: str) -> None:

@@ -377,8 +377,10 @@ def _complete_tokenizer(folder: Path, work: Path) -> str | None:
                     shutil.copyfile(Path(saved) / name, work / name)
             if settings.is_file() and (Path(saved) / settings.name).is_file():
                 own, made = (json.loads((at / settings.name).read_text(encoding="utf-8")) for at in (work, Path(saved)))
-                own = {k: v for k, v in made.items() if k.endswith("_token")} | own  # genai does not know a class's own
-                settings.write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                named = {k: v for k, v in made.items() if k.endswith("_token")}  # genai does not know a class's own
+                if isinstance(own, dict) and named.keys() - own.keys():
+                    text = json.dumps(named | own, indent=2, ensure_ascii=False)
+                    settings.write_text(text + "\n", encoding="utf-8")
     if settings.is_file() and files_of(work, CHAT_TEMPLATES):
         raw = json.loads(settings.read_text(encoding="utf-8"))
         if isinstance(raw, dict) and raw.pop("chat_template", None) is not None:

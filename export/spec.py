@@ -113,7 +113,8 @@ class ExportSpec:
                 raise ExportError(f"--cache-length {self.cache_length} holds no prompt and answer; give 2 or more")
         if self.window_cache and self.attention != "GroupQueryAttention":
             raise ExportError(
-                "--window-cache belongs to GroupQueryAttention (--target ort); the KV cache of other graphs is whole"
+                "--window-cache belongs to GroupQueryAttention (--target ort; with --provider cuda in fp16 or bf16); "
+                "the KV cache of other graphs is whole"
             )
         one_of("activations", self.float_type, FLOATS)
         one_of("embedding", str(self.embedding), ("float", "int8"))

@@ -192,7 +192,7 @@ def _not_examined(record: RunRecord) -> tuple[str, ...]:
 
 
 def _unmeasured_context(record: RunRecord) -> list[str]:
-    """From which place in the context on nothing was timed: prompts whose prefill alone was say nothing of decode."""
+    """Beyond which context nothing was timed; a prefill-only case says nothing about decode."""
     context = record.model.context_length
     prefill = max((c.prompt for c in record.cases()), default=0)
     longest = max((c.prompt + c.new_tokens for c in record.cases() if c.new_tokens > 1), default=0)

@@ -1,4 +1,4 @@
-"""Defects of what only some architectures have: attention windows, biases of QKV, norms of single heads.
+"""Defects of what only some architectures have: attention windows, QKV biases, QK norm.
 
 Try: ``python -m bench.defects --list``.
 """
@@ -164,7 +164,7 @@ def _bias_of_another_layer(w: Workshop) -> None:
     w.graphs(change)
 
 
-# -- norms of single heads -------------------------------------------------------------------------------------------
+# -- QK norm ---------------------------------------------------------------------------------------------------------
 
 
 def _head_norm(layer: int, part: str) -> str:

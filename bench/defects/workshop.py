@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench.errors import BenchError
 from bench.gate.localize import link_or_copy
 from export.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
 from export.quantize import pack, unpack
 
 
-class NotApplicableError(Exception):
-    """A change that this folder has no place for, and why: the model has no attention window, say."""
+class NotApplicableError(BenchError):
+    """A change that does not apply to this folder, and why: the model has no attention window, say."""
 
 
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "uint8": np.uint8, "int8": np.int8}

@@ -246,7 +246,7 @@ class Baseline:
 
         Reaching position 8,000 by computing costs minutes; its keys need not mean anything, since both sides get the
         same ones. What is tested is what happens at those positions: rotary rows, lengths, windows. One token of the
-        past may be ``loud``: of 4,096, nobody hears a single one otherwise.
+        past may be ``loud``: one of 4,096 does not change the logits measurably otherwise.
 
         Returns:
             The cache of ``text``, per layer a key and a value ``[1, kv_heads, len(text), head_dim]`` fp32, which the

@@ -115,6 +115,8 @@ def parse_side(name: SideName, text: str, say: Say = lambda _: None) -> SideSpec
         key, equals, value = part.partition("=")
         if not equals or not value:
             raise BenchError(f"--{name}: {part!r} is not KEY=VALUE")
+        if key == "option:prefill_chunk" and not value.isdigit():
+            raise BenchError(f"--{name}: prefill_chunk={value} is not a number of tokens")
         if key.startswith("option:"):
             options[key.removeprefix("option:")] = value
         elif key == "runtime":

@@ -86,7 +86,7 @@ def choose_profile(
                 f"a prompt of {worst} tokens and {profile.new_tokens} new ones exceed the model's context "
                 f"of {context}; pass smaller --prompt-lengths or --new-tokens"
             )
-        prefills = tuple(p for p in prefills if p + profile.new_tokens <= context)
+        prefills = tuple(p for p in prefills if p < context)
         profile = replace(profile, prompt_lengths=fits, prefill_lengths=prefills)
     return profile
 

@@ -25,7 +25,7 @@ def add_options(add: Callable[..., Any]) -> None:
     add_option(add)
     add("--exported", type=Path, help="test this exported folder against --model; other options say what it has to be")
     add("--precision", default="auto", help="fp32, fp16, bf16, int8, int4 or auto (fp32 on the CPU, fp16 on a GPU)")
-    add("--target", default="auto", help="ort, tensorrt, plain or auto (ort for a LLaMA, else plain)")
+    add("--target", default="auto", help="ort, tensorrt, plain or auto (ort for what has a fused export, else plain)")
     add("--method", help="int8 and int4: rtn, hqq, kquant or gptq")
     deployment.add_options(add, "auto")
     add("--profile", default="standard", choices=sorted(PROFILES), help="how much is measured, by gate and latency")

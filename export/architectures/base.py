@@ -26,6 +26,7 @@ MATRICES = (
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 """Linear layers of a decoder layer; each may have a bias."""
+_PLAIN = "use --target plain, optimum's own graph"
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
@@ -37,11 +38,13 @@ def every_layer(window: int | None, config: PretrainedConfig) -> Windows:
 
 def by_layer_types(config: PretrainedConfig) -> Windows:
     """The window in layers that ``layer_types`` calls ``sliding_attention``."""
+    if other := sorted(set(config.layer_types) - {"full_attention", "sliding_attention"}):
+        raise UnsupportedModelError(f"config.json: layer_types has {other[0]!r}, which the fused graph lacks; {_PLAIN}")
     sliding = [kind == "sliding_attention" for kind in config.layer_types]
     if any(sliding) and config.sliding_window is None:
         raise BrokenCheckpointError(
             "config.json: layer_types names sliding_attention, but there is no sliding_window, or use_sliding_window "
-            "is false; download it again"
+            "is false; set them, or make those layers full_attention"
         )
     window = _checked(config.sliding_window, config)
     return tuple(window if yes else None for yes in sliding)
@@ -52,7 +55,8 @@ def _checked(window: Any, config: PretrainedConfig) -> int | None:
     # transformers itself keeps everything for a window of 1 ([-0:]).
     if window is not None and (type(window) is not int or window < 2):
         raise BrokenCheckpointError(
-            f"config.json: sliding_window is {str(window)[:40]}, not a whole number above 1; download it again"
+            f"config.json: sliding_window is {str(window)[:40]}, not a whole number above 1; give 2 or more, or null "
+            "for no window"
         )
     return window if window and window < config.max_position_embeddings else None
 
@@ -68,8 +72,7 @@ class Architecture:
         model: the class of the model with its head.
         rotary: the class of the rotary embedding, from which the tables come.
         windows: the configuration's attention windows.
-        head_norms: whether queries and keys are normalised head by head before they are rotated.
-        refuse: the architecture's own reason to refuse a configuration, or None.
+        head_norms: whether queries and keys have a QK norm: an RMSNorm over each head, before they are rotated.
     """
 
     model_type: str
@@ -79,7 +82,6 @@ class Architecture:
     rotary: type
     windows: Callable[[PretrainedConfig], Windows] = lambda config: every_layer(None, config)
     head_norms: bool = False
-    refuse: Callable[[PretrainedConfig], str | None] = lambda _config: None
 
     @property
     def class_name(self) -> str:
@@ -99,21 +101,22 @@ class Architecture:
             BrokenCheckpointError: attention windows that make no sense.
         """
         if config.hidden_act not in ("silu", "swish"):
-            raise UnsupportedModelError(f"activation {config.hidden_act!r} is not supported; {self.name} uses 'silu'")
+            raise UnsupportedModelError(
+                f"activation {config.hidden_act!r} is not supported: {self.name} uses 'silu'; {_PLAIN}"
+            )
         rope = rope_of(config)["rope_type"]
         if rope not in ROPE_TYPES:
             raise UnsupportedModelError(
-                f"rope scaling {rope!r} depends on the length of the prompt, which a fixed table cannot hold; "
-                f"supported: {', '.join(ROPE_TYPES)}"
+                f"rope scaling {rope!r} is not supported, only what one table of positions can hold "
+                f"({', '.join(ROPE_TYPES)}); {_PLAIN}"
             )
         if head_dim_of(config) % 16 != 0:
             raise UnsupportedModelError(
-                f"head size {head_dim_of(config)} is not a multiple of 16, which rotary GroupQueryAttention requires"
+                f"head size {head_dim_of(config)} is not a multiple of 16, which rotary GroupQueryAttention requires; "
+                f"{_PLAIN}"
             )
         if getattr(config, "pretraining_tp", 1) not in (None, 1):
             raise UnsupportedModelError("pretraining_tp > 1 splits the matrix products; set it to 1 in config.json")
-        if reason := self.refuse(config):
-            raise UnsupportedModelError(reason)
         self.windows(config)
 
     def require_tensors(self, names: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Qwen3: queries and keys are normalised head by head; the head size is not hidden size by heads."""
+"""Qwen3: QK norm (an RMSNorm over each head of queries and keys); head_dim differs from hidden_size / heads."""
 
 from __future__ import annotations
 

@@ -12,15 +12,16 @@ import numpy as np
 import onnx
 import pytest
 
-from export.architectures import ARCHITECTURES
+from export.architectures import ARCHITECTURES, has_fused_export
 from export.convert import convert
-from export.errors import BrokenCheckpointError, ExportError, UnsupportedModelError
+from export.errors import BrokenCheckpointError, ExportError, GraphCheckError, UnsupportedModelError
 from export.manifest import read_manifest
 from export.pipeline import export_model
 from export.spec import ExportSpec
 from runtime.errors import ContextOverflowError
 from runtime.loading import load
 from runtime.torch_session import TorchSession
+from tests.conftest import tiny_config
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -54,6 +55,10 @@ FAMILY: dict[str, dict[str, Any]] = {
     "mistral-window-of-two": {"model_type": "mistral", "sliding_window": 2},
     "mistral-window-above-the-prompt": {"model_type": "mistral", "sliding_window": 120, "head_dim": 32},
     "mistral-window-above-the-context": {"model_type": "mistral", "sliding_window": 160},
+    "ministral": {
+        **{"model_type": "ministral", "head_dim": 16, "sliding_window": 24},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen2-tied-yarn": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_scaling": YARN},
     "qwen2-mixed-windows": {"model_type": "qwen2", **WINDOWS, "max_window_layers": 1},
@@ -242,7 +247,9 @@ def config(model_type: str, **changes: Any) -> Any:
     ],
 )
 def test_other_architectures_are_refused_by_name(model_type: str, reason: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"{model_type}.*{reason}.*llama, mistral, qwen2, qwen3.*plain"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"{model_type}.*{reason}.*llama, mistral, ministral, qwen2, qwen3.*plain"
+    ):
         convert(config(model_type), ExportSpec("a/b"), "data")
 
 
@@ -252,10 +259,8 @@ def test_other_architectures_are_refused_by_name(model_type: str, reason: str) -
         ("mistral", {"hidden_act": "gelu"}, UnsupportedModelError, "activation 'gelu'.*Mistral uses 'silu'"),
         ("mistral", {"sliding_window": 1}, BrokenCheckpointError, "sliding_window is 1, not a whole number above 1"),
         ("mistral", {"sliding_window": -8}, BrokenCheckpointError, "sliding_window is -8, not a whole"),
-        (
-            *("mistral", {"layer_types": ["full_attention", "sliding_attention"]}),
-            *(UnsupportedModelError, "layer_types of several kinds.*ministral"),
-        ),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 2}, UnsupportedModelError, "layer_types has 'chunked_att"),
+        ("qwen3", {"head_dim": None}, BrokenCheckpointError, "transformers cannot build this model .TypeError"),
         (
             *("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}),
             *(BrokenCheckpointError, "names sliding_attention, but there is no sliding_window"),
@@ -283,3 +288,49 @@ def test_tensors_that_the_graph_would_not_use_are_refused() -> None:
         ARCHITECTURES["llama"].require_tensors(names)
     with pytest.raises(UnsupportedModelError, match=r"model\.extra\.weight"):
         ARCHITECTURES["llama"].require_tensors(["model.extra.weight"])
+
+
+def test_the_exports_own_check_reads_windows_layer_by_layer() -> None:
+    from export.check import check_graph
+
+    three = tiny_config("qwen2", **WINDOWS, num_hidden_layers=3, max_window_layers=2)
+
+    def graphs(**spec: Any) -> tuple[Any, ExportSpec]:
+        asked = ExportSpec("a/b", **spec)
+        return convert(three, asked, "data").decode, asked
+
+    graph, spec = graphs()
+    first, *_, last = (n for n in graph.graph.node if n.op_type == "GroupQueryAttention")
+    moved = next(a for a in last.attribute if a.name == "local_window_size")
+    first.attribute.append(moved)
+    last.attribute.remove(moved)
+    with pytest.raises(GraphCheckError, match=r"windows are \[24, -1, -1\], not \[-1, -1, 24\]"):
+        check_graph(graph, three, spec)
+    graph, spec = graphs(window_cache=True)
+    last = [n for n in graph.graph.node if n.op_type == "GroupQueryAttention"][-1]
+    last.attribute.remove(next(a for a in last.attribute if a.name == "sliding_window_cache"))
+    with pytest.raises(GraphCheckError, match=r"sliding_window_cache of the layers is \[0, 0, 0\], not \[0, 0, 1\]"):
+        check_graph(graph, three, spec)
+    graph, spec = graphs(target="tensorrt")
+    start = next(n for n in graph.graph.node if n.op_type == "GreaterOrEqual").input[1]
+    constant = next(n for n in graph.graph.node if start in n.output).input[1]
+    tensor = next(t for t in graph.graph.initializer if t.name == constant)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + 50, constant))
+    with pytest.raises(GraphCheckError, match=r"the mask's attention windows are \[74\], not \[24\]"):
+        check_graph(graph, three, spec)
+
+
+def test_a_mistral_with_layer_types_is_a_ministral(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers says so when it reads the file."""
+    kinds = ["sliding_attention", "full_attention"]
+    model = checkpoints(model_type="mistral", sliding_window=24, head_dim=16)
+    folder = without(model, tmp_path / "model", layer_types=kinds)
+    manifest, _ = export_model(ExportSpec(str(folder)), tmp_path / "out")
+    assert manifest.model_type == "ministral"
+    assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["type"] == "mistral"
+
+
+@pytest.mark.parametrize(("changes", "fused"), [({}, True), ({"hidden_act": "gelu"}, False), ({"head_dim": 8}, False)])
+def test_what_can_have_no_fused_export_gets_the_plain_one(changes: dict[str, Any], fused: bool) -> None:
+    assert has_fused_export(tiny_config("qwen2", **changes)) is fused
+    assert not has_fused_export(config("mixtral"))

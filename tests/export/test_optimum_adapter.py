@@ -24,9 +24,9 @@ WITHOUT = """
 import sys
 sys.modules["optimum"] = None
 from pathlib import Path
-from export.optimum_adapter import WHY_NOT
+from export.optimum_adapter import IMPORT_ERROR
 from tests.export.test_optimum_adapter import write_graphs
-assert "optimum" in WHY_NOT
+assert "optimum" in IMPORT_ERROR
 write_graphs(Path(sys.argv[1]))
 """
 
@@ -34,7 +34,7 @@ write_graphs(Path(sys.argv[1]))
 def write_graphs(out: Path) -> None:
     for model_type in ARCHITECTURES:
         for k, spec in enumerate(SPECS):
-            made = convert(tiny_config(model_type), ExportSpec("a/b", **spec), "data")
+            made = convert(tiny_config(model_type, head_dim=16), ExportSpec("a/b", **spec), "data")
             for name in ("decode", "scoring"):
                 content = getattr(made, name).SerializeToString(deterministic=True)
                 (out / f"{model_type}-{k}-{name}").write_bytes(content)
@@ -75,7 +75,7 @@ def test_what_needs_optimum_says_so_in_a_line(
 ) -> None:
     from bench.cli.main import main
 
-    monkeypatch.setattr(optimum_adapter, "WHY_NOT", "cannot import name 'X'")
+    monkeypatch.setattr(optimum_adapter, "IMPORT_ERROR", "cannot import name 'X'")
     assert main(["export", str(checkpoints()), str(tmp_path / "out"), "--target", "plain"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: --target plain needs optimum, which cannot be imported (cannot import name 'X')")

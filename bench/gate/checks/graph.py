@@ -242,7 +242,7 @@ def _window(config: Any, layer: int | None) -> int | None:
     if config.model_type not in ARCHITECTURES:
         return None if getattr(config, "sliding_window", None) else -1
     windows = ARCHITECTURES[config.model_type].windows(config)
-    if layer is None and len(set(windows)) > 1:
+    if (layer is None and len(set(windows)) > 1) or (layer or 0) >= len(windows):
         return None
     return windows[layer or 0] or -1
 
@@ -263,6 +263,8 @@ def _node_attributes(node: Any, s: Subject, layer: int | None) -> tuple[list[str
         wanted |= {"softcap": 0.0, "smooth_softmax": -1, "causal": 1}
         if s.ours:
             wanted["do_rotary"] = 1
+        if _has_qk_norm(node):
+            wanted["qk_norm_epsilon"] = float(np.float32(config.rms_norm_eps))
     elif node.op_type == "Attention":
         wanted = {"softcap": 0.0}
     elif node.op_type == "RotaryEmbedding":
@@ -287,8 +289,13 @@ def _node_attributes(node: Any, s: Subject, layer: int | None) -> tuple[list[str
     return wrong, looked
 
 
+def _has_qk_norm(node: Any) -> bool:
+    """Whether an attention holds the weights of the QK norm itself."""
+    return node.op_type == "GroupQueryAttention" and len(node.input) > 15 and bool(node.input[14])
+
+
 def _norms(config: Any) -> int:
-    """Norms of a decoder whose architecture nobody described: two a layer and the last one."""
+    """Norms of a decoder; of one that is not described two a layer and the last one."""
     from export.architectures import ARCHITECTURES
     from export.check import norms_of
 
@@ -304,6 +311,7 @@ def _counts(model: Any, s: Subject, name: str) -> list[Finding]:
     if attention in ATTENTIONS and found[attention] != layers:
         wrong.append(f"{found[attention]} {attention} for {layers} layers")
     norms = sum(found[n] for n in NORMS)
+    norms += 2 * sum(_has_qk_norm(n) for n in model.graph.node)
     if norms and norms != (expected := _norms(s.baseline.config)):
         wrong.append(f"{norms} fused norms where {layers} layers and the last norm make {expected}")
     wanted = ONNX_TYPE.get(s.manifest.kv.dtype)

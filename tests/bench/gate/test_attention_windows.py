@@ -1,6 +1,6 @@
 """Attention windows are crossed by some check, however long they are: a window off by one is seen by the numbers alone.
 
-The texts of a mode may all be shorter than a window of 4,096; then a past that is laid together crosses it.
+The texts of a mode may all be shorter than a window of 4,096; then a tiled past crosses it.
 """
 
 from __future__ import annotations

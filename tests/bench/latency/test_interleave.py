@@ -113,8 +113,8 @@ def test_profiles_and_their_limits() -> None:
     assert choose_profile("standard", prompt_lengths=[8]).cases() == [
         Case(batch=b, prompt=8, new_tokens=32) for b in (1, 4)
     ]
-    assert choose_profile("standard", context=2080).prefill_lengths == (2048,)
-    assert choose_profile("standard", context=2079).prefill_lengths == ()
+    assert choose_profile("standard", context=2049).prefill_lengths == (2048,)
+    assert choose_profile("standard", context=2048).prefill_lengths == ()
     # Defaults shrink to a small context, what the user asked for does not.
     assert choose_profile("standard", context=700).prompt_lengths == (128, 512)
     for arguments, words in (

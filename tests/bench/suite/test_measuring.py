@@ -61,7 +61,7 @@ def test_peak_memory_where_the_provider_falls_back(exports: Paths, checkpoints: 
 def test_optimum_takes_part_or_is_left_out_with_its_reason(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from export import optimum_adapter
 
-    monkeypatch.setattr(optimum_adapter, "WHY_NOT", why)
+    monkeypatch.setattr(optimum_adapter, "IMPORT_ERROR", why)
     manifest = SimpleNamespace(precision="fp32", attention="GroupQueryAttention")
     subject = SimpleNamespace(manifest=manifest, deployment=Deployment("cpu", 1))
     run = Measuring(cast(Any, subject), choose_profile("standard", [1], [4], 2, 160))
