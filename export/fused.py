@@ -1,8 +1,9 @@
 """A decoder with fused operators, through optimum's own extension points: ONNX Runtime's, or opset 24's standard ones.
 
-A subclass of optimum's ``LlamaOnnxConfig`` brings its own model patcher. While the patcher is active, the decoder
-layers call ``torch.autograd.Function``s whose ``symbolic`` emits ONNX Runtime's fused operators directly. No graph
-pattern is matched afterwards, so nothing can be missed silently; :mod:`export.check` counts all the same.
+A subclass of optimum's ``LlamaOnnxConfig`` (:mod:`export.optimum_adapter`) brings its own model patcher. While it is
+active, the decoder layers call ``torch.autograd.Function``s whose ``symbolic`` emits ONNX Runtime's fused operators
+directly. No graph pattern is matched afterwards, so nothing can be missed silently; :mod:`export.check` counts all the
+same.
 
 The functions compute nothing (they return zeros of the right shape): only the trace matters, and the exported graph
 is compared with the *unpatched* model. Linear layers become marker operators that :mod:`export.convert` turns into

@@ -60,6 +60,7 @@ def render(manifest: Manifest, console: Console) -> None:
             f"{q.method}, blocks of {q.block_size}, accuracy level {q.accuracy_level}, zero points {q.zero_points}, "
             f"lm_head {q.lm_head}, embedding {q.embedding}, kept in floats: {q.keep_float}"
         )
+    windows = [w for w in kv.windows if w is not None]
     rows |= {
         "attention": f"{manifest.attention}, padding: {manifest.padding}, logits of {manifest.decode_logits} positions",
         "context": f"{manifest.context_length:,} tokens, vocabulary {manifest.vocab_size:,}",
@@ -68,7 +69,7 @@ def render(manifest: Manifest, console: Console) -> None:
         f"{kv.bytes_per_token():,} bytes a token, "
         + ("past and present in one buffer" if kv.shared_buffer else "joined by Concat")
         + (f" of {kv.cache_length:,} slots" if kv.cache_length else "")
-        + (f", {sum(w is not None for w in kv.windows)} layers keep their window only" if kv.windows else ""),
+        + (f"; {len(windows)} layers keep {windows[0]:,} tokens" if windows else ""),
         "files": ", ".join(f"{name} ({entry.size:,})" for name, entry in manifest.files.items()),
     }
     if ours:
