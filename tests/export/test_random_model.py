@@ -324,7 +324,7 @@ def test_command_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-70b", "qwen2.5-7b", "qwen3-8b"])
 def test_the_real_shapes_equal_pytorch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer of each published configuration, in fp16, against unpatched PyTorch over the same weights.
 
