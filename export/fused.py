@@ -78,6 +78,12 @@ def _constant(g: Any, *values: int) -> Any:
     return g.op("Constant", value_t=torch.tensor(values))
 
 
+def _rms_norm(g: Any, x: Any, weight: Any, eps: float, standard: bool) -> Any:
+    """RMSNorm of the last axis, the sum of squares in fp32: ONNX's operator, or ONNX Runtime's name for it."""
+    operator = "RMSNormalization" if standard else "SimplifiedLayerNormalization"
+    return g.op(operator, x, weight, axis_i=-1, epsilon_f=eps, stash_type_i=1)
+
+
 def _split(g: Any, qkv: Any, heads: _Heads) -> list[Any]:
     """Query, key and value of packed QKV, head by head: ``[batch, new, heads, size]``."""
     parts = g.op("Split", qkv, _constant(g, *heads.widths), axis_i=-1, outputs=3)
@@ -125,10 +131,7 @@ class _GroupQueryAttention(_CachedAttention):
         queries, keys, values = qkv, _absent(g), _absent(g)
         if heads.epsilon:
             q, k, v = _split(g, qkv, heads)
-            normed = [
-                g.op("SimplifiedLayerNormalization", x, w, axis_i=-1, epsilon_f=heads.epsilon, stash_type_i=1)
-                for x, w in ((q, q_norm), (k, k_norm))
-            ]
+            normed = [_rms_norm(g, x, w, heads.epsilon, standard=False) for x, w in ((q, q_norm), (k, k_norm))]
             queries, keys, values = (
                 g.op("Reshape", x, _constant(g, 0, -1, width))
                 for x, width in zip((*normed, v), heads.widths, strict=True)
@@ -163,10 +166,7 @@ class _StandardAttention(_CachedAttention):
         mask, write_indices, cos, sin, position_ids = inputs
         q, k, v = _split(g, qkv, heads)
         if heads.epsilon:
-            q, k = (
-                g.op("RMSNormalization", x, w, axis_i=-1, epsilon_f=heads.epsilon, stash_type_i=1)
-                for x, w in ((q, q_norm), (k, k_norm))
-            )
+            q, k = (_rms_norm(g, x, w, heads.epsilon, standard=True) for x, w in ((q, q_norm), (k, k_norm)))
         q, k, v = (g.op("Transpose", x, perm_i=[0, 2, 1, 3]) for x in (q, k, v))
         q, k = (g.op("RotaryEmbedding", x, cos, sin, position_ids, interleaved_i=0) for x in (q, k))
         key, value = (
@@ -179,7 +179,7 @@ class _StandardAttention(_CachedAttention):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """``x / rms(x) * w``, the sum of squares in fp32: ONNX's operator, or ONNX Runtime's (its name for RMSNorm)."""
+    """``x / rms(x) * w``; see :func:`_rms_norm`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, standard: bool) -> Tensor:
@@ -187,8 +187,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, x: Any, weight: Any, eps: float, standard: bool) -> Any:
-        operator = "RMSNormalization" if standard else "SimplifiedLayerNormalization"
-        out = g.op(operator, x, weight, axis_i=-1, epsilon_f=eps, stash_type_i=1)
+        out = _rms_norm(g, x, weight, eps, standard)
         out.setType(_hidden(x, weight.type().sizes()[0]))
         return out
 
@@ -392,7 +391,7 @@ class _LeftPaddingGuard(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, mask: Any) -> Any:
-        table = g.op("Constant", value_t=torch.tensor([1]))
+        table = _constant(g, 1)
         out = g.op("Gather", table, g.op("ArgMax", mask, axis_i=1, keepdims_i=0), axis_i=0)
         out.setType(mask.type().with_sizes([None]))
         return out
@@ -408,8 +407,7 @@ class _TakePosition(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, x: Any, index: Any, hidden: int) -> Any:
         # Indices [B, 1, 1] with one batch axis pick [B, 1, H].
-        axes = g.op("Constant", value_t=torch.tensor([2]))
-        index3 = g.op("Unsqueeze", index, axes)
+        index3 = g.op("Unsqueeze", index, _constant(g, 2))
         out = g.op("GatherND", x, index3, batch_dims_i=1)
         out.setType(x.type().with_sizes([None, 1, hidden]))
         return out

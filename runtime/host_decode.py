@@ -80,11 +80,10 @@ class HostDecoder:
         """
         if not isinstance(self._cache, SharedCache):
             return False
-        if self._manifest.kv.windows:
-            return len(lengths) > 1 or 0 < self._chunk < max(lengths)
-        if self._prefill.device != "cpu":
-            return False
-        return (len(lengths) > 1 and min(lengths) >= _ROW_TOKENS) or 0 < self._chunk < max(lengths)
+        on_cpu = self._prefill.device == "cpu"
+        if on_cpu and 0 < self._chunk < max(lengths):
+            return True
+        return len(lengths) > 1 and (bool(self._manifest.kv.windows) or (on_cpu and min(lengths) >= _ROW_TOKENS))
 
     def _prefill_batch(self, padded: NDArray[np.int64], mask: NDArray[np.int64], last: NDArray[np.int64]) -> Logits:
         """All rows in one run; ``last`` is each row's last valid column."""

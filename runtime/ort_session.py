@@ -252,7 +252,7 @@ class OrtSession(PipelineMixin, Guarded):
         kv = self.manifest.kv
         if kv.shared_buffer:
             return SharedCache(kv, batch, tokens, self.manifest.context_length, self._provider.device, whole)
-        return GrowingCache(self.manifest.kv, batch, self._provider.device)
+        return GrowingCache(kv, batch, self._provider.device)
 
     def _cache_for(self, batch: int, tokens: int) -> SharedCache | GrowingCache:
         """The buffers of the batch before where they fit, else new ones."""

@@ -104,13 +104,7 @@ def pytest_pyfunc_call() -> Iterator[None]:
         raise
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup() -> Iterator[None]:
-    try:
-        return (yield)
-    except MissingOptimumError as e:
-        skip_without_optimum(e)
-        raise
+pytest_runtest_setup = pytest_pyfunc_call  # fixtures ask for it as well
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bench.defects.in_graph import FUSED, attentions, read_instead, readers, set_attribute
-from bench.defects.workshop import Defect, NotApplicableError, Workshop, first, layer_at
+from bench.defects.workshop import Defect, NotApplicableError, Workshop, first, layer_at, usual_layer
 from bench.gate.tensors import TensorReader
 from export.manifest import NORMS
 
@@ -132,16 +132,12 @@ def _window_of_others(w: Workshop) -> None:
 # -- biases ----------------------------------------------------------------------------------------------------------
 
 
-def _usual(w: Workshop) -> int:
-    return layer_at(w.manifest.kv.layers)
-
-
 def _bias(layer: int) -> str:
     return f"model.layers.{layer}.self_attn.qkv_proj.bias"
 
 
 def _bias_zeroed(w: Workshop) -> None:
-    with w.weight(_bias(_usual(w))) as bias:
+    with w.weight(_bias(usual_layer(w))) as bias:
         bias[:] = 0
 
 
@@ -149,13 +145,13 @@ def _biases_exchanged(w: Workshop) -> None:
     """The key's bias at the place of the query's first heads, and the other way round."""
     size = w.manifest.kv.head_dim
     queries, keys = w.config.num_attention_heads * size, w.config.num_key_value_heads * size
-    with w.weight(_bias(_usual(w))) as bias:
+    with w.weight(_bias(usual_layer(w))) as bias:
         q, k = bias[:keys], bias[queries : queries + keys]
         q[:], k[:] = k.copy(), q.copy()
 
 
 def _bias_of_another_layer(w: Workshop) -> None:
-    one, other = (_bias(_usual(w) + k) for k in range(2))
+    one, other = (_bias(usual_layer(w) + k) for k in range(2))
 
     def change(model: Any) -> None:
         readers(model, one)
@@ -172,7 +168,7 @@ def _head_norm(layer: int, part: str) -> str:
 
 
 def _norm_weights_exchanged(w: Workshop) -> None:
-    q, k = (_head_norm(_usual(w), part) for part in HEADS)
+    q, k = (_head_norm(usual_layer(w), part) for part in HEADS)
     with w.weight(q) as one, w.weight(k) as other:
         one[:], other[:] = other.copy(), one.copy()
 
@@ -185,7 +181,7 @@ def _head_norms(
     def on(w: Workshop) -> None:
         def change(model: Any) -> None:
             for part in parts:
-                edit(model, readers(model, _head_norm(_usual(w), part))[0], w)
+                edit(model, readers(model, _head_norm(usual_layer(w), part))[0], w)
 
         w.graphs(change)
 
@@ -232,7 +228,7 @@ _POSITIONS = (
 
 def _after_rotary(w: Workshop) -> None:
     """Queries and keys normalised after they are rotated."""
-    w.graphs(lambda model: _rotate_first(model, _usual(w)))
+    w.graphs(lambda model: _rotate_first(model, usual_layer(w)))
 
 
 def _rotate_first(model: Any, layer: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.defects.in_graph import insert
-from bench.defects.workshop import Defect, Workshop, layer_at
+from bench.defects.workshop import Defect, Workshop, usual_layer
 from bench.gate.tensors import TensorReader
 
 
@@ -20,7 +20,7 @@ def _json(name: str, **values: Any) -> Callable[[Workshop], None]:
 
 def _name(w: Workshop, part: str) -> str:
     """Name of a weight in the layer that single-layer defects sit in."""
-    return f"model.layers.{layer_at(w.manifest.kv.layers)}.{part}.weight"
+    return f"model.layers.{usual_layer(w)}.{part}.weight"
 
 
 def _tables(w: Workshop, change: Callable[[Any, Any], tuple[Any, Any]]) -> None:

@@ -140,35 +140,6 @@ class Workshop:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Defect:
-    """One deliberate defect.
-
-    ``change`` raises :class:`NotApplicableError` where the folder has no place for it. ``first`` is the check that has
-    to name it first; ``in_layer`` says that it sits in one layer alone, which ``layer`` tells; ``sealed`` False leaves
-    the manifest's hashes as they were.
-    """
-
-    name: str
-    change: Callable[[Workshop], None]
-    first: str
-    in_layer: bool = False
-    sealed: bool = True
-    layer: Callable[[Workshop], int] = lambda w: layer_at(w.manifest.kv.layers)
-
-
-@dataclass(frozen=True)
-class Harmless:
-    """A change that must pass. ``around`` is a context that the gate runs in, for changes of the runtime's settings;
-    ``target`` is the only one whose folders it leaves as good as they were, "" for all."""
-
-    name: str
-    change: Callable[[Workshop], None] = lambda _w: None
-    around: Callable[[], Any] | None = None
-    threads: int | None = None
-    target: str = ""
-
-
 def layer_at(layers: int) -> int:
     """The layer that single-layer defects sit in: past the first third, so that layers precede and follow it."""
     return layers // 3
@@ -183,3 +154,37 @@ def first(found: Iterable[Any], what: str) -> Any:
     for one in found:
         return one
     raise NotApplicableError(f"no {what}")
+
+
+def usual_layer(w: Workshop) -> int:
+    """:func:`layer_at` of a folder."""
+    return layer_at(w.manifest.kv.layers)
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One deliberate defect.
+
+    ``change`` raises :class:`NotApplicableError` where the folder has no place for it. ``first`` is the check that has
+    to name it first; ``in_layer`` says that it sits in one layer alone, which ``layer`` tells; ``sealed`` False leaves
+    the manifest's hashes as they were.
+    """
+
+    name: str
+    change: Callable[[Workshop], None]
+    first: str
+    in_layer: bool = False
+    sealed: bool = True
+    layer: Callable[[Workshop], int] = usual_layer
+
+
+@dataclass(frozen=True)
+class Harmless:
+    """A change that must pass. ``around`` is a context that the gate runs in, for changes of the runtime's settings;
+    ``target`` is the only one whose folders it leaves as good as they were, "" for all."""
+
+    name: str
+    change: Callable[[Workshop], None] = lambda _w: None
+    around: Callable[[], Any] | None = None
+    threads: int | None = None
+    target: str = ""
